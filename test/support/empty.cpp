@@ -1,0 +1,1 @@
+// Keeps the library non-empty where Catch2 brings its own main.
