@@ -1,0 +1,23 @@
+// The CPU back end: fp32 (fp64 for gradient checks), threads of its own, SIMD, matrix products from
+// oneDNN. A call has finished when it returns; streams and events are therefore empty.
+#pragma once
+
+#include <memory>
+#include <string>
+
+#include "core/backend/backend.h"
+
+namespace dstrain {
+
+// threads counts the calling thread; 0 takes the cores that this process may use.
+std::unique_ptr<Backend> make_cpu_backend(int threads);
+
+// Cores in this process's affinity mask, limited by the container's quota; at least 1.
+int available_cores();
+// "oneDNN 2.6.3", or the CBLAS in use.
+std::string matmul_library();
+// "avx512", "avx2", "sse2": what this binary was compiled for. Throws RuntimeFailure, a sentence, if the
+// processor lacks it.
+std::string check_instruction_set();
+
+}  // namespace dstrain
