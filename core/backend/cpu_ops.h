@@ -2,6 +2,7 @@
 // partition of the work, so that results do not depend on the number of threads.
 #pragma once
 
+#include "core/backend/cpu_parallel.h"
 #include "core/backend/ops.h"
 #include "core/backend/thread_pool.h"
 
@@ -107,6 +108,7 @@ class CpuOps : public Ops {
 
  private:
   ThreadPool& pool_;
+  Workspace workspace_;
 };
 
 }  // namespace dstrain

@@ -1,0 +1,315 @@
+#include "test/support/op_check.h"
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <ostream>
+#include <utility>
+
+#include "core/backend/cpu_backend.h"
+#include "core/base/rng.h"
+#include "test/support/catch.h"
+
+namespace dstrain::test {
+namespace {
+
+int64_t product(const std::vector<int64_t>& shape) {
+  int64_t n = 1;
+  for (const int64_t size : shape) n *= size;
+  return n;
+}
+
+float bf16_to_float(uint16_t bits) { return std::bit_cast<float>(uint32_t{bits} << 16); }
+
+// Tries the neighbours of the truncated value instead of doing arithmetic on bits, so that it is
+// independent of the code under test.
+uint16_t nearest_bf16(double value) {
+  if (std::isnan(value)) return 0x7fc0;
+  const uint32_t magnitude = std::bit_cast<uint32_t>(std::fabs(static_cast<float>(value)));
+  const uint16_t below = static_cast<uint16_t>(magnitude >> 16);
+  const uint16_t above = static_cast<uint16_t>(below + 1);
+  const double to_below = std::fabs(std::fabs(value) - bf16_to_float(below));
+  const double to_above = std::fabs(std::fabs(value) - bf16_to_float(above));
+  const bool take_above = to_above < to_below || (to_above == to_below && above % 2 == 0);
+  const uint16_t sign = std::signbit(value) ? 0x8000 : 0;
+  return static_cast<uint16_t>((take_above ? above : below) | sign);
+}
+
+struct Errors {
+  double relative_l2 = 0, largest = 0, largest_reference = 0;
+  int64_t worst = 0;
+  std::string refusal;  // why no number can be given
+};
+
+Errors measure(const HostTensor& candidate, const HostTensor& reference, bool zero_allowed) {
+  Errors errors;
+  if (candidate.numel() != reference.numel()) {
+    errors.refusal = "sizes differ: " + candidate.view().describe() + " and " +
+                     reference.view().describe();
+    return errors;
+  }
+  double error_squares = 0, reference_squares = 0;
+  for (int64_t i = 0; i < reference.numel(); ++i) {
+    const double got = candidate.get(i), want = reference.get(i);
+    if (!std::isfinite(got) || !std::isfinite(want)) {
+      errors.refusal = "element " + std::to_string(i) + " is " + std::to_string(got) +
+                       ", the reference " + std::to_string(want);
+      return errors;
+    }
+    const double error = std::fabs(got - want);
+    error_squares += error * error;
+    reference_squares += want * want;
+    errors.largest_reference = std::max(errors.largest_reference, std::fabs(want));
+    if (error > errors.largest) {
+      errors.largest = error;
+      errors.worst = i;
+    }
+  }
+  if (reference_squares == 0 && reference.numel() > 0 && !zero_allowed) {
+    errors.refusal = "the reference is zero everywhere";
+  }
+  errors.relative_l2 = error_squares == 0 ? 0 : std::sqrt(error_squares / reference_squares);
+  return errors;
+}
+
+Verdict judge(const HostTensor& candidate, const HostTensor& reference, double limit,
+              bool zero_expected) {
+  const Errors errors = measure(candidate, reference, zero_expected);
+  if (!errors.refusal.empty()) return {false, errors.refusal};
+  if (reference.numel() == 0) return {true, "empty"};
+  if (zero_expected) {
+    const bool zero = errors.largest == 0 && errors.largest_reference == 0;
+    return {zero, zero ? "zero as expected" : "not zero at " + std::to_string(errors.worst)};
+  }
+  const bool ok = errors.relative_l2 <= limit &&
+                  errors.largest <= 4 * limit * errors.largest_reference;
+  char text[256];
+  std::snprintf(text, sizeof text,
+                "relative L2 error %.3g, largest error %.3g at %lld (%.9g, reference %.9g) where the "
+                "limits are %.3g and %.3g",
+                errors.relative_l2, errors.largest, static_cast<long long>(errors.worst),
+                candidate.get(errors.worst), reference.get(errors.worst), limit,
+                4 * limit * errors.largest_reference);
+  return {ok, text};
+}
+
+double unit_roundoff(DType dtype) {
+  switch (dtype) {
+    case DType::f64: return 0x1p-53;
+    case DType::bf16: return 0x1p-8;
+    default: return 0x1p-24;
+  }
+}
+
+double weighted_outputs(const Bound& bound, const Bound& initial,
+                        const std::vector<GradientPair>& outputs) {
+  double loss = 0;
+  for (const auto& [value, gradient] : outputs) {
+    const HostTensor& y = bound.at(value);
+    const HostTensor& weight = initial.at(gradient);
+    for (int64_t i = 0; i < y.numel(); ++i) loss += y.get(i) * weight.get(i);
+  }
+  return loss;
+}
+
+}  // namespace
+
+HostTensor::HostTensor(DType dtype, std::vector<int64_t> shape)
+    : dtype_(dtype), shape_(std::move(shape)), numel_(product(shape_)),
+      memory_(static_cast<size_t>(numel_ * dtype_bytes(dtype))) {}
+
+HostTensor::HostTensor(DType dtype, std::vector<int64_t> shape, const std::vector<double>& values)
+    : HostTensor(dtype, std::move(shape)) {
+  DSTRAIN_CHECK(static_cast<int64_t>(values.size()) == numel_, "values do not fill the shape");
+  for (int64_t i = 0; i < numel_; ++i) set(i, values[static_cast<size_t>(i)]);
+}
+
+Tensor HostTensor::view() const {
+  return Tensor(memory_.data(), dtype_, shape_.data(), static_cast<int>(shape_.size()));
+}
+
+double HostTensor::get(int64_t i) const {
+  DSTRAIN_CHECK(i >= 0 && i < numel_, "element outside of " + view().describe());
+  const std::byte* at = memory_.data() + i * dtype_bytes(dtype_);
+  const auto load = [at]<class T>(T value) {
+    std::memcpy(&value, at, sizeof value);
+    return value;
+  };
+  switch (dtype_) {
+    case DType::f32: return static_cast<double>(load(float{}));
+    case DType::f64: return load(double{});
+    case DType::bf16: return static_cast<double>(bf16_to_float(load(uint16_t{})));
+    case DType::i32: return load(int32_t{});
+    case DType::i64: return static_cast<double>(load(int64_t{}));
+    case DType::u8: return load(uint8_t{});
+  }
+  return 0;
+}
+
+void HostTensor::set(int64_t i, double value) {
+  DSTRAIN_CHECK(i >= 0 && i < numel_, "element outside of " + view().describe());
+  std::byte* at = memory_.data() + i * dtype_bytes(dtype_);
+  const auto store = [at](auto stored) { std::memcpy(at, &stored, sizeof stored); };
+  switch (dtype_) {
+    case DType::f32: return store(static_cast<float>(value));
+    case DType::f64: return store(value);
+    case DType::bf16: return store(nearest_bf16(value));
+    case DType::i32: return store(static_cast<int32_t>(value));
+    case DType::i64: return store(static_cast<int64_t>(value));
+    case DType::u8: return store(static_cast<uint8_t>(value));
+  }
+}
+
+std::vector<double> HostTensor::values() const {
+  std::vector<double> all(static_cast<size_t>(numel_));
+  for (int64_t i = 0; i < numel_; ++i) all[static_cast<size_t>(i)] = get(i);
+  return all;
+}
+
+bool HostTensor::same_bits(const HostTensor& other) const {
+  return dtype_ == other.dtype_ && shape_ == other.shape_ && memory_ == other.memory_;
+}
+
+std::ostream& operator<<(std::ostream& out, const Verdict& verdict) { return out << verdict.text; }
+
+Verdict compare(const HostTensor& candidate, const HostTensor& reference,
+                const Tolerance& tolerance) {
+  const double u = unit_roundoff(candidate.dtype());
+  const double u_sum = candidate.dtype() == DType::f64 ? u : unit_roundoff(DType::f32);
+  const double limit = (1 + tolerance.roundings) * u +
+                       u_sum * std::sqrt(static_cast<double>(tolerance.sum_length));
+  return judge(candidate, reference, limit, tolerance.expect_exact_zero);
+}
+
+Verdict compare_within(const HostTensor& candidate, const HostTensor& reference, double limit) {
+  return judge(candidate, reference, limit, false);
+}
+
+Slot OpCase::add(Entry entry) {
+  DSTRAIN_CHECK(static_cast<int64_t>(entry.values.size()) == product(entry.shape),
+                "values do not fill the shape");
+  entries_.push_back(std::move(entry));
+  return {static_cast<int>(entries_.size()) - 1};
+}
+
+Slot OpCase::normal(std::vector<int64_t> shape, double std, double mean) {
+  std::vector<double> drawn(static_cast<size_t>(product(shape)));
+  for (size_t i = 0; i < drawn.size(); ++i) {
+    drawn[i] = static_cast<float>(mean + std * random_normal(seed_, entries_.size(), i));
+  }
+  return values(std::move(shape), std::move(drawn));
+}
+
+Slot OpCase::uniform(std::vector<int64_t> shape, double low, double high) {
+  std::vector<double> drawn(static_cast<size_t>(product(shape)));
+  for (size_t i = 0; i < drawn.size(); ++i) {
+    drawn[i] = static_cast<float>(low + (high - low) * random_uniform(seed_, entries_.size(), i));
+  }
+  return values(std::move(shape), std::move(drawn));
+}
+
+Slot OpCase::values(std::vector<int64_t> shape, std::vector<double> values) {
+  return add({true, DType::f32, std::move(shape), std::move(values)});
+}
+
+Slot OpCase::integers(std::vector<int64_t> shape, int64_t low, int64_t high) {
+  std::vector<double> drawn(static_cast<size_t>(product(shape)));
+  const double span = static_cast<double>(high - low);
+  for (size_t i = 0; i < drawn.size(); ++i) {
+    drawn[i] = static_cast<double>(low) +
+               std::floor(span * random_uniform(seed_, entries_.size(), i));
+  }
+  return fixed(DType::i32, std::move(shape), std::move(drawn));
+}
+
+Slot OpCase::fixed(DType dtype, std::vector<int64_t> shape, std::vector<double> values) {
+  return add({false, dtype, std::move(shape), std::move(values)});
+}
+
+Slot OpCase::output(std::vector<int64_t> shape) {
+  std::vector<double> nans(static_cast<size_t>(product(shape)),
+                           std::numeric_limits<double>::quiet_NaN());
+  return values(std::move(shape), std::move(nans));
+}
+
+Slot OpCase::output(DType dtype, std::vector<int64_t> shape) {
+  const bool integer = dtype == DType::i32 || dtype == DType::i64;
+  std::vector<double> filler(static_cast<size_t>(product(shape)),
+                             integer ? -77 : std::numeric_limits<double>::quiet_NaN());
+  return fixed(dtype, std::move(shape), std::move(filler));
+}
+
+Bound OpCase::bind(DType dtype) const {
+  std::vector<HostTensor> tensors;
+  for (const Entry& entry : entries_) {
+    tensors.emplace_back(entry.of_type_f ? dtype : entry.dtype, entry.shape, entry.values);
+  }
+  return Bound(std::move(tensors));
+}
+
+Bound run_op(const OpCase& op_case, DType dtype, int threads, const OpBody& body) {
+  const std::unique_ptr<Backend> backend = make_cpu_backend(threads);
+  const std::unique_ptr<Stream> stream = backend->make_stream();
+  Bound bound = op_case.bind(dtype);
+  body(backend->ops(), *stream, bound);
+  stream->synchronize();
+  return bound;
+}
+
+Bound check_op(const OpCase& op_case, const OpBody& body,
+               const std::vector<Expectation>& expectations) {
+  const Bound reference = run_op(op_case, DType::f64, 1, body);
+  const Bound candidate = run_op(op_case, DType::f32, 1, body);
+  for (const auto& [slot, tolerance] : expectations) {
+    INFO("slot " << slot.index << ", " << candidate[slot].describe());
+    CHECK(compare(candidate.at(slot), reference.at(slot), tolerance));
+  }
+  for (const int threads : {2, 3}) {
+    for (const Bound* one : {&reference, &candidate}) {
+      const DType dtype = one == &reference ? DType::f64 : DType::f32;
+      const Bound many = run_op(op_case, dtype, threads, body);
+      for (int i = 0; i < static_cast<int>(many.size()); ++i) {
+        INFO("slot " << i << ", " << many[{i}].describe() << ", " << threads << " threads");
+        CHECK(many.at({i}).same_bits(one->at({i})));
+      }
+    }
+  }
+  return reference;
+}
+
+Verdict check_gradient(const OpCase& op_case, const OpBody& forward, const OpBody& backward,
+                       const std::vector<GradientPair>& outputs,
+                       const std::vector<GradientPair>& inputs, double limit) {
+  const std::unique_ptr<Backend> backend = make_cpu_backend(1);
+  const std::unique_ptr<Stream> stream = backend->make_stream();
+  const Bound initial = op_case.bind(DType::f64);
+  Bound analytic = initial;
+  forward(backend->ops(), *stream, analytic);
+  backward(backend->ops(), *stream, analytic);
+
+  const auto loss_at = [&](Slot slot, int64_t i, double value) {
+    Bound moved = initial;
+    moved.at(slot).set(i, value);
+    forward(backend->ops(), *stream, moved);
+    return weighted_outputs(moved, initial, outputs);
+  };
+  for (const auto& [value, gradient] : inputs) {
+    HostTensor numeric(DType::f64, {initial.at(value).numel()});
+    for (int64_t i = 0; i < numeric.numel(); ++i) {
+      const double x = initial.at(value).get(i);
+      const double step = 1e-5 * std::max(1.0, std::fabs(x));
+      const double above = loss_at(value, i, x + step), below = loss_at(value, i, x - step);
+      numeric.set(i, (above - below) / (2 * step));
+    }
+    Verdict verdict = compare_within(analytic.at(gradient), numeric, limit);
+    verdict.text = "gradient of slot " + std::to_string(value.index) + ": " + verdict.text;
+    if (!verdict.ok) return verdict;
+  }
+  return {true, "every gradient agrees"};
+}
+
+}  // namespace dstrain::test
