@@ -37,8 +37,10 @@ done
 # The folder inside: /src holds the sources, the rest is the system.
 if [[ -z $dir ]]; then
   dir=$(mktemp -d "${TMPDIR:-/tmp}/deepseek-train-chroot.XXXXXX")
-elif [[ -e $dir/etc/debian_version ]] && ((!reuse)); then
-  die "$dir holds a system already; --reuse takes it, or remove it"
+elif [[ -e $dir/etc/debian_version ]]; then
+  ((reuse)) || die "$dir holds a system already; --reuse takes it, or remove it"
+elif [[ -n $(ls -A "$dir" 2>/dev/null) ]]; then
+  die "$dir is not empty and holds no system"
 fi
 mkdir -p "$dir"
 remove() { if ((!keep)); then rm -rf --one-file-system "$dir"; fi; }

@@ -1,6 +1,7 @@
+# shellcheck shell=bash
 # Sourced by the other scripts: the root folder, messages, and the number of compile jobs.
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-cd "$root"
+cd "$root" || exit 1
 export LC_ALL=C  # sorting and number formats do not depend on the user's language
 
 say() { printf '%s\n' "$*"; }

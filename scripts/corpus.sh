@@ -88,7 +88,7 @@ END
   mv -f "$work/README" "$folder"  # last: it says that the folder is complete
 }
 
-[[ ${1:-} == kjv ]] && (($# <= 2)) || die "usage: scripts/corpus.sh kjv [FOLDER]"
+if [[ ${1:-} != kjv ]] || (($# > 2)); then die "usage: scripts/corpus.sh kjv [FOLDER]"; fi
 folder=${2:-data/kjv/text}
 if [[ -f $folder/README ]]; then
   say "corpus: $folder is there"

@@ -50,7 +50,7 @@ step "tests"
 # Read by sanitized programs only.
 export ASAN_OPTIONS=detect_leaks=1:strict_string_checks=1:detect_stack_use_after_return=1
 export UBSAN_OPTIONS=print_stacktrace=1
-report=$root/$build_dir/test_report.xml
+report=$(realpath "$build_dir")/test_report.xml
 rm -f "$report"
 ctest_status=0
 ctest --test-dir "$build_dir" --parallel "$(nproc)" --timeout 300 --output-on-failure --no-tests=error \
