@@ -8,10 +8,12 @@
 
 namespace dstrain {
 
+class MatmulLog;
+
 class CpuOps : public Ops {
  public:
-  // The pool outlives this object.
-  explicit CpuOps(ThreadPool& pool) : pool_(pool) {}
+  // The pool outlives this object, and so does the log, if there is one.
+  explicit CpuOps(ThreadPool& pool, MatmulLog* log = nullptr) : pool_(pool), log_(log) {}
 
   void matmul(Stream&, Trans ta, Trans tb, double alpha, const Tensor& a, const Tensor& b,
               double beta, const Tensor& c) override;
@@ -90,6 +92,8 @@ class CpuOps : public Ops {
   void cross_entropy_stats(Stream&, const Tensor& logits_TV, const CrossEntropyTargets& targets,
                            int64_t vocab_begin, const Tensor& max_T, const Tensor& sum_exp_T,
                            const Tensor& target_T) override;
+  void rescale_sum_exp(Stream&, const Tensor& local_max_T, const Tensor& max_T,
+                       const Tensor& sum_exp_T) override;
   void cross_entropy_loss(Stream&, const CrossEntropyTargets& targets, const Tensor& max_T,
                           const Tensor& sum_exp_T, const Tensor& target_T, const Tensor& lse_T,
                           const Tensor& loss_sum_1, const Tensor& token_loss_T) override;
@@ -108,6 +112,7 @@ class CpuOps : public Ops {
 
  private:
   ThreadPool& pool_;
+  MatmulLog* log_;
   Workspace workspace_;
 };
 

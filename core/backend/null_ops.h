@@ -61,6 +61,7 @@ class NullOps : public Ops {
                           const Tensor&) override {}
   void cross_entropy_stats(Stream&, const Tensor&, const CrossEntropyTargets&, int64_t,
                            const Tensor&, const Tensor&, const Tensor&) override {}
+  void rescale_sum_exp(Stream&, const Tensor&, const Tensor&, const Tensor&) override {}
   void cross_entropy_loss(Stream&, const CrossEntropyTargets&, const Tensor&, const Tensor&,
                           const Tensor&, const Tensor&, const Tensor&, const Tensor&) override {}
   void cross_entropy_backward(Stream&, const Tensor&, const CrossEntropyTargets&, int64_t,

@@ -143,7 +143,8 @@ class Ops {
   // --- attention -------------------------------------------------------------------------------------
   // MLA (DeepSeek-V2, arXiv:2405.04434). Rotates the last rope_dim of each query head in place; k is
   // [nope part of kv_b | rotated k_rope], k_rope shared by all heads; v is the last W of kv_b.
-  // q_THQ [T,H,Q], k_rope_TP [T, rope_dim] (strided), kv_b_THX [T,H,Q-rope_dim+W], positions_T i32.
+  // q_THQ [T,H,Q] (absent: only k and v), k_rope_TP [T, rope_dim] (strided), kv_b_THX
+  // [T,H,Q-rope_dim+W], positions_T i32.
   virtual void mla_qkv(Stream&, const Tensor& q_THQ, const Tensor& k_rope_TP, const Tensor& kv_b_THX,
                        const RopeTable& rope, const Tensor& positions_T, const Tensor& k_THQ,
                        const Tensor& v_THW) = 0;
@@ -196,8 +197,9 @@ class Ops {
   // scores / sum(scores). Both S. Overwritten.
   virtual void balance_statistics(Stream&, const Tensor& scores_TE, const Tensor& indices_TK,
                                   const Tensor& load_SE, const Tensor& prob_SE) = 0;
-  // DeepSeek-V3 (arXiv:2412.19437) eq. 17-20: loss_1 (f64) += alpha/S_global * sum_s sum_e f_e P_e with
-  // f_e = load E / (K n), P_e = prob / n, n tokens in the sequence; coeff = d loss / d prob.
+  // DeepSeek-V3 (arXiv:2412.19437) eq. 17-20: loss_1 (f64) += alpha * sum_s sum_e f_e P_e with
+  // f_e = load E / (K n), P_e = prob / n, n tokens in the sequence; coeff = d loss / d prob. The caller
+  // divides alpha by the sequences of the global batch.
   virtual void balance_loss(Stream&, const Tensor& load_SE, const Tensor& prob_SE,
                             int64_t tokens_per_sequence, int64_t experts_per_token, double alpha,
                             const Tensor& loss_1, const Tensor& coeff_SE) = 0;
@@ -233,6 +235,9 @@ class Ops {
                                    const CrossEntropyTargets& targets, int64_t vocab_begin,
                                    const Tensor& max_T, const Tensor& sum_exp_T,
                                    const Tensor& target_T) = 0;
+  // sum_exp *= exp(local_max - max): sums over slices of the vocabulary before they are added.
+  virtual void rescale_sum_exp(Stream&, const Tensor& local_max_T, const Tensor& max_T,
+                               const Tensor& sum_exp_T) = 0;
   // lse = max + log(sum_exp); token loss = weight * lse - target; loss_sum_1 (f64) += their sum.
   // token_loss_T (S) may be absent.
   virtual void cross_entropy_loss(Stream&, const CrossEntropyTargets& targets, const Tensor& max_T,

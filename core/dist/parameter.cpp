@@ -1,0 +1,115 @@
+#include "core/dist/parameter.h"
+
+#include <algorithm>
+
+#include "core/backend/ops.h"
+#include "core/base/rng.h"
+
+namespace dstrain {
+namespace {
+
+int64_t product(const std::vector<int64_t>& shape) {
+  int64_t n = 1;
+  for (int64_t d : shape) n *= d;
+  return n;
+}
+
+// The last two dims form the matrix that tiles cover.
+int64_t alignment_of(const std::vector<int64_t>& shape) {
+  const size_t n = shape.size();
+  const bool tiled = n >= 2 && shape[n - 1] % 128 == 0 && shape[n - 2] % 128 == 0;
+  return tiled ? ParameterSet::kTileAlignment : ParameterSet::kAlignment;
+}
+
+int64_t round_up(int64_t value, int64_t alignment) {
+  return (value + alignment - 1) / alignment * alignment;
+}
+
+}  // namespace
+
+int64_t Parameter::numel() const { return product(local_shape); }
+int64_t Parameter::global_numel() const { return product(spec.shape); }
+
+Parameter& ParameterSet::declare(ParameterSpec spec, int64_t tensor_ranks, int64_t expert_ranks) {
+  DSTRAIN_CHECK(!finished_, "parameters are declared before the layout is fixed");
+  DSTRAIN_CHECK(find(spec.name) == nullptr, "parameter '" + spec.name + "' is declared twice");
+  Parameter p;
+  p.local_shape = spec.shape;
+  auto cut = [&](int dim, int64_t ranks) {
+    if (dim < 0) return;
+    int64_t& size = p.local_shape[static_cast<size_t>(dim)];
+    DSTRAIN_CHECK(size % ranks == 0, "dim " + std::to_string(dim) + " of '" + spec.name +
+                                         "' does not divide over " + std::to_string(ranks) + " ranks");
+    size /= ranks;
+  };
+  cut(spec.shard.tensor_dim, tensor_ranks);
+  cut(spec.shard.expert_dim, expert_ranks);
+  p.spec = std::move(spec);
+  return parameters_.emplace_back(std::move(p));
+}
+
+Parameter* ParameterSet::find(const std::string& name) {
+  for (Parameter& p : parameters_)
+    if (p.spec.name == name) return &p;
+  return nullptr;
+}
+
+void ParameterSet::finish_layout() {
+  finished_ = true;
+  std::vector<Parameter*> order;
+  for (Parameter& p : parameters_) {
+    if (p.spec.trainable) {
+      order.push_back(&p);
+      continue;
+    }
+    p.offset = buffer_elements_;
+    buffer_elements_ = round_up(buffer_elements_ + p.numel(), kAlignment);
+  }
+  auto key = [](const Parameter* p) {
+    return std::tuple(p->spec.block, p->is_expert(), !p->spec.weight_decay);
+  };
+  std::stable_sort(order.begin(), order.end(),
+                   [&](const Parameter* a, const Parameter* b) { return key(a) < key(b); });
+  for (Parameter* p : order) {
+    const bool same_group = !groups_.empty() && groups_.back().block == p->spec.block &&
+                            groups_.back().expert == p->is_expert() &&
+                            groups_.back().weight_decay == p->spec.weight_decay;
+    p->offset = round_up(trainable_elements_, alignment_of(p->local_shape));
+    trainable_elements_ = round_up(p->offset + p->numel(), kAlignment);
+    // A group takes the padding before its first parameter too, so that groups tile the whole range.
+    if (same_group)
+      groups_.back().end = trainable_elements_;
+    else
+      groups_.push_back({p->spec.block, p->spec.weight_decay, p->is_expert(),
+                         groups_.empty() ? 0 : groups_.back().end, trainable_elements_});
+  }
+}
+
+void ParameterSet::bind(const Tensor& values, const Tensor& grads, const Tensor& buffers) {
+  DSTRAIN_CHECK(finished_, "bind() needs the layout");
+  values_ = values;
+  buffers_ = buffers;
+  auto slice = [](const Tensor& flat, const Parameter& p) {
+    char* at = static_cast<char*>(flat.raw());
+    if (at != nullptr) at += p.offset * dtype_bytes(flat.dtype());
+    return Tensor(at, flat.dtype(), p.local_shape.data(), static_cast<int>(p.local_shape.size()));
+  };
+  for (Parameter& p : parameters_) {
+    p.value = slice(p.spec.trainable ? values : buffers, p);
+    p.grad = p.spec.trainable && grads.defined() ? slice(grads, p) : Tensor();
+  }
+}
+
+void ParameterSet::initialize(Ops& ops, Stream& stream, uint64_t seed) {
+  ops.fill(stream, values_, 0.0);
+  ops.fill(stream, buffers_, 0.0);
+  for (Parameter& p : parameters_) {
+    if (p.spec.init == Init::ones) ops.fill(stream, p.value, 1.0);
+    if (p.spec.init != Init::normal) continue;
+    DSTRAIN_CHECK(p.local_shape == p.spec.shape, "initialising a slice needs its position");
+    const uint64_t key = stream_id(p.spec.name.data(), p.spec.name.size());
+    ops.fill_normal(stream, p.value, seed, key, p.spec.std, {1, 1, 0, 1, p.numel()});
+  }
+}
+
+}  // namespace dstrain

@@ -1,0 +1,93 @@
+#include "core/layers/loss_head.h"
+
+#include <algorithm>
+
+namespace dstrain {
+namespace {
+
+// Logits of one chunk take about 8 MiB; at least 64 rows keep the products efficient.
+int64_t chunk_rows(int64_t vocab, DType logits) {
+  const int64_t rows = (int64_t{8} << 20) / (vocab * dtype_bytes(logits));
+  return std::max<int64_t>(64, rows / 64 * 64);
+}
+
+Tensor rows_of(const Tensor& x, int64_t begin, int64_t end) {
+  return x.defined() ? x.rows(begin, end) : Tensor();
+}
+
+}  // namespace
+
+LossHead::LossHead(const Declare& norm, const ModelConfig& model, const Parameter& weight)
+    : norm_(norm, model.hidden_size, model.rms_norm_eps), weight_(weight) {}
+
+void LossHead::forward_norm(StepContext& ctx, const Tensor& x_TD, const Tensor& delta_TD,
+                            LossHeadSaved& saved) const {
+  saved.x_TD = ctx.arena.kept.like(x_TD, "last residual sum");
+  saved.rstd_T = ctx.arena.kept.make(ctx.stat(), {x_TD.size(0)}, "last rstd");
+  // Holds the norm's output; its gradient takes that place chunk by chunk.
+  saved.dy_TD = ctx.arena.kept.like(x_TD, "last norm");
+  norm_.forward_add(ctx, x_TD, delta_TD, saved.x_TD, saved.dy_TD, saved.rstd_T);
+}
+
+void LossHead::forward(StepContext& ctx, const Tensor& x_TD, const Tensor& delta_TD,
+                       const CrossEntropyTargets& targets, double factor, const Tensor& loss_1,
+                       LossHeadSaved& saved, const Tensor& token_loss_T) const {
+  const int64_t T = x_TD.size(0), V = weight_.local_shape[0];
+  forward_norm(ctx, x_TD, delta_TD, saved);
+  const int64_t C = chunk_rows(V, ctx.stat());
+  for (int64_t begin = 0; begin < T; begin += C) {
+    const int64_t end = std::min(T, begin + C);
+    const CrossEntropyTargets part = {rows_of(targets.hard_T, begin, end),
+                                      rows_of(targets.soft_index_TK, begin, end),
+                                      rows_of(targets.soft_prob_TK, begin, end)};
+    const Tensor y_CD = saved.dy_TD.rows(begin, end);
+    chunk(ctx, y_CD, part, factor, loss_1, y_CD, rows_of(token_loss_T, begin, end));
+  }
+}
+
+void LossHead::chunk(StepContext& ctx, const Tensor& y_CD, const CrossEntropyTargets& targets,
+                     double factor, const Tensor& loss_1, const Tensor& dy_CD,
+                     const Tensor& token_loss_C) const {
+  const int64_t C = y_CD.size(0), V = weight_.local_shape[0];
+  const DistStream dist = ctx.dist_stream();
+  ArenaScope scope(ctx.arena.scratch);
+  Arena& scratch = ctx.arena.scratch;
+  const Tensor logits_CV = scratch.make(ctx.dtype, {C, V}, "logits");
+  const Tensor max_C = scratch.make(ctx.stat(), {C}, "row maximum");
+  const Tensor sums_2C = scratch.make(ctx.stat(), {2, C}, "row sums");
+  const Tensor sum_exp_C = sums_2C.rows(0, 1).view({C}), target_C = sums_2C.rows(1, 2).view({C});
+  const Tensor lse_C = scratch.make(ctx.stat(), {C}, "log-sum-exp");
+
+  ctx.ops.matmul(ctx.stream, Trans::no, Trans::yes, 1.0, y_CD, weight_.value, 0.0, logits_CV);
+  ctx.ops.cross_entropy_stats(ctx.stream, logits_CV, targets, vocab_begin_, max_C, sum_exp_C, target_C);
+  if (ctx.dist.tensor.size() > 1) {
+    const Tensor local_max_C = scratch.like(max_C, "local maximum");
+    ctx.ops.convert(ctx.stream, max_C, local_max_C);
+    ctx.dist.tensor.all_reduce_max(dist, max_C);
+    ctx.ops.rescale_sum_exp(ctx.stream, local_max_C, max_C, sum_exp_C);
+    ctx.dist.tensor.all_reduce_sum(dist, sums_2C);
+  }
+  ctx.ops.cross_entropy_loss(ctx.stream, targets, max_C, sum_exp_C, target_C, lse_C, loss_1,
+                             token_loss_C);
+  if (!ctx.training) return;
+  ctx.ops.cross_entropy_backward(ctx.stream, logits_CV, targets, vocab_begin_, lse_C, ctx.scalars,
+                                 factor);
+  const GradTarget target = ctx.dist.params.grad(weight_);
+  ctx.ops.matmul(ctx.stream, Trans::yes, Trans::no, 1.0, logits_CV, y_CD,
+                 target.accumulate == Accumulate::add ? 1.0 : 0.0, target.grad);
+  ctx.ops.matmul(ctx.stream, Trans::no, Trans::no, 1.0, logits_CV, weight_.value, 0.0, dy_CD);
+}
+
+void LossHead::backward(StepContext& ctx, const LossHeadSaved& saved, const Tensor& dx_TD) const {
+  norm_.backward(ctx, saved.dy_TD, saved.x_TD, saved.rstd_T, {}, dx_TD);
+}
+
+void LossHead::logits(StepContext& ctx, const Tensor& x_CD, const Tensor& logits_CV) const {
+  ArenaScope scope(ctx.arena.scratch);
+  const Tensor y_CD = ctx.arena.scratch.like(x_CD, "last norm");
+  const Tensor rstd_C = ctx.arena.scratch.make(ctx.stat(), {x_CD.size(0)}, "last rstd");
+  norm_.forward(ctx, x_CD, y_CD, rstd_C);
+  ctx.ops.matmul(ctx.stream, Trans::no, Trans::yes, 1.0, y_CD, weight_.value, 0.0, logits_CV);
+}
+
+}  // namespace dstrain

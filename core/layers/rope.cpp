@@ -1,0 +1,64 @@
+#include "core/layers/rope.h"
+
+#include <algorithm>
+#include <cmath>
+#include <numbers>
+
+namespace dstrain {
+namespace {
+
+double yarn_mscale(double factor, double mscale) {
+  return factor <= 1 ? 1.0 : 0.1 * mscale * std::log(factor) + 1.0;
+}
+
+// The pair whose wavelength makes `rotations` turns within the original context.
+double correction_dim(double rotations, double rope_dim, double theta, double original_positions) {
+  return rope_dim * std::log(original_positions / (rotations * 2 * std::numbers::pi)) /
+         (2 * std::log(theta));
+}
+
+}  // namespace
+
+std::vector<double> rope_frequencies(const ModelConfig& model) {
+  const double rope_dim = static_cast<double>(model.rope_dim());
+  std::vector<double> frequency(static_cast<size_t>(model.rope_dim() / 2));
+  for (size_t i = 0; i < frequency.size(); ++i)
+    frequency[i] = std::pow(model.rope_theta, -2.0 * static_cast<double>(i) / rope_dim);
+  const RopeScalingConfig& scaling = model.rope_scaling;
+  if (scaling.type == RopeType::none) return frequency;
+
+  const double original = static_cast<double>(scaling.original_max_position_embeddings);
+  const double low = std::max(
+      std::floor(correction_dim(scaling.beta_fast, rope_dim, model.rope_theta, original)), 0.0);
+  double high =
+      std::min(std::ceil(correction_dim(scaling.beta_slow, rope_dim, model.rope_theta, original)),
+               rope_dim - 1);
+  if (low == high) high += 0.001;
+  for (size_t i = 0; i < frequency.size(); ++i) {
+    // 0: keep the frequency, 1: stretch it by the factor.
+    const double ramp = std::clamp((static_cast<double>(i) - low) / (high - low), 0.0, 1.0);
+    frequency[i] = frequency[i] * (1 - ramp) + frequency[i] / scaling.factor * ramp;
+  }
+  return frequency;
+}
+
+double rope_attention_factor(const RopeScalingConfig& scaling) {
+  if (scaling.type == RopeType::none) return 1.0;
+  if (scaling.attention_factor > 0) return scaling.attention_factor;
+  if (scaling.mscale > 0 && scaling.mscale_all_dim > 0)
+    return yarn_mscale(scaling.factor, scaling.mscale) /
+           yarn_mscale(scaling.factor, scaling.mscale_all_dim);
+  return yarn_mscale(scaling.factor, 1.0);
+}
+
+double attention_scale(const ModelConfig& model) {
+  double scale = 1.0 / std::sqrt(static_cast<double>(model.qk_dim()));
+  const RopeScalingConfig& scaling = model.rope_scaling;
+  if (model.is_mla() && scaling.type != RopeType::none && scaling.mscale_all_dim > 0) {
+    const double mscale = yarn_mscale(scaling.factor, scaling.mscale_all_dim);
+    scale *= mscale * mscale;
+  }
+  return scale;
+}
+
+}  // namespace dstrain

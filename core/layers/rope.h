@@ -1,0 +1,19 @@
+// Rotary position embedding (Su et al. 2021, arXiv:2104.09864) with YaRN context extension (Peng et al.
+// 2023, arXiv:2309.00071) as the published DeepSeek and Llama configurations define it.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "core/config/config.h"
+
+namespace dstrain {
+
+// Radians per position of each of the rope_dim / 2 pairs.
+std::vector<double> rope_frequencies(const ModelConfig& model);
+// Multiplies cos and sin.
+double rope_attention_factor(const RopeScalingConfig& scaling);
+// 1/sqrt(qk_dim), times the squared YaRN temperature where the model asks for it.
+double attention_scale(const ModelConfig& model);
+
+}  // namespace dstrain
