@@ -9,8 +9,11 @@
 
 namespace dstrain {
 
-// threads counts the calling thread; 0 takes the cores that this process may use.
-std::unique_ptr<Backend> make_cpu_backend(int threads);
+class MatmulLog;
+
+// threads counts the calling thread; 0 takes the cores that this process may use. Every matrix product
+// is added to `log`, if there is one; it outlives the back end.
+std::unique_ptr<Backend> make_cpu_backend(int threads, MatmulLog* log = nullptr);
 
 // Cores in this process's affinity mask, limited by the container's quota; at least 1.
 int available_cores();
