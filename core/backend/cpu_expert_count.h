@@ -1,0 +1,45 @@
+// How often each expert was chosen, per run of slots: what counting and sorting by expert share.
+#pragma once
+
+#include <algorithm>
+#include <string>
+
+#include "core/backend/cpu_parallel.h"
+
+namespace dstrain {
+
+// Counts i32 choices (any shape, contiguous) in the workspace. Throws if an index is not in [0, experts).
+class ExpertCounts {
+ public:
+  ExpertCounts(ThreadPool& pool, const Workspace& workspace, const Tensor& indices, int64_t experts)
+      : stride_(partial_stride<int32_t>(experts)),
+        runs_(indices.numel(), stride_ * static_cast<int64_t>(sizeof(int32_t)),
+              /*min_rows=*/4096),
+        counts_(workspace.get<int32_t>(runs_.count * stride_)) {
+    DSTRAIN_CHECK(indices.dtype() == DType::i32 && indices.contiguous(),
+                  "expert indices are " + indices.describe() + " where contiguous i32 belong");
+    const int32_t* const chosen = indices.data<int32_t>();
+    pool.run(runs_.count, [&](int64_t chunk, void*) {
+      int32_t* const counts = of_chunk(chunk);
+      std::fill(counts, counts + experts, 0);
+      for (int64_t i = runs_.begin(chunk); i < runs_.end(chunk); ++i) {
+        DSTRAIN_CHECK(chosen[i] >= 0 && chosen[i] < experts,
+                      "expert index " + std::to_string(chosen[i]) + " is not in [0, " +
+                          std::to_string(experts) + ")");
+        ++counts[chosen[i]];
+      }
+    });
+  }
+
+  int64_t chunks() const { return runs_.count; }
+  int64_t begin(int64_t chunk) const { return runs_.begin(chunk); }
+  int64_t end(int64_t chunk) const { return runs_.end(chunk); }
+  int32_t* of_chunk(int64_t chunk) const { return counts_ + chunk * stride_; }
+
+ private:
+  int64_t stride_;
+  RowChunks runs_;
+  int32_t* counts_;
+};
+
+}  // namespace dstrain
