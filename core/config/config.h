@@ -60,7 +60,7 @@ struct RopeScalingConfig {
   static void fields(auto& field, auto& c) {
     field("type", c.type, any(), "default (no scaling) or yarn");
     field("factor", c.factor, at_least(1.0), "context length extension factor");
-    field("original_max_position_embeddings", c.original_max_position_embeddings, at_least(1),
+    field("original_max_position_embeddings", c.original_max_position_embeddings, in_range(1, 1 << 30),
           "context length before extension");
     field("beta_fast", c.beta_fast, above(0.0), "YaRN: rotations above which nothing changes");
     field("beta_slow", c.beta_slow, above(0.0), "YaRN: rotations below which all is interpolated");
@@ -172,9 +172,9 @@ struct TrainConfig {
   int64_t log_every = 1;
 
   static void fields(auto& field, auto& c) {
-    field("steps", c.steps, at_least(0), "optimizer steps of the whole run");
-    field("global_batch", c.global_batch, at_least(1), "sequences per optimizer step");
-    field("micro_batch", c.micro_batch, at_least(1), "sequences per forward pass and data-parallel rank");
+    field("steps", c.steps, in_range(0, 1e12), "optimizer steps of the whole run");
+    field("global_batch", c.global_batch, in_range(1, 1 << 30), "sequences per optimizer step");
+    field("micro_batch", c.micro_batch, in_range(1, 1 << 24), "sequences per forward pass and data-parallel rank");
     field("recompute", c.recompute, any(),
           "activations computed again in backward: none, selective (norms, SwiGLU, attention inputs) or full blocks");
     field("eval_every", c.eval_every, at_least(0), "steps between evaluations; 0 evaluates at the end only");
@@ -268,11 +268,11 @@ struct ParallelConfig {
   double expert_buffer = 1.5;
 
   static void fields(auto& field, auto& c) {
-    field("data", c.data, at_least(1), "data-parallel ranks; auto takes what the other axes leave");
-    field("tensor", c.tensor, at_least(1), "tensor-parallel ranks");
-    field("pipeline", c.pipeline, at_least(1), "pipeline stages");
-    field("expert", c.expert, at_least(1), "expert-parallel ranks");
-    field("context", c.context, at_least(1), "context-parallel ranks");
+    field("data", c.data, in_range(1, 65536), "data-parallel ranks; auto takes what the other axes leave");
+    field("tensor", c.tensor, in_range(1, 65536), "tensor-parallel ranks");
+    field("pipeline", c.pipeline, in_range(1, 65536), "pipeline stages");
+    field("expert", c.expert, in_range(1, 65536), "expert-parallel ranks");
+    field("context", c.context, in_range(1, 65536), "context-parallel ranks");
     field("zero", c.zero, in_range(0, 3), "ZeRO stage: 1 shards optimizer state, 2 gradients, 3 parameters");
     field("expert_buffer", c.expert_buffer, at_least(1.0),
           "receive buffer of expert parallelism over the balanced load; overflow runs exact extra rounds");
@@ -330,7 +330,7 @@ struct LaunchConfig {
   int64_t max_restarts = 3;
 
   static void fields(auto& field, auto& c) {
-    field("ranks", c.ranks, at_least(1), "local ranks; auto is one per GPU, else 1");
+    field("ranks", c.ranks, in_range(1, 65536), "local ranks; auto is one per GPU, else 1");
     field("hosts", c.hosts, any(), "host names to start ranks on");
     field("max_restarts", c.max_restarts, at_least(0), "restarts from a checkpoint before giving up");
   }
@@ -369,18 +369,18 @@ struct Config {
 void ModelConfig::fields(auto& field, auto& c) {
   field("preset", c.preset, any(), "named architecture whose values the other keys override");
   field("from", c.from, any(), "Hugging Face folder to take config.json and initial weights from");
-  field("vocab_size", c.vocab_size, at_least(0), "rows of the embedding; 0 takes the tokenizer's");
-  field("hidden_size", c.hidden_size, at_least(1), "width of the residual stream");
-  field("num_hidden_layers", c.num_hidden_layers, at_least(1), "transformer blocks");
-  field("intermediate_size", c.intermediate_size, at_least(1), "width of a dense feed-forward");
-  field("moe_intermediate_size", c.moe_intermediate_size, at_least(1), "width of one expert");
-  field("first_k_dense_replace", c.first_k_dense_replace, at_least(0), "leading blocks that are dense");
-  field("moe_layer_freq", c.moe_layer_freq, at_least(1), "every n-th block after those is a MoE");
-  field("n_routed_experts", c.n_routed_experts, at_least(0), "routed experts; 0 makes every block dense");
-  field("n_shared_experts", c.n_shared_experts, at_least(0), "always-on experts, run as one wide feed-forward");
-  field("num_experts_per_tok", c.num_experts_per_tok, at_least(0), "routed experts per token");
-  field("n_group", c.n_group, at_least(1), "expert groups of group-limited routing");
-  field("topk_group", c.topk_group, at_least(1), "groups a token may use");
+  field("vocab_size", c.vocab_size, in_range(0, 1 << 24).or_null(), "rows of the embedding; 0 takes the tokenizer's");
+  field("hidden_size", c.hidden_size, in_range(1, 1 << 20), "width of the residual stream");
+  field("num_hidden_layers", c.num_hidden_layers, in_range(1, 10000), "transformer blocks");
+  field("intermediate_size", c.intermediate_size, in_range(1, 1 << 22), "width of a dense feed-forward");
+  field("moe_intermediate_size", c.moe_intermediate_size, in_range(1, 1 << 22), "width of one expert");
+  field("first_k_dense_replace", c.first_k_dense_replace, in_range(0, 10000), "leading blocks that are dense");
+  field("moe_layer_freq", c.moe_layer_freq, in_range(1, 10000), "every n-th block after those is a MoE");
+  field("n_routed_experts", c.n_routed_experts, in_range(0, 65536).or_null(), "routed experts; 0 makes every block dense");
+  field("n_shared_experts", c.n_shared_experts, in_range(0, 1024).or_null(), "always-on experts, run as one wide feed-forward");
+  field("num_experts_per_tok", c.num_experts_per_tok, in_range(0, 1024).or_null(), "routed experts per token");
+  field("n_group", c.n_group, in_range(1, 65536), "expert groups of group-limited routing");
+  field("topk_group", c.topk_group, in_range(1, 65536), "groups a token may use");
   field("topk_method", c.topk_method, any(),
         "greedy, group_limited_greedy (by a group's best score) or noaux_tc (bias-corrected, by its best two)");
   field("scoring_func", c.scoring_func, any(), "router scores: softmax or sigmoid");
@@ -389,23 +389,23 @@ void ModelConfig::fields(auto& field, auto& c) {
   field("bias_update_speed", c.bias_update_speed, at_least(0.0),
         "step of the auxiliary-loss-free balancing bias (noaux_tc); 0 keeps it");
   field("aux_loss_alpha", c.aux_loss_alpha, at_least(0.0), "weight of the sequence-wise balance loss");
-  field("num_attention_heads", c.num_attention_heads, at_least(1), "query heads");
-  field("num_key_value_heads", c.num_key_value_heads, at_least(0), "key/value heads; 0 means num_attention_heads");
-  field("head_dim", c.head_dim, at_least(0), "GQA head width; 0 means hidden_size / num_attention_heads");
-  field("kv_lora_rank", c.kv_lora_rank, at_least(0), "width of the compressed keys and values; above 0 is MLA");
-  field("q_lora_rank", c.q_lora_rank, at_least(0), "width of compressed queries; 0 or null is none");
-  field("qk_nope_head_dim", c.qk_nope_head_dim, at_least(0), "MLA: part of a query head without position");
-  field("qk_rope_head_dim", c.qk_rope_head_dim, at_least(0), "MLA: rotated part of a query head");
-  field("v_head_dim", c.v_head_dim, at_least(0), "MLA: width of a value head");
+  field("num_attention_heads", c.num_attention_heads, in_range(1, 65536), "query heads");
+  field("num_key_value_heads", c.num_key_value_heads, in_range(0, 65536).or_null(), "key/value heads; 0 means num_attention_heads");
+  field("head_dim", c.head_dim, in_range(0, 65536).or_null(), "GQA head width; 0 means hidden_size / num_attention_heads");
+  field("kv_lora_rank", c.kv_lora_rank, in_range(0, 1 << 20).or_null(), "width of the compressed keys and values; above 0 is MLA");
+  field("q_lora_rank", c.q_lora_rank, in_range(0, 1 << 20).or_null(), "width of compressed queries; 0 or null is none");
+  field("qk_nope_head_dim", c.qk_nope_head_dim, in_range(0, 65536).or_null(), "MLA: part of a query head without position");
+  field("qk_rope_head_dim", c.qk_rope_head_dim, in_range(0, 65536).or_null(), "MLA: rotated part of a query head");
+  field("v_head_dim", c.v_head_dim, in_range(0, 65536).or_null(), "MLA: width of a value head");
   field("attention_bias", c.attention_bias, any(), "biases in the attention projections");
   field("rope_theta", c.rope_theta, above(0.0), "base of the rotary frequencies");
   field("rope_interleave", c.rope_interleave, any(), "pairs are neighbours (true) or half a head apart (false)");
-  field("rope_scaling", c.rope_scaling, any(), "context extension");
-  field("max_position_embeddings", c.max_position_embeddings, at_least(1), "longest sequence");
+  field("rope_scaling", c.rope_scaling, any().or_null(), "context extension");
+  field("max_position_embeddings", c.max_position_embeddings, in_range(1, 1 << 30), "longest sequence");
   field("rms_norm_eps", c.rms_norm_eps, above(0.0), "added to the mean square");
   field("tie_word_embeddings", c.tie_word_embeddings, any(), "the output head is the embedding");
   field("initializer_range", c.initializer_range, above(0.0), "standard deviation of initial weights");
-  field("num_nextn_predict_layers", c.num_nextn_predict_layers, at_least(0), "multi-token prediction modules");
+  field("num_nextn_predict_layers", c.num_nextn_predict_layers, in_range(0, 64), "multi-token prediction modules");
   field("mtp_loss_weight", c.mtp_loss_weight, at_least(0.0), "weight of the multi-token prediction loss");
 }
 

@@ -21,6 +21,9 @@ class ConfigProblems : public ConfigError {
   using ConfigError::ConfigError;
 };
 
+// The text in single quotes for a message: clipped where it is long, control bytes as spaces.
+std::string quote(std::string_view text);
+
 // A place in one of the texts of a SourceTexts. Lines and columns start at 1; columns count bytes.
 struct Location {
   int source = -1;  // index in SourceTexts; -1 = nowhere
@@ -37,7 +40,8 @@ class SourceTexts {
   // A command-line argument, which is its own name: "--set optimizer.lr=abc".
   int add_argument(std::string argument);
 
-  const std::string& name(int source) const { return sources_.at(source).name; }
+  bool empty() const { return sources_.empty(); }
+  bool is_file(size_t source) const { return sources_.at(source).is_file; }
   // "job.yaml:14:3", or the argument itself.
   std::string describe(const Location& location) const;
   // The source line with a caret below, two lines; empty where there is no line to show.
@@ -60,10 +64,10 @@ struct Problem {
 
 class Problems {
  public:
-  static constexpr int kShown = 20;
+  static constexpr size_t kShown = 20;
 
-  // True while further problems will be shown; a caller may skip costly hints otherwise.
-  bool wants_detail() const { return static_cast<int>(problems_.size()) < kShown; }
+  // False once there are many more problems than will be shown; costly hints are not worth it then.
+  bool wants_detail() const { return problems_.size() < 5 * kShown; }
   bool empty() const { return problems_.empty(); }
   const std::vector<Problem>& list() const { return problems_; }
   void add(const Location& location, std::string message, std::string hint = "");
@@ -74,7 +78,7 @@ class Problems {
   void throw_if_any(const SourceTexts& sources) const;
 
  private:
-  std::vector<Problem> problems_;  // the first kShown in full, later ones too but without hints
+  std::vector<Problem> problems_;
 };
 
 }  // namespace dstrain
