@@ -8,11 +8,10 @@
 #include <string>
 #include <vector>
 
+#include "core/base/progress.h"  // ColorMode
 #include "core/config/config_io.h"
 
 namespace dstrain {
-
-enum class ColorMode { automatic, always, never };
 
 // Where a configuration comes from: --config, --set and the aliases such as --lr.
 struct ConfigSource {

@@ -7,25 +7,29 @@
 
 #include <chrono>
 #include <memory>
+#include <mutex>
 #include <nlohmann/json.hpp>
 #include <string>
+#include <utility>
 
 namespace dstrain {
 namespace {
 
 struct LogState {
+  LogState()
+      : logger(std::make_shared<spdlog::logger>(
+            "dstrain", std::make_shared<spdlog::sinks::stderr_sink_mt>())) {
+    logger->set_pattern("%v");
+  }
+
   LogOptions options;
   std::shared_ptr<spdlog::logger> logger;
+  std::mutex writer_mutex;
+  LogWriter writer;
 };
 
 LogState& state() {
-  static LogState instance = [] {
-    LogState s;
-    s.logger = std::make_shared<spdlog::logger>("dstrain",
-                                                std::make_shared<spdlog::sinks::stderr_sink_mt>());
-    s.logger->set_pattern("%v");
-    return s;
-  }();
+  static LogState instance;
   return instance;
 }
 
@@ -49,6 +53,15 @@ const char* level_word(LogLevel level) {
   return "info";
 }
 
+void write_line(LogLevel level, std::string_view line) {
+  LogState& s = state();
+  {
+    const std::lock_guard lock(s.writer_mutex);
+    if (s.writer) return s.writer(line);
+  }
+  s.logger->log(to_spdlog(level), "{}", line);
+}
+
 }  // namespace
 
 void init_log(const LogOptions& options) {
@@ -65,9 +78,15 @@ void init_log(const LogOptions& options) {
   s.logger->flush_on(spdlog::level::info);
 }
 
+void set_log_writer(LogWriter writer) {
+  const std::lock_guard lock(state().writer_mutex);
+  state().writer = std::move(writer);
+}
+
 bool log_enabled(LogLevel level) { return state().logger->should_log(to_spdlog(level)); }
 
 void log_line(LogLevel level, std::string_view text) {
+  if (!log_enabled(level)) return;
   const LogState& s = state();
   if (s.options.json) {
     const auto now = std::chrono::system_clock::now().time_since_epoch();
@@ -75,9 +94,7 @@ void log_line(LogLevel level, std::string_view text) {
     nlohmann::ordered_json line = {{"ts", seconds}, {"level", level_word(level)}};
     if (s.options.world_size > 1) line["rank"] = s.options.rank;
     line["message"] = std::string(text);
-    s.logger->log(to_spdlog(level), "{}",
-                  line.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace));
-    return;
+    return write_line(level, line.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace));
   }
   std::string prefix;
   if (s.options.world_size > 1) prefix = fmt::format("[r{}] ", s.options.rank);
@@ -88,7 +105,7 @@ void log_line(LogLevel level, std::string_view text) {
     else
       prefix += fmt::format("{}: ", level_word(level));
   }
-  s.logger->log(to_spdlog(level), "{}{}", prefix, text);
+  write_line(level, prefix.append(text));
 }
 
 }  // namespace dstrain

@@ -4,6 +4,7 @@
 
 #include <fmt/format.h>
 
+#include <functional>
 #include <string_view>
 #include <utility>
 
@@ -20,6 +21,12 @@ struct LogOptions {
 };
 
 void init_log(const LogOptions& options);
+
+// Where finished lines (without their newline) go instead of standard error; empty restores that.
+// For whoever keeps a live line on the terminal and has to lift it first.
+using LogWriter = std::function<void(std::string_view line)>;
+void set_log_writer(LogWriter writer);
+
 bool log_enabled(LogLevel level);
 void log_line(LogLevel level, std::string_view text);
 

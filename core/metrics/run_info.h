@@ -1,0 +1,83 @@
+// What is known of a run before its first step and after its last. Plain values; an empty optional
+// prints as "not available", as some do with --dry-run.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "core/metrics/step_record.h"
+
+namespace dstrain {
+
+struct MemoryRow {
+  std::string owner;  // "parameters", "gradients", "activations", ...
+  std::optional<int64_t> bytes;
+};
+
+struct DataRow {
+  std::string split;   // "train" or "valid"
+  std::string source;  // path
+  std::optional<int64_t> tokens;
+  std::optional<int64_t> documents;
+  double weight = 1.0;  // share in the blend
+};
+
+struct StartupInfo {
+  std::string version;
+  std::string commit;
+  std::string run_name;
+  std::string run_dir;
+  std::string resume;  // the checkpoint that the run goes on from; empty = from scratch
+  int64_t resume_step = 0;
+  bool dry_run = false;
+
+  std::string device;   // "cpu", "NVIDIA H100 80GB HBM3", ...
+  int64_t threads = 0;  // per rank
+  std::string isa;      // "avx512"; empty on a GPU
+  std::string precision;
+  int64_t ranks = 1;
+  std::string layout;  // "data 2 x expert 2, ZeRO-1"; empty with one rank
+
+  std::string model;  // one line; see describe_model
+  std::optional<int64_t> parameters_total;
+  std::optional<int64_t> parameters_active;  // those that one token uses
+  std::optional<double> flops_per_token;     // forward and backward
+
+  std::vector<MemoryRow> memory;  // of one rank
+  std::optional<int64_t> memory_available_bytes;
+
+  std::vector<DataRow> data;
+
+  int64_t steps = 0;
+  int64_t tokens_per_step = 0;
+  std::optional<double> epochs;
+  std::string optimizer;    // one line
+  std::string schedule;     // one line; see describe_schedule
+  std::string checkpoints;  // one line
+};
+
+struct NextCommand {
+  std::string why;      // "write text", "go on", "export"
+  std::string command;  // as one would type it
+};
+
+struct RunSummary {
+  std::string outcome = "finished";  // or "stopped by SIGTERM", "stopped: loss not finite", ...
+  int64_t step = 0;
+  int64_t steps = 0;
+  int64_t total_tokens = 0;
+  double seconds = 0;             // of this process
+  double loss = 0;                // of the last step
+  std::vector<EvalRecord> evals;  // the last of each set
+  double tokens_per_s = 0;        // mean over this process's steps
+  std::optional<double> mfu;
+  int64_t skipped_total = 0;
+  std::string checkpoint;   // path of the newest; empty = none
+  std::string metrics;      // path of metrics.jsonl; empty = not written
+  std::string tensorboard;  // folder; empty = not written
+  std::vector<NextCommand> next;
+};
+
+}  // namespace dstrain
