@@ -17,13 +17,14 @@ core/dist       | core/base core/tensor core/backend                            
 core/layers     | core/base core/tensor core/backend core/dist core/config       | fmt
 core/model      | core/base core/tensor core/backend core/dist core/config core/layers | fmt
 core/optim      | core/base core/tensor core/backend core/dist core/config core/layers core/model | fmt
+core/engine     | core/base core/tensor core/backend core/dist core/config core/layers core/model core/optim | fmt
 core/data       | core/base core/tensor core/config                              | fmt nlohmann pcre2 xxhash
 core/checkpoint | core/base core/tensor core/backend core/dist core/config core/layers core/model core/optim core/data | fmt nlohmann xxhash
 core/metrics    | core/base core/config                                          | fmt nlohmann spdlog simd
 cuda            | core                                                           | fmt cuda cudnn cutlass
 parallel        | core                                                           | fmt mpi nccl cuda
 apps            | core cuda parallel                                             | fmt spdlog nlohmann CLI11
-test            | core cuda parallel apps test                                   | fmt nlohmann catch2 yaml-cpp pcre2 xxhash
+test            | core cuda parallel apps test                                   | fmt spdlog nlohmann catch2 yaml-cpp pcre2 xxhash openmp
 '
 
 # library | how its headers are written, as a regular expression
