@@ -29,11 +29,14 @@ float bf16_to_float(uint16_t bits) { return std::bit_cast<float>(uint32_t{bits} 
 // independent of the code under test.
 uint16_t nearest_bf16(double value) {
   if (std::isnan(value)) return 0x7fc0;
+  if (std::isinf(value)) return value > 0 ? 0x7f80 : 0xff80;
   const uint32_t magnitude = std::bit_cast<uint32_t>(std::fabs(static_cast<float>(value)));
   const uint16_t below = static_cast<uint16_t>(magnitude >> 16);
   const uint16_t above = static_cast<uint16_t>(below + 1);
   const double to_below = std::fabs(std::fabs(value) - bf16_to_float(below));
-  const double to_above = std::fabs(std::fabs(value) - bf16_to_float(above));
+  // Infinity counts as the number that would follow the largest.
+  const double above_value = above == 0x7f80 ? 0x1p128 : double{bf16_to_float(above)};
+  const double to_above = std::fabs(std::fabs(value) - above_value);
   const bool take_above = to_above < to_below || (to_above == to_below && above % 2 == 0);
   const uint16_t sign = std::signbit(value) ? 0x8000 : 0;
   return static_cast<uint16_t>((take_above ? above : below) | sign);

@@ -36,8 +36,8 @@ struct NormCase {
 }  // namespace
 
 TEST_CASE("rms norm: f32 agrees with f64 and threads do not matter", "[ops]") {
-  const auto [T, D] = GENERATE(table<int64_t, int64_t>(
-      {{0, 64}, {1, 1}, {3, 129}, {70, 256}, {2048, 64}, {5, 7168}}));
+  const auto [T, D] = GENERATE(
+      table<int64_t, int64_t>({{0, 64}, {1, 1}, {3, 129}, {70, 256}, {2048, 64}, {5, 7168}}));
   CAPTURE(T, D);
   const NormCase n(T, D);
   const auto body = [&](Ops& ops, Stream& s, const Bound& b) {
@@ -45,10 +45,11 @@ TEST_CASE("rms norm: f32 agrees with f64 and threads do not matter", "[ops]") {
     n.backward(ops, s, b);
   };
   const Tolerance dweight{.sum_length = T * 4, .roundings = 4, .expect_exact_zero = T == 0};
-  check_op(n.c, body, {{n.sum, {}},
-                       {n.y, {.sum_length = D, .roundings = 3}},
-                       {n.rstd, {.sum_length = D, .roundings = 1}},
-                       {n.dweight, dweight}});
+  check_op(n.c, body,
+           {{n.sum, {}},
+            {n.y, {.sum_length = D, .roundings = 3}},
+            {n.rstd, {.sum_length = D, .roundings = 1}},
+            {n.dweight, dweight}});
   if (D > 1) check_op(n.c, body, {{n.dx, {.sum_length = D, .roundings = 6}}});
 }
 

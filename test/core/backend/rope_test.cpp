@@ -17,8 +17,9 @@ Table make_table(OpCase& c, int64_t positions, int64_t rope_dim, bool interleave
   std::vector<double> cos, sin;
   for (int64_t p = 0; p < positions; ++p) {
     for (int64_t i = 0; i < rope_dim / 2; ++i) {
-      const double angle = static_cast<double>(p) *
-                           std::pow(10000.0, -2.0 * static_cast<double>(i) / static_cast<double>(rope_dim));
+      const double angle =
+          static_cast<double>(p) *
+          std::pow(10000.0, -2.0 * static_cast<double>(i) / static_cast<double>(rope_dim));
       cos.push_back(static_cast<float>(std::cos(angle)));
       sin.push_back(static_cast<float>(std::sin(angle)));
     }
@@ -141,10 +142,9 @@ TEST_CASE("mla_qkv: gradients, and a fault turns the check red", "[ops]") {
   const bool interleaved = GENERATE(true, false);
   const MlaCase m(4, 3, 7, 4, 5, interleaved);
   const auto check = [&](const OpBody& backward) {
-    return check_gradient(
-        m.c, [&](Ops& ops, Stream& s, const Bound& b) { m.forward(ops, s, b); }, backward,
-        {{m.q, m.dq}, {m.k, m.dk}, {m.v, m.dv}},
-        {{m.q, m.dq}, {m.k_rope, m.dk_rope}, {m.kv_b, m.dkv_b}});
+    return check_gradient(m.c, [&](Ops& ops, Stream& s, const Bound& b) { m.forward(ops, s, b); },
+                          backward, {{m.q, m.dq}, {m.k, m.dk}, {m.v, m.dv}},
+                          {{m.q, m.dq}, {m.k_rope, m.dk_rope}, {m.kv_b, m.dkv_b}});
   };
   CHECK(check([&](Ops& ops, Stream& s, const Bound& b) { m.backward(ops, s, b); }));
   CHECK_FALSE(check([&](Ops& ops, Stream& s, const Bound& b) {
@@ -204,9 +204,8 @@ TEST_CASE("gqa_qkv: gradients, and a fault turns the check red", "[ops]") {
   const bool interleaved = GENERATE(true, false);
   const GqaCase g(3, 4, 2, 6, interleaved);
   const auto check = [&](const OpBody& backward) {
-    return check_gradient(
-        g.c, [&](Ops& ops, Stream& s, const Bound& b) { g.forward(ops, s, b); }, backward,
-        {{g.q, g.dq}, {g.k, g.dk}, {g.v, g.dv}}, {{g.qkv, g.dqkv}});
+    return check_gradient(g.c, [&](Ops& ops, Stream& s, const Bound& b) { g.forward(ops, s, b); },
+                          backward, {{g.q, g.dq}, {g.k, g.dk}, {g.v, g.dv}}, {{g.qkv, g.dqkv}});
   };
   CHECK(check([&](Ops& ops, Stream& s, const Bound& b) { g.backward(ops, s, b); }));
   CHECK_FALSE(check([&](Ops& ops, Stream& s, const Bound& b) {

@@ -1,0 +1,114 @@
+// The checks themselves: what must turn them red.
+#include "test/support/op_check.h"
+
+#include <cmath>
+#include <limits>
+
+#include "test/support/catch.h"
+
+namespace dstrain::test {
+namespace {
+
+HostTensor ramp(DType dtype, int64_t n, double relative_error = 0) {
+  HostTensor x(dtype, {n});
+  for (int64_t i = 0; i < n; ++i) x.set(i, (static_cast<double>(i) + 1) * (1 + relative_error));
+  return x;
+}
+
+}  // namespace
+
+TEST_CASE("compare: within and beyond the tolerance of each type") {
+  const HostTensor reference = ramp(DType::f64, 100);
+  // sum_length 1 allows (1 + 0) u + u = 2 u.
+  CHECK(compare(ramp(DType::f32, 100, 0x1p-24), reference, {}));
+  CHECK_FALSE(compare(ramp(DType::f32, 100, 0x1p-22), reference, {}));
+  CHECK(compare(ramp(DType::f32, 100, 0x1p-22), reference, {.sum_length = 100}));
+  CHECK(compare(ramp(DType::f32, 100, 0x1p-22), reference, {.roundings = 8}));
+  CHECK(compare(ramp(DType::f64, 100, 0x1p-53), reference, {}));
+  CHECK_FALSE(compare(ramp(DType::f64, 100, 0x1p-50), reference, {}));
+  CHECK(compare(ramp(DType::bf16, 100), reference, {}));
+  CHECK_FALSE(compare(ramp(DType::bf16, 100, 0x1p-6), reference, {}));
+}
+
+TEST_CASE("compare: one wrong element among many is found by the largest error") {
+  const HostTensor reference = ramp(DType::f64, 30000);
+  HostTensor x = ramp(DType::f32, 30000);
+  x.set(20, 25);
+  const Verdict verdict = compare(x, reference, {.sum_length = 30000});
+  CHECK(compare(x, reference, {.sum_length = 10000000}));  // the same error, a wider limit
+  CHECK_FALSE(compare(x, reference, {}));
+  CHECK_THAT(verdict.text, Catch::Contains("at 20 (25, reference 21)"));
+}
+
+TEST_CASE("compare refuses what proves nothing") {
+  const HostTensor reference = ramp(DType::f64, 4), zeros(DType::f64, {4});
+  for (const double bad : {std::nan(""), std::numeric_limits<double>::infinity()}) {
+    HostTensor x = ramp(DType::f64, 4);
+    x.set(2, bad);
+    CHECK_FALSE(compare(x, reference, {.roundings = 1e20}));
+    CHECK_FALSE(compare(reference, x, {.roundings = 1e20}));
+    CHECK_FALSE(compare(x, x, {.roundings = 1e20}));
+  }
+  CHECK_FALSE(compare(zeros, zeros, {}));
+  CHECK(compare(zeros, zeros, {.expect_exact_zero = true}));
+  CHECK_FALSE(compare(reference, zeros, {.expect_exact_zero = true}));
+  CHECK_FALSE(compare(reference, reference, {.expect_exact_zero = true}));
+  CHECK_FALSE(compare(ramp(DType::f64, 3), reference, {}));
+}
+
+TEST_CASE("HostTensor: every type keeps what it can hold") {
+  for (const DType dtype :
+       {DType::f32, DType::f64, DType::bf16, DType::i32, DType::i64, DType::u8}) {
+    HostTensor x(dtype, {2, 3});
+    CHECK(x.get(5) == 0);
+    x.set(5, 96);
+    CHECK(x.get(5) == 96);
+    CHECK(x.view().size(1) == 3);
+    CHECK_THROWS(x.get(6));
+  }
+  // Between 1 and 1 + 2^-7: the tie goes to even, anything above it goes up.
+  HostTensor x(DType::bf16, {3}, {1 + 0x1p-8, 1 + 0x1p-8 + 0x1p-30, -(1 + 3 * 0x1p-8)});
+  CHECK(x.values() == std::vector<double>{1, 1 + 0x1p-7, -(1 + 0x1p-6)});
+}
+
+TEST_CASE("OpCase: both types see the same inputs, outputs begin as NaN") {
+  OpCase c(1);
+  const Slot x = c.normal({100}), u = c.uniform({100}, 2, 3), i = c.integers({100}, -1, 4);
+  const Slot y = c.output({2}), n = c.output(DType::i64, {2});
+  const Bound f32 = c.bind(DType::f32), f64 = c.bind(DType::f64);
+  CHECK(f32.at(x).values() == f64.at(x).values());
+  for (const double value : f64.at(u).values()) CHECK((value >= 2 && value <= 3));
+  for (const double value : f64.at(i).values()) CHECK((value >= -1 && value < 4));
+  CHECK(std::isnan(f32.at(y).get(1)));
+  CHECK(f32.at(n).get(1) == -77);
+  CHECK(f32[x].dtype() == DType::f32);
+  CHECK(f64[x].dtype() == DType::f64);
+  CHECK_FALSE(f64[Slot()].defined());
+}
+
+TEST_CASE("check_gradient: a wrong factor, sign or element turns it red") {
+  // y = x^3 elementwise, computed by the bodies themselves.
+  OpCase c(2);
+  const Slot x = c.normal({20}), y = c.output({20}), dy = c.normal({20}), dx = c.output({20});
+  const auto forward = [&](Ops&, Stream&, const Bound& b) {
+    for (int i = 0; i < 20; ++i) b[y].data<double>()[i] = std::pow(b[x].data<double>()[i], 3);
+  };
+  const auto check = [&](double factor, int64_t wrong_element) {
+    return check_gradient(
+        c, forward,
+        [&](Ops&, Stream&, const Bound& b) {
+          for (int i = 0; i < 20; ++i) {
+            const double slope = 3 * std::pow(b[x].data<double>()[i], 2);
+            b[dx].data<double>()[i] = factor * slope * b[dy].data<double>()[i];
+          }
+          if (wrong_element >= 0) b[dx].data<double>()[wrong_element] += 1e-5;
+        },
+        {{y, dy}}, {{x, dx}});
+  };
+  CHECK(check(1, -1));
+  CHECK_FALSE(check(1.00001, -1));
+  CHECK_FALSE(check(-1, -1));
+  CHECK_FALSE(check(1, 7));
+}
+
+}  // namespace dstrain::test

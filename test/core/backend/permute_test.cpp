@@ -1,0 +1,146 @@
+// T tokens, K experts per token, E experts, R = T*K rows, D columns.
+#include <algorithm>
+
+#include "test/support/catch.h"
+#include "test/support/op_check.h"
+
+namespace dstrain::test {
+namespace {
+
+struct SortCase {
+  OpCase c{41};
+  int64_t T, K, E;
+  Slot indices, weights, offsets, token_of_row, row_of_slot, row_weight;
+
+  SortCase(int64_t tokens, int64_t k, int64_t experts) : T(tokens), K(k), E(experts) {
+    indices = c.integers({T, K}, 0, E);
+    add_outputs();
+  }
+  void add_outputs() {
+    weights = c.normal({T, K});
+    offsets = c.output(DType::i32, {E + 1});
+    token_of_row = c.output(DType::i32, {T * K});
+    row_of_slot = c.output(DType::i32, {T, K});
+    row_weight = c.output({T * K});
+  }
+  void sort(Ops& ops, Stream& s, const Bound& b) const {
+    ops.sort_by_expert(s, b[indices], b[weights], b[offsets], b[token_of_row], b[row_of_slot],
+                       b[row_weight]);
+  }
+};
+
+}  // namespace
+
+TEST_CASE("sort_by_expert is a stable sort", "[ops]") {
+  const auto [T, K, E] = GENERATE(
+      table<int64_t, int64_t, int64_t>({{0, 2, 3}, {1, 1, 1}, {5, 3, 40}, {9001, 4, 16}}));
+  CAPTURE(T, K, E);
+  const SortCase z(T, K, E);
+  const Bound b = check_op(
+      z.c, [&](Ops& ops, Stream& s, const Bound& t) { z.sort(ops, s, t); },
+      {{z.row_weight, {.expect_exact_zero = T == 0}}});
+  std::vector<int64_t> order(static_cast<size_t>(T * K));
+  for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<int64_t>(i);
+  std::stable_sort(order.begin(), order.end(), [&](int64_t x, int64_t y) {
+    return b.at(z.indices).get(x) < b.at(z.indices).get(y);
+  });
+  bool same = true;
+  std::vector<double> offsets(static_cast<size_t>(E + 1));
+  for (int64_t r = 0; r < T * K; ++r) {
+    const int64_t slot = order[static_cast<size_t>(r)];
+    same = same && b.at(z.token_of_row).get(r) == static_cast<double>(slot / K) &&
+           b.at(z.row_of_slot).get(slot) == static_cast<double>(r) &&
+           b.at(z.row_weight).get(r) == b.at(z.weights).get(slot);
+    for (auto e = static_cast<int64_t>(b.at(z.indices).get(slot)) + 1; e <= E; ++e) {
+      offsets[static_cast<size_t>(e)] += 1;
+    }
+  }
+  CHECK(same);
+  CHECK(b.at(z.offsets).values() == offsets);
+}
+
+TEST_CASE("combine_rows: f32 agrees with f64 and the formula holds", "[ops]") {
+  const auto [T, K, D] = GENERATE(table<int64_t, int64_t, int64_t>(
+      {{0, 2, 8}, {1, 1, 1}, {7, 3, 5}, {33, 4, 64}, {200, 8, 130}, {11, 6, 1}}));
+  const bool with_addend = GENERATE(true, false);
+  CAPTURE(T, K, D, with_addend);
+  SortCase z(T, K, 5);
+  const Slot y = z.c.normal({T * K, D}), addend = z.c.normal({T, D}), out = z.c.output({T, D});
+  const Bound b = check_op(z.c,
+                           [&](Ops& ops, Stream& s, const Bound& t) {
+                             z.sort(ops, s, t);
+                             ops.combine_rows(s, t[y], t[z.row_of_slot],
+                                              with_addend ? t[addend] : Tensor(), t[out]);
+                           },
+                           {{out, {.sum_length = K + 1, .roundings = 2}}});
+  HostTensor expected(DType::f64, {T, D});
+  for (int64_t i = 0; i < T * D; ++i) {
+    double sum = with_addend ? b.at(addend).get(i) : 0;
+    for (int64_t k = 0; k < K; ++k) {
+      const auto r = static_cast<int64_t>(b.at(z.row_of_slot).get(i / D * K + k));
+      sum += b.at(y).get(r * D + i % D);
+    }
+    expected.set(i, sum);
+  }
+  CHECK(compare_within(b.at(out), expected, 1e-14));
+}
+
+TEST_CASE("combine_rows: addend in place, and the gradient of gathered rows", "[ops]") {
+  // The rows that experts read are copies of token rows; combine_rows sums their gradients.
+  SortCase z(6, 3, 4);
+  const Slot x = z.c.normal({6, 5}), rows = z.c.output({18, 5});
+  const Slot drows = z.c.normal({18, 5}), dx = z.c.values({6, 5}, std::vector<double>(30));
+  const auto forward = [&](Ops& ops, Stream& s, const Bound& b) {
+    z.sort(ops, s, b);
+    ops.gather_rows(s, b[x], b[z.token_of_row], b[rows]);
+  };
+  const auto check = [&](const OpBody& backward) {
+    return check_gradient(z.c, forward, backward, {{rows, drows}}, {{x, dx}});
+  };
+  const auto backward = [&](Ops& ops, Stream& s, const Bound& b) {
+    ops.combine_rows(s, b[drows], b[z.row_of_slot], b[dx], b[dx]);
+  };
+  CHECK(check(backward));
+  CHECK_FALSE(check([&](Ops& ops, Stream& s, const Bound& b) {
+    std::swap(b[z.row_of_slot].data<int32_t>()[0], b[z.row_of_slot].data<int32_t>()[17]);
+    backward(ops, s, b);
+  }));
+}
+
+TEST_CASE("gather_rows: any type, one column, strided rows", "[ops]") {
+  OpCase c(43);
+  const Slot x = c.normal({10, 6}), index = c.integers({7}, 0, 10), y = c.output({7, 6});
+  const Slot part = c.output({7, 2}), column = c.output({7, 1});
+  const Slot numbers = c.integers({10, 1}, 0, 1000), picked = c.output(DType::i32, {7, 1});
+  const Bound b = check_op(c,
+                           [&](Ops& ops, Stream& s, const Bound& t) {
+                             ops.gather_rows(s, t[x], t[index], t[y]);
+                             ops.gather_rows(s, t[x].columns(3, 5), t[index], t[part]);
+                             ops.gather_rows(s, t[x].columns(3, 4), t[index], t[column]);
+                             ops.gather_rows(s, t[numbers], t[index], t[picked]);
+                           },
+                           {});
+  for (int64_t r = 0; r < 7; ++r) {
+    const auto i = static_cast<int64_t>(b.at(index).get(r));
+    for (int64_t d = 0; d < 6; ++d) CHECK(b.at(y).get(r * 6 + d) == b.at(x).get(i * 6 + d));
+    CHECK(b.at(part).get(2 * r + 1) == b.at(x).get(i * 6 + 4));
+    CHECK(b.at(column).get(r) == b.at(x).get(i * 6 + 3));
+    CHECK(b.at(picked).get(r) == b.at(numbers).get(i));
+  }
+}
+
+TEST_CASE("permutations refuse rows out of range", "[ops]") {
+  OpCase c(44);
+  const Slot x = c.normal({3, 2}), index = c.fixed(DType::i32, {1}, {3}), y = c.output({1, 2});
+  const Slot slots = c.fixed(DType::i32, {1, 2}, {0, -1});
+  CHECK_THROWS_WITH(run_op(c, DType::f32, 1, [&](Ops& ops, Stream& s, const Bound& b) {
+                      ops.gather_rows(s, b[x], b[index], b[y]);
+                    }),
+                    Catch::Contains("gather_rows: row 3 of 3"));
+  CHECK_THROWS_WITH(run_op(c, DType::f32, 1, [&](Ops& ops, Stream& s, const Bound& b) {
+                      ops.combine_rows(s, b[x], b[slots], Tensor(), b[y]);
+                    }),
+                    Catch::Contains("combine_rows: row -1 of 3"));
+}
+
+}  // namespace dstrain::test
