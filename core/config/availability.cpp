@@ -21,11 +21,13 @@ std::vector<Unavailable> unavailable_features(const Config& c, const BuildCapabi
     add("precision.moments", "bf16", "this build keeps moments in fp32 only");
   if (c.precision.quantization == Quantization::aware && !build.quantization_aware)
     add("precision.quantization", "aware",
-        "training with fake-quantised weights is not built yet; precision.quantization: none works");
+        "training with fake-quantised weights is not built yet; precision.quantization: none "
+        "works");
 
   const auto needs_ranks = [&](const char* key, int64_t value) {
     if (value > 1 && !build.ranks)
-      add(key, fmt::to_string(value), fmt::format("this build trains on one rank; {}: 1 works", key));
+      add(key, fmt::to_string(value),
+          fmt::format("this build trains on one rank; {}: 1 works", key));
   };
   needs_ranks("parallel.data", c.parallel.data.value);
   needs_ranks("parallel.tensor", c.parallel.tensor);
@@ -46,7 +48,8 @@ void require_available(const std::vector<Unavailable>& missing) {
   if (missing.empty()) return;
   std::string text = "this build cannot do what the configuration asks for:";
   for (const Unavailable& feature : missing)
-    text += fmt::format("\n  {}: {} is not available: {}", feature.key, feature.value, feature.sentence);
+    text += fmt::format("\n  {}: {} is not available: {}", feature.key, feature.value,
+                        feature.sentence);
   throw ConfigError(text);
 }
 

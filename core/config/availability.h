@@ -14,7 +14,7 @@ struct BuildCapabilities {
   bool cuda = false;                // the CUDA back end
   bool quantization_aware = false;  // training with fake-quantised weights
   bool bf16_moments = false;
-  bool ranks = false;               // more than one rank, and the axes of `parallel`
+  bool ranks = false;  // more than one rank, and the axes of `parallel`
   bool compression = false;
 };
 

@@ -14,15 +14,16 @@
 namespace dstrain {
 
 enum class Device { automatic, cpu, cuda };
-DSTRAIN_ENUM_NAMES(Device, {Device::automatic, "auto"}, {Device::cpu, "cpu"}, {Device::cuda, "cuda"});
+DSTRAIN_ENUM_NAMES(Device, {Device::automatic, "auto"}, {Device::cpu, "cpu"},
+                   {Device::cuda, "cuda"});
 
 struct RunConfig {
-  std::string name;           // outputs go to <dir>/<name>
+  std::string name;  // outputs go to <dir>/<name>
   std::string dir = "runs";
   int64_t seed = 42;
   Device device = Device::automatic;
   bool deterministic = false;
-  int64_t threads = 0;        // per rank; 0 = the cores this process may use, shared by the local ranks
+  int64_t threads = 0;  // per rank; 0 = the cores this process may use, shared by the local ranks
 
   static void fields(auto& field, auto& c) {
     field("name", c.name, required(), "name of the run; outputs go to <run.dir>/<run.name>");
@@ -36,7 +37,8 @@ struct RunConfig {
 };
 
 enum class ScoringFunc { softmax, sigmoid };
-DSTRAIN_ENUM_NAMES(ScoringFunc, {ScoringFunc::softmax, "softmax"}, {ScoringFunc::sigmoid, "sigmoid"});
+DSTRAIN_ENUM_NAMES(ScoringFunc, {ScoringFunc::softmax, "softmax"},
+                   {ScoringFunc::sigmoid, "sigmoid"});
 
 enum class TopkMethod { greedy, group_limited_greedy, noaux_tc };
 DSTRAIN_ENUM_NAMES(TopkMethod, {TopkMethod::greedy, "greedy"},
@@ -53,18 +55,19 @@ struct RopeScalingConfig {
   int64_t original_max_position_embeddings = 4096;
   double beta_fast = 32.0;
   double beta_slow = 1.0;
-  double mscale = 0.0;          // 0 = absent
-  double mscale_all_dim = 0.0;  // 0 = absent
+  double mscale = 0.0;            // 0 = absent
+  double mscale_all_dim = 0.0;    // 0 = absent
   double attention_factor = 0.0;  // 0 = derived from factor and mscale
 
   static void fields(auto& field, auto& c) {
     field("type", c.type, any(), "default (no scaling) or yarn");
     field("factor", c.factor, at_least(1.0), "context length extension factor");
-    field("original_max_position_embeddings", c.original_max_position_embeddings, in_range(1, 1 << 30),
-          "context length before extension");
+    field("original_max_position_embeddings", c.original_max_position_embeddings,
+          in_range(1, 1 << 30), "context length before extension");
     field("beta_fast", c.beta_fast, above(0.0), "YaRN: rotations above which nothing changes");
     field("beta_slow", c.beta_slow, above(0.0), "YaRN: rotations below which all is interpolated");
-    field("mscale", c.mscale, at_least(0.0), "YaRN: attention temperature of cos and sin; 0 = absent");
+    field("mscale", c.mscale, at_least(0.0),
+          "YaRN: attention temperature of cos and sin; 0 = absent");
     field("mscale_all_dim", c.mscale_all_dim, at_least(0.0),
           "YaRN: attention temperature of the whole score; 0 = absent");
     field("attention_factor", c.attention_factor, at_least(0.0),
@@ -73,8 +76,8 @@ struct RopeScalingConfig {
 };
 
 struct ModelConfig {
-  std::string preset;  // a named set of the values below, applied first
-  std::string from;    // a Hugging Face folder whose config.json and weights to start from
+  std::string preset;      // a named set of the values below, applied first
+  std::string from;        // a Hugging Face folder whose config.json and weights to start from
   int64_t vocab_size = 0;  // 0 = the tokenizer's
   int64_t hidden_size = 256;
   int64_t num_hidden_layers = 6;
@@ -116,12 +119,16 @@ struct ModelConfig {
   bool is_moe_layer(int64_t layer) const {
     return n_routed_experts > 0 && layer >= first_k_dense_replace && layer % moe_layer_freq == 0;
   }
-  int64_t kv_heads() const { return num_key_value_heads > 0 ? num_key_value_heads : num_attention_heads; }
+  int64_t kv_heads() const {
+    return num_key_value_heads > 0 ? num_key_value_heads : num_attention_heads;
+  }
   // Width of one query head, of one value head, and the rotated part of a query head.
   int64_t qk_dim() const { return is_mla() ? qk_nope_head_dim + qk_rope_head_dim : gqa_head_dim(); }
   int64_t v_dim() const { return is_mla() ? v_head_dim : gqa_head_dim(); }
   int64_t rope_dim() const { return is_mla() ? qk_rope_head_dim : gqa_head_dim(); }
-  int64_t gqa_head_dim() const { return head_dim > 0 ? head_dim : hidden_size / num_attention_heads; }
+  int64_t gqa_head_dim() const {
+    return head_dim > 0 ? head_dim : hidden_size / num_attention_heads;
+  }
   bool rope_is_interleaved() const { return rope_interleave.value_or(is_mla()); }
 
   static void fields(auto& field, auto& c);  // below
@@ -132,7 +139,8 @@ struct DataSourceConfig {
   double weight = 1.0;
 
   static void fields(auto& field, auto& c) {
-    field("path", c.path, required(), "a dataset of `data build`, a Megatron .bin/.idx prefix or an llm.c .bin");
+    field("path", c.path, required(),
+          "a dataset of `data build`, a Megatron .bin/.idx prefix or an llm.c .bin");
     field("weight", c.weight, above(0.0), "share of this source in the blend");
   }
 };
@@ -167,19 +175,24 @@ struct TrainConfig {
   int64_t global_batch = 16;  // sequences an optimizer step
   int64_t micro_batch = 8;    // sequences a forward pass, per data-parallel rank
   Recompute recompute = Recompute::none;
-  int64_t eval_every = 0;     // steps; 0 = only at the end
-  int64_t eval_batches = 0;   // 0 = all of data.valid
+  int64_t eval_every = 0;    // steps; 0 = only at the end
+  int64_t eval_batches = 0;  // 0 = all of data.valid
   int64_t log_every = 1;
 
   static void fields(auto& field, auto& c) {
     field("steps", c.steps, in_range(0, 1e12), "optimizer steps of the whole run");
     field("global_batch", c.global_batch, in_range(1, 1 << 30), "sequences per optimizer step");
-    field("micro_batch", c.micro_batch, in_range(1, 1 << 24), "sequences per forward pass and data-parallel rank");
+    field("micro_batch", c.micro_batch, in_range(1, 1 << 24),
+          "sequences per forward pass and data-parallel rank");
     field("recompute", c.recompute, any(),
-          "activations computed again in backward: none, selective (norms, SwiGLU, attention inputs) or full blocks");
-    field("eval_every", c.eval_every, at_least(0), "steps between evaluations; 0 evaluates at the end only");
-    field("eval_batches", c.eval_batches, at_least(0), "global batches per evaluation; 0 reads all of data.valid");
-    field("log_every", c.log_every, at_least(1), "steps between lines where the output is no terminal");
+          "activations computed again in backward: none, selective (norms, SwiGLU, attention "
+          "inputs) or full blocks");
+    field("eval_every", c.eval_every, at_least(0),
+          "steps between evaluations; 0 evaluates at the end only");
+    field("eval_batches", c.eval_batches, at_least(0),
+          "global batches per evaluation; 0 reads all of data.valid");
+    field("log_every", c.log_every, at_least(1),
+          "steps between lines where the output is no terminal");
   }
 };
 
@@ -206,8 +219,9 @@ struct OptimizerConfig {
 };
 
 enum class ScheduleName { constant, linear, cosine, wsd };
-DSTRAIN_ENUM_NAMES(ScheduleName, {ScheduleName::constant, "constant"}, {ScheduleName::linear, "linear"},
-                   {ScheduleName::cosine, "cosine"}, {ScheduleName::wsd, "wsd"});
+DSTRAIN_ENUM_NAMES(ScheduleName, {ScheduleName::constant, "constant"},
+                   {ScheduleName::linear, "linear"}, {ScheduleName::cosine, "cosine"},
+                   {ScheduleName::wsd, "wsd"});
 
 // A number of steps ("100") or a share of train.steps ("5%").
 struct StepCount {
@@ -268,20 +282,24 @@ struct ParallelConfig {
   double expert_buffer = 1.5;
 
   static void fields(auto& field, auto& c) {
-    field("data", c.data, in_range(1, 65536), "data-parallel ranks; auto takes what the other axes leave");
+    field("data", c.data, in_range(1, 65536),
+          "data-parallel ranks; auto takes what the other axes leave");
     field("tensor", c.tensor, in_range(1, 65536), "tensor-parallel ranks");
     field("pipeline", c.pipeline, in_range(1, 65536), "pipeline stages");
     field("expert", c.expert, in_range(1, 65536), "expert-parallel ranks");
     field("context", c.context, in_range(1, 65536), "context-parallel ranks");
-    field("zero", c.zero, in_range(0, 3), "ZeRO stage: 1 shards optimizer state, 2 gradients, 3 parameters");
+    field("zero", c.zero, in_range(0, 3),
+          "ZeRO stage: 1 shards optimizer state, 2 gradients, 3 parameters");
     field("expert_buffer", c.expert_buffer, at_least(1.0),
-          "receive buffer of expert parallelism over the balanced load; overflow runs exact extra rounds");
+          "receive buffer of expert parallelism over the balanced load; overflow runs exact extra "
+          "rounds");
   }
 };
 
 enum class CompressionMethod { none, topk, int8, automatic };
-DSTRAIN_ENUM_NAMES(CompressionMethod, {CompressionMethod::none, "none"}, {CompressionMethod::topk, "topk"},
-                   {CompressionMethod::int8, "int8"}, {CompressionMethod::automatic, "auto"});
+DSTRAIN_ENUM_NAMES(CompressionMethod, {CompressionMethod::none, "none"},
+                   {CompressionMethod::topk, "topk"}, {CompressionMethod::int8, "int8"},
+                   {CompressionMethod::automatic, "auto"});
 enum class CompressionScope { all, inter_node };
 DSTRAIN_ENUM_NAMES(CompressionScope, {CompressionScope::all, "all"},
                    {CompressionScope::inter_node, "inter_node"});
@@ -294,7 +312,8 @@ struct CompressionConfig {
 
   static void fields(auto& field, auto& c) {
     field("method", c.method, any(), "none, topk, int8 or auto");
-    field("density", c.density, in_range(0.0, 1.0), "topk: share of the gradient's elements that is sent");
+    field("density", c.density, in_range(0.0, 1.0),
+          "topk: share of the gradient's elements that is sent");
     field("error_feedback", c.error_feedback, any(), "add what was not sent to the next gradient");
     field("scope", c.scope, any(), "all traffic, or only between nodes");
   }
@@ -307,10 +326,13 @@ struct CheckpointConfig {
   int64_t max_failed_saves = 3;
 
   static void fields(auto& field, auto& c) {
-    field("every", c.every, at_least(0), "steps between checkpoints; 0 saves at the end and on signals only");
-    field("keep", c.keep, at_least(1), "checkpoints that retention keeps; the last verified two always stay");
+    field("every", c.every, at_least(0),
+          "steps between checkpoints; 0 saves at the end and on signals only");
+    field("keep", c.keep, at_least(1),
+          "checkpoints that retention keeps; the last verified two always stay");
     field("async", c.async, any(), "write from a snapshot while training goes on");
-    field("max_failed_saves", c.max_failed_saves, at_least(1), "failed saves in a row after which the run stops");
+    field("max_failed_saves", c.max_failed_saves, at_least(1),
+          "failed saves in a row after which the run stops");
   }
 };
 
@@ -320,7 +342,8 @@ struct MetricsConfig {
 
   static void fields(auto& field, auto& c) {
     field("jsonl", c.jsonl, any(), "write <run>/metrics.jsonl");
-    field("tensorboard", c.tensorboard, any(), "write TensorBoard event files to <run>/tensorboard");
+    field("tensorboard", c.tensorboard, any(),
+          "write TensorBoard event files to <run>/tensorboard");
   }
 };
 
@@ -332,7 +355,8 @@ struct LaunchConfig {
   static void fields(auto& field, auto& c) {
     field("ranks", c.ranks, in_range(1, 65536), "local ranks; auto is one per GPU, else 1");
     field("hosts", c.hosts, any(), "host names to start ranks on");
-    field("max_restarts", c.max_restarts, at_least(0), "restarts from a checkpoint before giving up");
+    field("max_restarts", c.max_restarts, at_least(0),
+          "restarts from a checkpoint before giving up");
   }
 };
 
@@ -369,44 +393,65 @@ struct Config {
 void ModelConfig::fields(auto& field, auto& c) {
   field("preset", c.preset, any(), "named architecture whose values the other keys override");
   field("from", c.from, any(), "Hugging Face folder to take config.json and initial weights from");
-  field("vocab_size", c.vocab_size, in_range(0, 1 << 24).or_null(), "rows of the embedding; 0 takes the tokenizer's");
+  field("vocab_size", c.vocab_size, in_range(0, 1 << 24).or_null(),
+        "rows of the embedding; 0 takes the tokenizer's");
   field("hidden_size", c.hidden_size, in_range(1, 1 << 20), "width of the residual stream");
   field("num_hidden_layers", c.num_hidden_layers, in_range(1, 10000), "transformer blocks");
-  field("intermediate_size", c.intermediate_size, in_range(1, 1 << 22), "width of a dense feed-forward");
-  field("moe_intermediate_size", c.moe_intermediate_size, in_range(1, 1 << 22), "width of one expert");
-  field("first_k_dense_replace", c.first_k_dense_replace, in_range(0, 10000), "leading blocks that are dense");
-  field("moe_layer_freq", c.moe_layer_freq, in_range(1, 10000), "every n-th block after those is a MoE");
-  field("n_routed_experts", c.n_routed_experts, in_range(0, 65536).or_null(), "routed experts; 0 makes every block dense");
-  field("n_shared_experts", c.n_shared_experts, in_range(0, 1024).or_null(), "always-on experts, run as one wide feed-forward");
-  field("num_experts_per_tok", c.num_experts_per_tok, in_range(0, 1024).or_null(), "routed experts per token");
+  field("intermediate_size", c.intermediate_size, in_range(1, 1 << 22),
+        "width of a dense feed-forward");
+  field("moe_intermediate_size", c.moe_intermediate_size, in_range(1, 1 << 22),
+        "width of one expert");
+  field("first_k_dense_replace", c.first_k_dense_replace, in_range(0, 10000),
+        "leading blocks that are dense");
+  field("moe_layer_freq", c.moe_layer_freq, in_range(1, 10000),
+        "every n-th block after those is a MoE");
+  field("n_routed_experts", c.n_routed_experts, in_range(0, 65536).or_null(),
+        "routed experts; 0 makes every block dense");
+  field("n_shared_experts", c.n_shared_experts, in_range(0, 1024).or_null(),
+        "always-on experts, run as one wide feed-forward");
+  field("num_experts_per_tok", c.num_experts_per_tok, in_range(0, 1024).or_null(),
+        "routed experts per token");
   field("n_group", c.n_group, in_range(1, 65536), "expert groups of group-limited routing");
   field("topk_group", c.topk_group, in_range(1, 65536), "groups a token may use");
   field("topk_method", c.topk_method, any(),
-        "greedy, group_limited_greedy (by a group's best score) or noaux_tc (bias-corrected, by its best two)");
+        "greedy, group_limited_greedy (by a group's best score) or noaux_tc (bias-corrected, by "
+        "its best two)");
   field("scoring_func", c.scoring_func, any(), "router scores: softmax or sigmoid");
   field("norm_topk_prob", c.norm_topk_prob, any(), "chosen scores are divided by their sum");
   field("routed_scaling_factor", c.routed_scaling_factor, above(0.0), "multiplies the routed sum");
   field("bias_update_speed", c.bias_update_speed, at_least(0.0),
         "step of the auxiliary-loss-free balancing bias (noaux_tc); 0 keeps it");
-  field("aux_loss_alpha", c.aux_loss_alpha, at_least(0.0), "weight of the sequence-wise balance loss");
+  field("aux_loss_alpha", c.aux_loss_alpha, at_least(0.0),
+        "weight of the sequence-wise balance loss");
   field("num_attention_heads", c.num_attention_heads, in_range(1, 65536), "query heads");
-  field("num_key_value_heads", c.num_key_value_heads, in_range(0, 65536).or_null(), "key/value heads; 0 means num_attention_heads");
-  field("head_dim", c.head_dim, in_range(0, 65536).or_null(), "GQA head width; 0 means hidden_size / num_attention_heads");
-  field("kv_lora_rank", c.kv_lora_rank, in_range(0, 1 << 20).or_null(), "width of the compressed keys and values; above 0 is MLA");
-  field("q_lora_rank", c.q_lora_rank, in_range(0, 1 << 20).or_null(), "width of compressed queries; 0 or null is none");
-  field("qk_nope_head_dim", c.qk_nope_head_dim, in_range(0, 65536).or_null(), "MLA: part of a query head without position");
-  field("qk_rope_head_dim", c.qk_rope_head_dim, in_range(0, 65536).or_null(), "MLA: rotated part of a query head");
+  field("num_key_value_heads", c.num_key_value_heads, in_range(0, 65536).or_null(),
+        "key/value heads; 0 means num_attention_heads");
+  field("head_dim", c.head_dim, in_range(0, 65536).or_null(),
+        "GQA head width; 0 means hidden_size / num_attention_heads");
+  field("kv_lora_rank", c.kv_lora_rank, in_range(0, 1 << 20).or_null(),
+        "width of the compressed keys and values; above 0 is MLA");
+  field("q_lora_rank", c.q_lora_rank, in_range(0, 1 << 20).or_null(),
+        "width of compressed queries; 0 or null is none");
+  field("qk_nope_head_dim", c.qk_nope_head_dim, in_range(0, 65536).or_null(),
+        "MLA: part of a query head without position");
+  field("qk_rope_head_dim", c.qk_rope_head_dim, in_range(0, 65536).or_null(),
+        "MLA: rotated part of a query head");
   field("v_head_dim", c.v_head_dim, in_range(0, 65536).or_null(), "MLA: width of a value head");
   field("attention_bias", c.attention_bias, any(), "biases in the attention projections");
   field("rope_theta", c.rope_theta, above(0.0), "base of the rotary frequencies");
-  field("rope_interleave", c.rope_interleave, any(), "pairs are neighbours (true) or half a head apart (false)");
+  field("rope_interleave", c.rope_interleave, any(),
+        "pairs are neighbours (true) or half a head apart (false)");
   field("rope_scaling", c.rope_scaling, any().or_null(), "context extension");
-  field("max_position_embeddings", c.max_position_embeddings, in_range(1, 1 << 30), "longest sequence");
+  field("max_position_embeddings", c.max_position_embeddings, in_range(1, 1 << 30),
+        "longest sequence");
   field("rms_norm_eps", c.rms_norm_eps, above(0.0), "added to the mean square");
   field("tie_word_embeddings", c.tie_word_embeddings, any(), "the output head is the embedding");
-  field("initializer_range", c.initializer_range, above(0.0), "standard deviation of initial weights");
-  field("num_nextn_predict_layers", c.num_nextn_predict_layers, in_range(0, 64), "multi-token prediction modules");
-  field("mtp_loss_weight", c.mtp_loss_weight, at_least(0.0), "weight of the multi-token prediction loss");
+  field("initializer_range", c.initializer_range, above(0.0),
+        "standard deviation of initial weights");
+  field("num_nextn_predict_layers", c.num_nextn_predict_layers, in_range(0, 64),
+        "multi-token prediction modules");
+  field("mtp_loss_weight", c.mtp_loss_weight, at_least(0.0),
+        "weight of the multi-token prediction loss");
 }
 
 }  // namespace dstrain

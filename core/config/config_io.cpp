@@ -8,6 +8,7 @@
 #include <cstring>
 #include <filesystem>
 
+#include "core/base/file.h"
 #include "core/config/field_loader.h"
 #include "core/config/field_tree.h"
 #include "core/config/hf_config.h"
@@ -19,13 +20,14 @@ namespace {
 
 constexpr int kMaxExtends = 8;
 
-// The file's bytes, at most `limit` + 1 of them, so that a device or a huge file ends too.
-std::string read_small_file(const std::string& path, int64_t limit) {
+// The file's bytes, at most one more than is allowed, so that a device or a huge file ends too. A
+// job may come through a pipe, which core/base/file.h does not read.
+std::string read_job_file(const std::string& path) {
   const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
   if (fd < 0) throw_errno("cannot open", path, errno);
   std::string text;
   char buffer[16384];
-  while (static_cast<int64_t>(text.size()) <= limit) {
+  while (static_cast<int64_t>(text.size()) <= kMaxYamlBytes) {
     const ssize_t n = ::read(fd, buffer, sizeof buffer);
     if (n < 0 && errno == EINTR) continue;
     if (n < 0) {
@@ -71,12 +73,13 @@ class JobLoader {
     std::vector<Layer> files;
     std::vector<std::string> chain = {path};
     for (std::string current = path; !current.empty();) {
-      const std::string text = read_small_file(current, kMaxYamlBytes);
+      const std::string text = read_job_file(current);
       const int source = loaded_.sources.add_file(current, text);
       std::optional<YamlNode> root = parse_yaml(source, text, problems_);
       if (!root) break;
       if (root->kind == YamlNode::Kind::null)
-        problems_.add({source, 0, 0, 1}, "the job file is empty", "see configs/quickstart.yaml for one that runs");
+        problems_.add({source, 0, 0, 1}, "the job file is empty",
+                      "see configs/quickstart.yaml for one that runs");
       const std::optional<YamlEntry> extends = take_extends(*root);
       files.insert(files.begin(), {std::move(*root), Origin::Kind::file});
       current = extends ? next_file(*extends, chain) : "";
@@ -89,13 +92,17 @@ class JobLoader {
     if (layer.node.kind == YamlNode::Kind::map) layers_.push_back(std::move(layer));
   }
 
-  LoadedConfig finish() {
+  const Problems& load() {
     apply_model_source();
     for (const Layer& layer : layers_) {
       LoadContext context{loaded_.sources, problems_, loaded_.origins, layer.kind};
       load_layer(layer.node, loaded_.config, context);
     }
-    problems_.throw_if_any(loaded_.sources);
+    return problems_;
+  }
+
+  LoadedConfig finish() {
+    load().throw_if_any(loaded_.sources);
     return std::move(loaded_);
   }
 
@@ -111,7 +118,8 @@ class JobLoader {
     const std::string path = (folder / extends.value.text).string();
     for (const std::string& earlier : chain)
       if (is_same_file(earlier, path)) {
-        problems_.add(place, fmt::format("extends runs in a circle: {} is already being read", quote(path)));
+        problems_.add(
+            place, fmt::format("extends runs in a circle: {} is already being read", quote(path)));
         return {};
       }
     if (chain.size() > kMaxExtends) {
@@ -119,7 +127,8 @@ class JobLoader {
       return {};
     }
     if (::access(path.c_str(), R_OK) != 0) {
-      problems_.add(place, fmt::format("extends: cannot open {}: {}", quote(path), std::strerror(errno)),
+      problems_.add(place,
+                    fmt::format("extends: cannot open {}: {}", quote(path), std::strerror(errno)),
                     "the path is relative to this file");
       return {};
     }
@@ -131,8 +140,7 @@ class JobLoader {
   const YamlNode* find_model_value(const std::string& key) const {
     for (auto layer = layers_.rbegin(); layer != layers_.rend(); ++layer)
       if (const YamlNode* model = layer->node.find("model"))
-        if (const YamlNode* value = model->find(key))
-          return value->text.empty() ? nullptr : value;
+        if (const YamlNode* value = model->find(key)) return value->text.empty() ? nullptr : value;
     return nullptr;
   }
 
@@ -141,11 +149,13 @@ class JobLoader {
     const YamlNode* preset = find_model_value("preset");
     const YamlNode* from = find_model_value("from");
     if (preset && from)
-      return problems_.add(from->location, "model.from and model.preset both name a model", "keep one");
+      return problems_.add(from->location, "model.from and model.preset both name a model",
+                           "keep one");
     if (preset) {
       const std::optional<ModelConfig> model = find_preset(preset->text);
       if (!model)
-        return problems_.add(preset->location, "model.preset: there is no preset " + quote(preset->text),
+        return problems_.add(preset->location,
+                             "model.preset: there is no preset " + quote(preset->text),
                              suggest_preset(preset->text));
       start_from(*model, "preset " + preset->text);
     }
@@ -192,9 +202,16 @@ LoadedConfig load_config(const std::optional<std::string>& path,
   LoadedConfig loaded = loader.finish();
   if (!path && loaded.config.run.name.empty() && !loaded.config.model.preset.empty()) {
     loaded.config.run.name = loaded.config.model.preset;
-    loaded.set_origin("run.name", {Origin::Kind::preset, "preset " + loaded.config.model.preset, {}});
+    loaded.set_origin("run.name",
+                      {Origin::Kind::preset, "preset " + loaded.config.model.preset, {}});
   }
   return loaded;
+}
+
+Problems check_override(const Override& value) {
+  JobLoader loader;
+  loader.add_override(value);
+  return loader.load();
 }
 
 Config parse_config_text(std::string_view text, const std::string& name) {
@@ -212,11 +229,14 @@ Config parse_config_text(std::string_view text, const std::string& name) {
   return config;
 }
 
-std::string dump_config(const Config& config) { return to_yaml(describe(config)); }
+std::string dump_config(const Config& config) {
+  return to_yaml(describe(config));
+}
 
 std::vector<std::string> diff_config(const Config& before, const Config& after) {
   std::map<std::string, std::string> old_values;
-  for_each_leaf(describe(before), [&](const FieldNode& leaf) { old_values[leaf.path] = leaf.value; });
+  for_each_leaf(describe(before),
+                [&](const FieldNode& leaf) { old_values[leaf.path] = leaf.value; });
   std::vector<std::string> lines;
   for_each_leaf(describe(after), [&](const FieldNode& leaf) {
     const auto old_value = old_values.find(leaf.path);

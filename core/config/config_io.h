@@ -51,6 +51,9 @@ struct LoadedConfig {
 LoadedConfig load_config(const std::optional<std::string>& path,
                          const std::vector<Override>& overrides = {});
 
+// The problems of one command-line value by itself; empty if there are none.
+Problems check_override(const Override& value);
+
 // Parses the text of dump_config(), such as the stamp in a checkpoint. The text stands for itself:
 // no preset, Hugging Face folder or `extends` is applied. `name` is the file name in messages.
 Config parse_config_text(std::string_view text, const std::string& name);

@@ -14,7 +14,8 @@ namespace {
 
 using Json = nlohmann::ordered_json;
 
-std::string explain_leaf(const LoadedConfig& loaded, const FieldNode& field, const std::string& key) {
+std::string explain_leaf(const LoadedConfig& loaded, const FieldNode& field,
+                         const std::string& key) {
   const FieldNode defaults = describe(Config{});
   const FieldNode* default_field = find_field(defaults, field.path);
   std::string text = key + "\n";
@@ -22,30 +23,34 @@ std::string explain_leaf(const LoadedConfig& loaded, const FieldNode& field, con
     if (!value.empty()) text += fmt::format("  {:<9} {}\n", title, value);
   };
   line("value:", field.value);
-  line("default:", field.range.is_required ? "none: a training run needs a value" : default_field->value);
+  line("default:",
+       field.range.is_required ? "none: a training run needs a value" : default_field->value);
   line("type:", type_text(field));
   line("range:", range_text(field.range));
   line("meaning:", field.meaning);
   line("set by:", loaded.origin(field.path).text);
   if (field.path == "model.preset")
-    for (const Preset& preset : presets()) line("", fmt::format("{:<15} {}", preset.name, preset.description));
+    for (const Preset& preset : presets())
+      line("", fmt::format("{:<15} {}", preset.name, preset.description));
   return text;
 }
 
 std::string explain_section(const FieldNode& section, const std::string& key) {
   std::string text = key.empty() ? "" : fmt::format("{}: {}\n", key, section.meaning);
-  const FieldNode& listed = section.type == FieldType::section_list ? section.prototype[0] : section;
+  const FieldNode& listed =
+      section.type == FieldType::section_list ? section.prototype[0] : section;
   if (section.type == FieldType::section_list)
     text += fmt::format("a list, of {} here; each element has\n", section.children.size());
   for (const FieldNode& child : listed.children)
-    text += fmt::format("  {:<32} {:<18} {}\n", (key.empty() ? "" : key + ".") + child.name, child.value,
-                        child.meaning);
+    text += fmt::format("  {:<32} {:<18} {}\n", (key.empty() ? "" : key + ".") + child.name,
+                        child.value, child.meaning);
   return text;
 }
 
 [[noreturn]] void fail_unknown(const FieldNode& root, const std::string& key) {
   std::vector<std::string> paths;
-  for_each_leaf(root, [&](const FieldNode& leaf) { paths.push_back(leaf.path); }, /*prototypes=*/true);
+  for_each_leaf(
+      root, [&](const FieldNode& leaf) { paths.push_back(leaf.path); }, /*prototypes=*/true);
   for (const FieldNode& top : root.children) paths.push_back(top.path);
   std::string hint;
   for (const std::string& path : paths) {
@@ -59,8 +64,9 @@ std::string explain_section(const FieldNode& section, const std::string& key) {
   if (hint.empty())
     if (const auto near = closest_word(key, paths)) hint = fmt::format("did you mean '{}'?", *near);
   if (hint.empty()) hint = suggest_key(root, "", key);
-  throw UsageError(fmt::format("there is no key {}{}", quote(key),
-                               hint.empty() ? "; 'config explain' lists the sections" : "\nhint: " + hint));
+  throw UsageError(
+      fmt::format("there is no key {}{}", quote(key),
+                  hint.empty() ? "; 'config explain' lists the sections" : "\nhint: " + hint));
 }
 
 void add_bounds(const Range& range, Json& schema) {
@@ -68,7 +74,8 @@ void add_bounds(const Range& range, Json& schema) {
     if (value == std::floor(value)) return static_cast<int64_t>(value);
     return value;
   };
-  if (std::isfinite(range.low)) schema[range.low_is_excluded ? "exclusiveMinimum" : "minimum"] = bound(range.low);
+  if (std::isfinite(range.low))
+    schema[range.low_is_excluded ? "exclusiveMinimum" : "minimum"] = bound(range.low);
   if (std::isfinite(range.high)) schema["maximum"] = bound(range.high);
 }
 
@@ -76,8 +83,12 @@ Json schema_of(const FieldNode& node) {
   Json schema = Json::object();
   if (!node.meaning.empty()) schema["description"] = node.meaning;
   switch (node.type) {
-    case FieldType::boolean: schema["type"] = "boolean"; break;
-    case FieldType::optional_boolean: schema["type"] = {"boolean", "null"}; break;
+    case FieldType::boolean:
+      schema["type"] = "boolean";
+      break;
+    case FieldType::optional_boolean:
+      schema["type"] = {"boolean", "null"};
+      break;
     case FieldType::integer:
       if (node.range.accepts_null)
         schema["type"] = {"integer", "null"};
@@ -108,12 +119,16 @@ Json schema_of(const FieldNode& node) {
       schema["anyOf"] = {{{"type", "integer"}, {"minimum", 0}},
                          {{"type", "string"}, {"pattern", "^[0-9]+(\\.[0-9]+)?%$"}}};
       break;
-    case FieldType::text: schema["type"] = "string"; break;
+    case FieldType::text:
+      schema["type"] = "string";
+      break;
     case FieldType::text_list:
       schema["type"] = "array";
       schema["items"] = {{"type", "string"}};
       break;
-    case FieldType::name: schema["enum"] = node.names; break;
+    case FieldType::name:
+      schema["enum"] = node.names;
+      break;
     case FieldType::section: {
       schema["type"] = node.range.accepts_null ? Json({"object", "null"}) : Json("object");
       schema["additionalProperties"] = false;
@@ -145,7 +160,8 @@ std::string explain(const LoadedConfig& loaded, const std::string& key) {
 }
 
 std::string config_schema() {
-  Json schema = {{"$schema", "http://json-schema.org/draft-07/schema#"}, {"title", "deepseek-train job file"}};
+  Json schema = {{"$schema", "http://json-schema.org/draft-07/schema#"},
+                 {"title", "deepseek-train job file"}};
   schema.update(schema_of(describe(Config{})));
   schema["properties"]["extends"] = {
       {"description", "another job file whose values this one overrides; relative to this file"},

@@ -39,7 +39,9 @@ struct Range {
   }
 };
 
-constexpr Range any() { return {}; }
+constexpr Range any() {
+  return {};
+}
 constexpr Range required() {
   Range range;
   range.is_required = true;
@@ -75,7 +77,7 @@ inline constexpr std::array<EnumName<E>, 0> kEnumNames{};
   inline constexpr auto kEnumNames<E> = std::to_array<EnumName<E>>({__VA_ARGS__})
 
 template <class E>
-concept NamedEnum = std::is_enum_v<E> && (kEnumNames<E>.size() > 0);
+concept NamedEnum = std::is_enum_v<E> &&(kEnumNames<E>.size() > 0);
 
 template <NamedEnum E>
 constexpr std::string_view enum_name(E value) {
@@ -96,6 +98,8 @@ struct IgnoreField {
   void operator()(const char*, auto&, const Range&, const char*) {}
 };
 template <class T>
-concept FieldStruct = requires(T& value, IgnoreField field) { T::fields(field, value); };
+concept FieldStruct = requires(T& value, IgnoreField field) {
+  T::fields(field, value);
+};
 
 }  // namespace dstrain

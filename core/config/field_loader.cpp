@@ -17,17 +17,24 @@ constexpr size_t kMaxListItems = 4096;
 
 std::string kind_text(const YamlNode& node) {
   switch (node.kind) {
-    case Kind::null: return "nothing";
-    case Kind::list: return "a list";
-    case Kind::map: return "a section";
-    case Kind::element: return "an element";
+    case Kind::null:
+      return "nothing";
+    case Kind::list:
+      return "a list";
+    case Kind::map:
+      return "a section";
+    case Kind::element:
+      return "an element";
     case Kind::scalar:
-    case Kind::argument: break;
+    case Kind::argument:
+      break;
   }
   return quote(node.text);
 }
 
-bool has_text(const YamlNode& node) { return node.kind == Kind::scalar || node.kind == Kind::argument; }
+bool has_text(const YamlNode& node) {
+  return node.kind == Kind::scalar || node.kind == Kind::argument;
+}
 
 // Reads values into the members that a field list names; one object per layer.
 class Loader {
@@ -42,11 +49,13 @@ class Loader {
   void load(const YamlNode& node, const std::string& path, const Range&, std::vector<S>& list) {
     load_list(node, path, list);
   }
-  void load(const YamlNode& node, const std::string& path, const Range&, std::vector<std::string>& list) {
+  void load(const YamlNode& node, const std::string& path, const Range&,
+            std::vector<std::string>& list) {
     load_list(node, path, list);
   }
   void load(const YamlNode& node, const std::string& path, const Range&, bool& value);
-  void load(const YamlNode& node, const std::string& path, const Range&, std::optional<bool>& value);
+  void load(const YamlNode& node, const std::string& path, const Range&,
+            std::optional<bool>& value);
   void load(const YamlNode& node, const std::string& path, const Range& range, int64_t& value);
   void load(const YamlNode& node, const std::string& path, const Range& range, AutoInt& value);
   void load(const YamlNode& node, const std::string& path, const Range& range, double& value);
@@ -68,7 +77,8 @@ class Loader {
 
     void operator()(const char* name, auto& member, const Range& range, const char*) {
       names.emplace_back(name);
-      if (const YamlNode* value = map.find(name)) loader.load(*value, join(path, name), range, member);
+      if (const YamlNode* value = map.find(name))
+        loader.load(*value, join(path, name), range, member);
     }
   };
 
@@ -183,7 +193,8 @@ void Loader::load(const YamlNode& node, const std::string& path, const Range& ra
     return;
   }
   const std::string name = path.empty() ? "the job file" : path;
-  if (map->kind == Kind::null) return fail(*map, name, "is empty", "give keys below it, or remove it");
+  if (map->kind == Kind::null)
+    return fail(*map, name, "is empty", "give keys below it, or remove it");
   if (map->kind != Kind::map)
     return fail(*map, name, "expects keys with values, got " + kind_text(*map));
   Visitor<S> visitor{*this, *map, path, {}};
@@ -211,7 +222,8 @@ void Loader::load_list(const YamlNode& given, const std::string& path, std::vect
     const int64_t size = static_cast<int64_t>(list.size());
     const YamlNode& value = node->items[0];
     if (node->index > size || node->index >= static_cast<int64_t>(kMaxListItems))
-      return fail(*node, path, fmt::format("has {} elements; index {} is beyond its end", size, node->index),
+      return fail(*node, path,
+                  fmt::format("has {} elements; index {} is beyond its end", size, node->index),
                   fmt::format("{}[{}] would append one", path, size));
     if (node->index == size) list.emplace_back();
     return load_element(value, fmt::format("{}[{}]", path, node->index),
@@ -225,7 +237,8 @@ void Loader::load_list(const YamlNode& given, const std::string& path, std::vect
     return fail(*node, path, fmt::format("has more than {} elements", kMaxListItems));
   list.clear();
   // Keys from "path[" up to the next character belong to the elements of the list that goes.
-  context_.origins.erase(context_.origins.lower_bound(path + "["), context_.origins.lower_bound(path + "\\"));
+  context_.origins.erase(context_.origins.lower_bound(path + "["),
+                         context_.origins.lower_bound(path + "\\"));
   for (size_t i = 0; i < node->items.size(); ++i) {
     list.emplace_back();
     load_element(node->items[i], fmt::format("{}[{}]", path, i), list.back());
@@ -252,7 +265,8 @@ void Loader::load(const YamlNode& node, const std::string& path, const Range&,
   }
 }
 
-void Loader::load(const YamlNode& node, const std::string& path, const Range& range, int64_t& value) {
+void Loader::load(const YamlNode& node, const std::string& path, const Range& range,
+                  int64_t& value) {
   const bool is_null =
       node.kind == Kind::null || (node.kind == Kind::argument && node.text == "null");
   if (is_null && range.accepts_null) {
@@ -265,7 +279,8 @@ void Loader::load(const YamlNode& node, const std::string& path, const Range& ra
   note_origin(node, path);
 }
 
-void Loader::load(const YamlNode& node, const std::string& path, const Range& range, AutoInt& value) {
+void Loader::load(const YamlNode& node, const std::string& path, const Range& range,
+                  AutoInt& value) {
   if (has_text(node) && node.text == "auto") {
     value = {};
     return note_origin(node, path);
@@ -275,7 +290,8 @@ void Loader::load(const YamlNode& node, const std::string& path, const Range& ra
   load(node, path, range, value.value);
 }
 
-void Loader::load(const YamlNode& node, const std::string& path, const Range& range, double& value) {
+void Loader::load(const YamlNode& node, const std::string& path, const Range& range,
+                  double& value) {
   const auto parsed = parse(node, path, parse_double);
   if (!parsed || !check_range(node, path, range, *parsed)) return;
   value = *parsed;
@@ -305,8 +321,9 @@ void Loader::load(const YamlNode& node, const std::string& path, const Range&, S
   if (!check_range(node, path, range, *parsed.value)) return;
   if (!is_percent && *parsed.value != std::floor(*parsed.value))
     return fail(node, path, expected + kind_text(node),
-                *parsed.value < 1 ? fmt::format("write {:g}% for that share of train.steps", 100 * *parsed.value)
-                                  : "steps are whole");
+                *parsed.value < 1
+                    ? fmt::format("write {:g}% for that share of train.steps", 100 * *parsed.value)
+                    : "steps are whole");
   value = {*parsed.value, is_percent};
   note_origin(node, path);
 }
@@ -369,7 +386,8 @@ YamlNode override_layer(const Override& value, SourceTexts& sources, Problems& p
     }
     YamlNode outer;
     outer.location = location;
-    const bool is_index = std::all_of(part.begin(), part.end(), [](char c) { return c >= '0' && c <= '9'; });
+    const bool is_index =
+        std::all_of(part.begin(), part.end(), [](char c) { return c >= '0' && c <= '9'; });
     if (is_index) {
       outer.kind = Kind::element;
       outer.index = part.size() < 10 ? std::stoll(part) : INT32_MAX;

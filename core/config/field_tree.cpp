@@ -52,7 +52,8 @@ struct Describer {
   }
   static void fill(FieldNode& node, const StepCount& value) {
     node.type = FieldType::step_count;
-    node.value = value.percent ? format_double(value.value) + "%" : fmt::format("{:.0f}", value.value);
+    node.value =
+        value.percent ? format_double(value.value) + "%" : fmt::format("{:.0f}", value.value);
   }
   static void fill(FieldNode& node, const std::string& value) {
     node.type = FieldType::text;
@@ -177,7 +178,8 @@ const FieldNode* find_field(const FieldNode& root, const std::string& path) {
     if (node->type == FieldType::section_list) {
       const Parsed<int64_t> index = parse_int(part);
       if (index.value) {
-        const bool exists = *index.value >= 0 && *index.value < static_cast<int64_t>(node->children.size());
+        const bool exists =
+            *index.value >= 0 && *index.value < static_cast<int64_t>(node->children.size());
         node = exists ? &node->children[static_cast<size_t>(*index.value)] : &node->prototype[0];
         continue;
       }
@@ -206,18 +208,30 @@ std::string to_yaml(const FieldNode& root,
 
 std::string type_text(const FieldNode& node) {
   switch (node.type) {
-    case FieldType::boolean: return "true or false";
-    case FieldType::optional_boolean: return "true, false or null";
-    case FieldType::integer: return node.range.accepts_null ? "whole number or null" : "whole number";
-    case FieldType::auto_integer: return "whole number or auto";
-    case FieldType::number: return "number";
-    case FieldType::number_pair: return "two numbers";
-    case FieldType::step_count: return "steps, or a percentage of train.steps";
-    case FieldType::text: return "text";
-    case FieldType::text_list: return "list of texts";
-    case FieldType::section: return "section";
-    case FieldType::section_list: return "list of sections";
-    case FieldType::name: break;
+    case FieldType::boolean:
+      return "true or false";
+    case FieldType::optional_boolean:
+      return "true, false or null";
+    case FieldType::integer:
+      return node.range.accepts_null ? "whole number or null" : "whole number";
+    case FieldType::auto_integer:
+      return "whole number or auto";
+    case FieldType::number:
+      return "number";
+    case FieldType::number_pair:
+      return "two numbers";
+    case FieldType::step_count:
+      return "steps, or a percentage of train.steps";
+    case FieldType::text:
+      return "text";
+    case FieldType::text_list:
+      return "list of texts";
+    case FieldType::section:
+      return "section";
+    case FieldType::section_list:
+      return "list of sections";
+    case FieldType::name:
+      break;
   }
   std::string text;
   for (size_t i = 0; i < node.names.size(); ++i)
@@ -231,12 +245,12 @@ std::string range_text(const Range& range) {
     return value == std::floor(value) && std::abs(value) < 1e18 ? fmt::format("{:.0f}", value)
                                                                 : format_double(value);
   };
-  if (has_low && has_high)
-    return fmt::format("{}{} to {}", range.low_is_excluded ? "above " : "", number(range.low),
-                       number(range.high));
-  if (has_low)
-    return fmt::format("{} {}", range.low_is_excluded ? "above" : "at least", number(range.low));
-  return {};
+  if (!has_low) return {};
+  if (has_high && !range.low_is_excluded)
+    return fmt::format("{} to {}", number(range.low), number(range.high));
+  const std::string low =
+      fmt::format("{} {}", range.low_is_excluded ? "above" : "at least", number(range.low));
+  return has_high ? fmt::format("{} and at most {}", low, number(range.high)) : low;
 }
 
 std::string suggest_key(const FieldNode& root, const std::string& section_path,
@@ -262,7 +276,8 @@ std::string suggest_key(const FieldNode& root, const std::string& section_path,
   std::vector<std::string> siblings, all;
   for (const FieldNode& child : section->children) siblings.push_back(child.name);
   if (section == &root) siblings.push_back("extends");
-  if (const auto near = closest_word(key, siblings)) return fmt::format("did you mean '{}'?", *near);
+  if (const auto near = closest_word(key, siblings))
+    return fmt::format("did you mean '{}'?", *near);
   std::vector<std::string> foreign_names;
   for (const auto& [foreign, ours] : kForeignNames) foreign_names.emplace_back(foreign);
   if (const auto near = closest_word(key, foreign_names))

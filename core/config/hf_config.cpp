@@ -74,14 +74,16 @@ class JsonObject {
 
 Json parse_json(std::string_view text, const std::string& path) {
   if (static_cast<int64_t>(text.size()) > kMaxHfConfigBytes)
-    throw DataError(fmt::format("{}: larger than {} KiB, which no config.json is", path, kMaxHfConfigBytes / 1024));
+    throw DataError(fmt::format("{}: larger than {} KiB, which no config.json is", path,
+                                kMaxHfConfigBytes / 1024));
   std::vector<std::set<std::string>> keys;  // of the open objects
   const auto watch = [&](int depth, Json::parse_event_t event, Json& parsed) {
     if (depth > kMaxJsonDepth) throw DataError(path + ": nested too deeply");
     if (event == Json::parse_event_t::object_start) keys.emplace_back();
     if (event == Json::parse_event_t::object_end) keys.pop_back();
     if (event == Json::parse_event_t::key && !keys.back().insert(parsed.get<std::string>()).second)
-      throw DataError(fmt::format("{}: the key {} is given twice", path, quote(parsed.get<std::string>())));
+      throw DataError(
+          fmt::format("{}: the key {} is given twice", path, quote(parsed.get<std::string>())));
     return true;
   };
   Json json;
@@ -109,21 +111,25 @@ void refuse_unknown_features(const JsonObject& file) {
     file.refuse("partial_rotary_factor other than 1 is not supported");
   if (file.has("quantization_config"))
     file.refuse("quantization_config: the weights are quantised; convert them to bf16 first");
-  for (const char* key : {"layer_types", "attn_logit_softcapping", "final_logit_softcapping", "clip_qkv",
-                          "use_qk_norm", "qk_layernorm", "index_topk"})
-    if (file.has(key) && file.json()[key] != false) file.refuse(fmt::format("{} is not supported", key));
+  for (const char* key : {"layer_types", "attn_logit_softcapping", "final_logit_softcapping",
+                          "clip_qkv", "use_qk_norm", "qk_layernorm", "index_topk"})
+    if (file.has(key) && file.json()[key] != false)
+      file.refuse(fmt::format("{} is not supported", key));
   if (file.integer("moe_layer_freq", 1) != 1)
     file.refuse("moe_layer_freq other than 1 is not supported: transformers ignores it");
 }
 
 void read_rope(const JsonObject& file, ModelConfig& m) {
-  const JsonObject rope = file.object(file.has("rope_parameters") ? "rope_parameters" : "rope_scaling");
+  const JsonObject rope =
+      file.object(file.has("rope_parameters") ? "rope_parameters" : "rope_scaling");
   for (const auto& [key, value] : rope.json().items())
-    if (value.is_object()) rope.refuse("a different RoPE per kind of layer is not supported: " + quote(key));
+    if (value.is_object())
+      rope.refuse("a different RoPE per kind of layer is not supported: " + quote(key));
   m.rope_theta = rope.number("rope_theta", file.number("rope_theta", 10000.0));
   const std::string type = rope.text("rope_type", rope.text("type", "default"));
   if (type == "default") return;
-  if (type != "yarn") rope.refuse(fmt::format("rope type {} is not supported: default and yarn are", quote(type)));
+  if (type != "yarn")
+    rope.refuse(fmt::format("rope type {} is not supported: default and yarn are", quote(type)));
   if (rope.number("partial_rotary_factor", 1.0) != 1.0)
     rope.refuse("partial_rotary_factor other than 1 is not supported");
   if (!rope.boolean("truncate", true)) rope.refuse("truncate: false is not supported");
@@ -131,7 +137,8 @@ void read_rope(const JsonObject& file, ModelConfig& m) {
   r.type = RopeType::yarn;
   r.original_max_position_embeddings =
       rope.integer("original_max_position_embeddings", m.max_position_embeddings);
-  if (r.original_max_position_embeddings < 1) rope.refuse("original_max_position_embeddings must be at least 1");
+  if (r.original_max_position_embeddings < 1)
+    rope.refuse("original_max_position_embeddings must be at least 1");
   r.factor = rope.number("factor", static_cast<double>(m.max_position_embeddings) /
                                        static_cast<double>(r.original_max_position_embeddings));
   r.beta_fast = rope.number("beta_fast", r.beta_fast);
@@ -162,14 +169,16 @@ ModelConfig read_common(const JsonObject& file, int64_t default_positions) {
 void expect_name(const JsonObject& file, const char* key, const std::string& expected) {
   const std::string got = file.text(key, expected);
   if (got != expected)
-    file.refuse(fmt::format("{} {} is not supported in this family, only '{}' is", key, quote(got), expected));
+    file.refuse(fmt::format("{} {} is not supported in this family, only '{}' is", key, quote(got),
+                            expected));
 }
 
 // MLA and experts, for deepseek_v2 and deepseek_v3.
 void read_deepseek(const JsonObject& file, bool with_mtp, ModelConfig& m) {
   if (m.num_key_value_heads != m.num_attention_heads)
-    file.refuse(fmt::format("num_key_value_heads is {}, but MLA has one for each of the {} attention heads",
-                            m.num_key_value_heads, m.num_attention_heads));
+    file.refuse(
+        fmt::format("num_key_value_heads is {}, but MLA has one for each of the {} attention heads",
+                    m.num_key_value_heads, m.num_attention_heads));
   m.num_key_value_heads = 0;
   m.kv_lora_rank = file.integer("kv_lora_rank", 512);
   m.q_lora_rank = file.is_null("q_lora_rank") ? 0 : file.integer("q_lora_rank", 1536);
@@ -213,11 +222,13 @@ ModelConfig read_deepseek_v2(const JsonObject& file, bool with_mtp) {
   m.scoring_func = ScoringFunc::softmax;
   const std::string method = file.text("topk_method", "greedy");
   if (method != "greedy" && method != "group_limited_greedy")
-    file.refuse(fmt::format("topk_method {} is not supported: greedy and group_limited_greedy are", quote(method)));
+    file.refuse(fmt::format("topk_method {} is not supported: greedy and group_limited_greedy are",
+                            quote(method)));
   m.topk_method = *enum_from_name<TopkMethod>(method);
   // DeepSeek's own code normalises then and leaves out the scaling factor; transformers ignores it.
   if (file.boolean("norm_topk_prob", false))
-    file.refuse("norm_topk_prob: true is not supported in deepseek_v2: transformers ignores it there");
+    file.refuse(
+        "norm_topk_prob: true is not supported in deepseek_v2: transformers ignores it there");
   m.norm_topk_prob = false;
   m.moe_intermediate_size = file.integer("moe_intermediate_size", 1407);
   m.n_routed_experts = file.integer("n_routed_experts", 64);
@@ -266,19 +277,26 @@ std::string family_of(const ModelConfig& m) {
   const auto refuse = [](const std::string& why) -> std::string {
     throw ConfigError("this model has no Hugging Face family: " + why);
   };
-  if (m.moe_layer_freq != 1) return refuse(fmt::format("model.moe_layer_freq is {}, transformers knows 1 only", m.moe_layer_freq));
+  if (m.moe_layer_freq != 1)
+    return refuse(
+        fmt::format("model.moe_layer_freq is {}, transformers knows 1 only", m.moe_layer_freq));
   if (!m.is_mla()) {
-    if (m.n_routed_experts > 0) return refuse("experts need MLA (model.kv_lora_rank above 0) there");
-    if (m.rope_is_interleaved()) return refuse("model.rope_interleave is true, llama has half-split pairs");
+    if (m.n_routed_experts > 0)
+      return refuse("experts need MLA (model.kv_lora_rank above 0) there");
+    if (m.rope_is_interleaved())
+      return refuse("model.rope_interleave is true, llama has half-split pairs");
     return "llama";
   }
-  const bool is_v3_router = m.scoring_func == ScoringFunc::sigmoid && m.topk_method == TopkMethod::noaux_tc;
+  const bool is_v3_router =
+      m.scoring_func == ScoringFunc::sigmoid && m.topk_method == TopkMethod::noaux_tc;
   if (m.n_routed_experts == 0 || is_v3_router) return "deepseek_v3";
   if (m.scoring_func != ScoringFunc::softmax || m.topk_method == TopkMethod::noaux_tc)
-    return refuse(fmt::format("model.scoring_func {} with model.topk_method {}", enum_name(m.scoring_func),
-                              enum_name(m.topk_method)));
-  if (m.norm_topk_prob) return refuse("model.norm_topk_prob with softmax scores, which deepseek_v2 ignores");
-  if (!m.rope_is_interleaved()) return refuse("model.rope_interleave is false, deepseek_v2 has neighbouring pairs");
+    return refuse(fmt::format("model.scoring_func {} with model.topk_method {}",
+                              enum_name(m.scoring_func), enum_name(m.topk_method)));
+  if (m.norm_topk_prob)
+    return refuse("model.norm_topk_prob with softmax scores, which deepseek_v2 ignores");
+  if (!m.rope_is_interleaved())
+    return refuse("model.rope_interleave is false, deepseek_v2 has neighbouring pairs");
   return "deepseek_v2";
 }
 
@@ -331,9 +349,11 @@ ModelConfig parse_hf_config(std::string_view text, const std::string& path, bool
   const Json json = parse_json(text, path);
   const JsonObject file(json, path);
   const std::string family = file.text("model_type", "");
-  if (family.empty()) file.refuse("the key 'model_type' is missing; is this a Hugging Face model folder?");
+  if (family.empty())
+    file.refuse("the key 'model_type' is missing; is this a Hugging Face model folder?");
   if (family != "deepseek_v3" && family != "deepseek_v2" && family != "llama")
-    file.refuse(fmt::format("model_type {} is not supported: deepseek_v3, deepseek_v2 and llama are", quote(family)));
+    file.refuse(fmt::format(
+        "model_type {} is not supported: deepseek_v3, deepseek_v2 and llama are", quote(family)));
   refuse_unknown_features(file);
   const ModelConfig model = family == "deepseek_v3"   ? read_deepseek_v3(file, with_mtp)
                             : family == "deepseek_v2" ? read_deepseek_v2(file, with_mtp)
@@ -344,9 +364,12 @@ ModelConfig parse_hf_config(std::string_view text, const std::string& path, bool
 }
 
 std::string hf_config_text(const ModelConfig& m, const HfConfigExtras& extras) {
-  DSTRAIN_CHECK(m.vocab_size > 0, "the vocabulary size must be resolved before a config.json is written");
+  DSTRAIN_CHECK(m.vocab_size > 0,
+                "the vocabulary size must be resolved before a config.json is written");
   const std::string family = family_of(m);
-  const auto id = [](const std::optional<int64_t>& value) { return value ? Json(*value) : Json(nullptr); };
+  const auto id = [](const std::optional<int64_t>& value) {
+    return value ? Json(*value) : Json(nullptr);
+  };
   Json json;
   json["architectures"] = {family == "llama"         ? "LlamaForCausalLM"
                            : family == "deepseek_v3" ? "DeepseekV3ForCausalLM"

@@ -142,7 +142,8 @@ Preset make(const char* name, const char* description, ModelConfig model) {
 
 const std::vector<Preset>& presets() {
   static const std::vector<Preset> all = {
-      make("quickstart-moe", "15 M: MoE with MLA that learns on a CPU in minutes", quickstart_moe()),
+      make("quickstart-moe", "15 M: MoE with MLA that learns on a CPU in minutes",
+           quickstart_moe()),
       make("v2-lite-6l", "3.4 B: six blocks of DeepSeek-V2-Lite with V3's router, for benchmarks",
            v2_lite_6l()),
       make("v2-lite", "15.7 B: DeepSeek-V2-Lite as published", v2_lite()),

@@ -12,7 +12,9 @@ constexpr size_t kExcerptBytes = 100;  // of a source line
 constexpr size_t kNameBytes = 160;     // of a file name or argument
 constexpr size_t kQuoteBytes = 60;     // of a value
 
-bool is_continuation(char c) { return (static_cast<unsigned char>(c) & 0xC0) == 0x80; }
+bool is_continuation(char c) {
+  return (static_cast<unsigned char>(c) & 0xC0) == 0x80;
+}
 
 // The text with control bytes shown as spaces, so that a message cannot steer a terminal.
 std::string printable(std::string_view text) {
@@ -45,7 +47,9 @@ std::string_view line_of(std::string_view text, int line) {
 
 }  // namespace
 
-std::string quote(std::string_view text) { return "'" + clip(text, kQuoteBytes) + "'"; }
+std::string quote(std::string_view text) {
+  return "'" + clip(text, kQuoteBytes) + "'";
+}
 
 int SourceTexts::add_file(std::string name, std::string text) {
   sources_.push_back({std::move(name), std::move(text), /*is_file=*/true});
@@ -70,17 +74,19 @@ std::string SourceTexts::excerpt(const Location& location) const {
   const Source& source = sources_.at(static_cast<size_t>(location.source));
   if (!source.is_file) return {};
   const std::string_view line = line_of(source.text, location.line);
-  const size_t column = std::min(static_cast<size_t>(std::max(location.column, 1) - 1), line.size());
+  const size_t column =
+      std::min(static_cast<size_t>(std::max(location.column, 1) - 1), line.size());
 
   // A long line is shown from a little before the caret.
-  size_t first = column > kExcerptBytes / 2 && line.size() > kExcerptBytes ? column - kExcerptBytes / 2 : 0;
+  size_t first =
+      column > kExcerptBytes / 2 && line.size() > kExcerptBytes ? column - kExcerptBytes / 2 : 0;
   while (first < column && is_continuation(line[first])) ++first;
   size_t last = std::min(line.size(), first + kExcerptBytes);
   while (last > column && last < line.size() && is_continuation(line[last])) --last;
 
   const std::string_view before = line.substr(first, column - first);
-  const std::string_view marked =
-      line.substr(column, std::min(static_cast<size_t>(std::max(location.length, 1)), last - column));
+  const std::string_view marked = line.substr(
+      column, std::min(static_cast<size_t>(std::max(location.length, 1)), last - column));
   const int64_t pad = count_characters(before);
   const int64_t tildes = std::max<int64_t>(count_characters(marked) - 1, 0);
   return fmt::format("{:>5} | {}\n{:>5} | {:{}}^{}\n", location.line,

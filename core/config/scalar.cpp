@@ -10,7 +10,9 @@
 namespace dstrain {
 namespace {
 
-bool is_digit(char c) { return c >= '0' && c <= '9'; }
+bool is_digit(char c) {
+  return c >= '0' && c <= '9';
+}
 
 size_t count_digits(std::string_view text) {
   size_t n = 0;
@@ -79,10 +81,12 @@ Parsed<int64_t> parse_int(std::string_view text) {
   if (digits.empty() || count_digits(digits) != digits.size()) {
     const Parsed<double> number = parse_double(text);
     if (!number.value) return refuse(number_hint(text));
-    const bool is_whole = *number.value == std::floor(*number.value) && std::abs(*number.value) < 1e15;
+    const bool is_whole =
+        *number.value == std::floor(*number.value) && std::abs(*number.value) < 1e15;
     return refuse(is_whole ? fmt::format("write {:.0f}", *number.value) : "");
   }
-  if (has_leading_zero(text)) return refuse("a leading zero may mean octal; write " + strip_zeros(text));
+  if (has_leading_zero(text))
+    return refuse("a leading zero may mean octal; write " + strip_zeros(text));
   int64_t value = 0;
   const std::string_view plain = without_plus(text);
   const auto [end, error] = std::from_chars(plain.data(), plain.data() + plain.size(), value);
@@ -118,6 +122,8 @@ Parsed<bool> parse_bool(std::string_view text) {
   return {std::nullopt, "expects true or false, got " + quote(text), hint};
 }
 
-std::string format_double(double value) { return fmt::format("{}", value); }
+std::string format_double(double value) {
+  return fmt::format("{}", value);
+}
 
 }  // namespace dstrain

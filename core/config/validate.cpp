@@ -55,22 +55,27 @@ std::string nearest_multiples(int64_t step, int64_t n) {
 void check_run(const Config& c, Purpose purpose, Rules& rules) {
   if (c.run.name.empty()) {
     if (purpose == Purpose::train)
-      rules.broken("run.name", "add  run: {name: my-run}", "run.name is missing; outputs go to <run.dir>/<run.name>");
+      rules.broken("run.name", "add  run: {name: my-run}",
+                   "run.name is missing; outputs go to <run.dir>/<run.name>");
   } else if (!is_safe_name(c.run.name)) {
     rules.broken("run.name", "use letters, digits, '.', '_' and '-'",
                  "run.name {} cannot be a folder's name", quote(c.run.name));
   }
-  if (c.run.dir.empty()) rules.broken("run.dir", "write '.' for the current folder", "run.dir is empty");
+  if (c.run.dir.empty())
+    rules.broken("run.dir", "write '.' for the current folder", "run.dir is empty");
 }
 
 void check_attention(const ModelConfig& m, Rules& rules) {
   if (m.is_mla()) {
     if (m.qk_rope_head_dim < 2 || m.qk_rope_head_dim % 2 != 0)
-      rules.broken("model.qk_rope_head_dim", fmt::format("write {}", std::max<int64_t>(2, m.qk_rope_head_dim + 1)),
-                   "model.qk_rope_head_dim must be even and at least 2, since RoPE turns pairs; got {}",
-                   m.qk_rope_head_dim);
+      rules.broken(
+          "model.qk_rope_head_dim",
+          fmt::format("write {}", std::max<int64_t>(2, m.qk_rope_head_dim + 1)),
+          "model.qk_rope_head_dim must be even and at least 2, since RoPE turns pairs; got {}",
+          m.qk_rope_head_dim);
     if (m.v_head_dim < 1)
-      rules.broken("model.v_head_dim", "128 in DeepSeek-V3", "model.v_head_dim must be at least 1 with MLA (kv_lora_rank {})",
+      rules.broken("model.v_head_dim", "128 in DeepSeek-V3",
+                   "model.v_head_dim must be at least 1 with MLA (kv_lora_rank {})",
                    m.kv_lora_rank);
     if (m.num_key_value_heads != 0 && m.num_key_value_heads != m.num_attention_heads)
       rules.broken("model.num_key_value_heads", "leave it out",
@@ -78,25 +83,33 @@ void check_attention(const ModelConfig& m, Rules& rules) {
                    m.num_key_value_heads, m.num_attention_heads);
     if (m.head_dim != 0 && m.head_dim != m.qk_rope_head_dim)
       rules.broken("model.head_dim", "leave it out",
-                   "model.head_dim is for grouped-query attention; MLA has qk_nope_head_dim, qk_rope_head_dim and v_head_dim");
+                   "model.head_dim is for grouped-query attention; MLA has qk_nope_head_dim, "
+                   "qk_rope_head_dim and v_head_dim");
     return;
   }
-  for (const auto& [key, value] : {std::pair{"q_lora_rank", m.q_lora_rank}, {"qk_nope_head_dim", m.qk_nope_head_dim},
-                                   {"qk_rope_head_dim", m.qk_rope_head_dim}, {"v_head_dim", m.v_head_dim}})
+  for (const auto& [key, value] : {std::pair{"q_lora_rank", m.q_lora_rank},
+                                   {"qk_nope_head_dim", m.qk_nope_head_dim},
+                                   {"qk_rope_head_dim", m.qk_rope_head_dim},
+                                   {"v_head_dim", m.v_head_dim}})
     if (value > 0)
       rules.broken(fmt::format("model.{}", key), "set model.kv_lora_rank, or leave this key out",
-                   "model.{} is {}, but without model.kv_lora_rank attention is not MLA", key, value);
+                   "model.{} is {}, but without model.kv_lora_rank attention is not MLA", key,
+                   value);
   if (m.num_attention_heads % m.kv_heads() != 0)
-    rules.broken("model.num_key_value_heads", "try " + nearest_divisors(m.num_attention_heads, m.kv_heads()),
-                 "model.num_attention_heads ({}) is not a multiple of model.num_key_value_heads ({})",
-                 m.num_attention_heads, m.kv_heads());
+    rules.broken(
+        "model.num_key_value_heads", "try " + nearest_divisors(m.num_attention_heads, m.kv_heads()),
+        "model.num_attention_heads ({}) is not a multiple of model.num_key_value_heads ({})",
+        m.num_attention_heads, m.kv_heads());
   if (m.head_dim == 0 && m.hidden_size % m.num_attention_heads != 0)
-    rules.broken("model.num_attention_heads", "set model.head_dim, or try " + nearest_divisors(m.hidden_size, m.num_attention_heads),
-                 "model.hidden_size ({}) does not divide over model.num_attention_heads ({})", m.hidden_size,
-                 m.num_attention_heads);
+    rules.broken(
+        "model.num_attention_heads",
+        "set model.head_dim, or try " + nearest_divisors(m.hidden_size, m.num_attention_heads),
+        "model.hidden_size ({}) does not divide over model.num_attention_heads ({})", m.hidden_size,
+        m.num_attention_heads);
   else if (m.gqa_head_dim() % 2 != 0)
     rules.broken("model.head_dim", fmt::format("write {}", m.gqa_head_dim() + 1),
-                 "the head width (model.head_dim) must be even, since RoPE turns pairs; it is {}", m.gqa_head_dim());
+                 "the head width (model.head_dim) must be even, since RoPE turns pairs; it is {}",
+                 m.gqa_head_dim());
 }
 
 void check_experts(const ModelConfig& m, Rules& rules) {
@@ -104,25 +117,32 @@ void check_experts(const ModelConfig& m, Rules& rules) {
   if (experts == 0) return;
   if (k < 1 || k > experts)
     rules.broken("model.num_experts_per_tok", fmt::format("write 1 to {}", experts),
-                 "model.num_experts_per_tok must be 1 to model.n_routed_experts ({}), got {}", experts, k);
+                 "model.num_experts_per_tok must be 1 to model.n_routed_experts ({}), got {}",
+                 experts, k);
   if (m.n_group == 1 && m.topk_group == 1) return;
   if (m.topk_method == TopkMethod::greedy)
-    return rules.broken("model.n_group", "write topk_method: group_limited_greedy or noaux_tc, or n_group: 1",
-                        "model.topk_method greedy does not limit groups, but model.n_group is {}", m.n_group);
+    return rules.broken(
+        "model.n_group", "write topk_method: group_limited_greedy or noaux_tc, or n_group: 1",
+        "model.topk_method greedy does not limit groups, but model.n_group is {}", m.n_group);
   if (experts % m.n_group != 0)
-    return rules.broken("model.n_group", "try " + nearest_divisors(experts, m.n_group),
-                        "model.n_routed_experts ({}) does not divide into model.n_group ({}) groups", experts, m.n_group);
+    return rules.broken(
+        "model.n_group", "try " + nearest_divisors(experts, m.n_group),
+        "model.n_routed_experts ({}) does not divide into model.n_group ({}) groups", experts,
+        m.n_group);
   if (m.topk_group > m.n_group)
     return rules.broken("model.topk_group", fmt::format("write at most {}", m.n_group),
-                        "model.topk_group ({}) is more than model.n_group ({})", m.topk_group, m.n_group);
+                        "model.topk_group ({}) is more than model.n_group ({})", m.topk_group,
+                        m.n_group);
   const int64_t group_size = experts / m.n_group;
   if (m.topk_group * group_size < k)
-    rules.broken("model.topk_group", fmt::format("write at least {}", (k + group_size - 1) / group_size),
-                 "model.topk_group ({}) groups of {} experts hold fewer than model.num_experts_per_tok ({})",
-                 m.topk_group, group_size, k);
+    rules.broken(
+        "model.topk_group", fmt::format("write at least {}", (k + group_size - 1) / group_size),
+        "model.topk_group ({}) groups of {} experts hold fewer than model.num_experts_per_tok ({})",
+        m.topk_group, group_size, k);
   if (m.topk_method == TopkMethod::noaux_tc && group_size < 2)
     rules.broken("model.n_group", fmt::format("write at most {}", experts / 2),
-                 "model.topk_method noaux_tc ranks a group by its best two experts, but {} groups leave {} each",
+                 "model.topk_method noaux_tc ranks a group by its best two experts, but {} groups "
+                 "leave {} each",
                  m.n_group, group_size);
 }
 
@@ -130,8 +150,10 @@ void check_experts(const ModelConfig& m, Rules& rules) {
 void check_size(const ModelConfig& m, Rules& rules) {
   const double hidden = static_cast<double>(m.hidden_size);
   const double experts = static_cast<double>(m.n_routed_experts + m.n_shared_experts);
-  const double widths = static_cast<double>(m.intermediate_size) + experts * static_cast<double>(m.moe_intermediate_size) +
-                        static_cast<double>(m.num_attention_heads) * static_cast<double>(2 * m.qk_dim() + 2 * m.v_dim());
+  const double widths = static_cast<double>(m.intermediate_size) +
+                        experts * static_cast<double>(m.moe_intermediate_size) +
+                        static_cast<double>(m.num_attention_heads) *
+                            static_cast<double>(2 * m.qk_dim() + 2 * m.v_dim());
   const double parameters = static_cast<double>(m.num_hidden_layers) * 3 * hidden * widths +
                             2 * hidden * static_cast<double>(m.vocab_size);
   if (parameters > 1e15)
@@ -146,7 +168,8 @@ void check_rope(const ModelConfig& m, Rules& rules) {
                  "model.rope_scaling.factor is {}, but type default does not scale", r.factor);
   if (r.type == RopeType::yarn && r.beta_fast <= r.beta_slow)
     rules.broken("model.rope_scaling.beta_fast", "32 and 1 are usual",
-                 "model.rope_scaling.beta_fast ({}) must be above beta_slow ({})", r.beta_fast, r.beta_slow);
+                 "model.rope_scaling.beta_fast ({}) must be above beta_slow ({})", r.beta_fast,
+                 r.beta_slow);
 }
 
 void check_model(const ModelConfig& m, Rules& rules) {
@@ -158,50 +181,61 @@ void check_model(const ModelConfig& m, Rules& rules) {
 
 void check_data(const Config& c, Purpose purpose, Rules& rules) {
   if (c.data.seq_len > c.model.max_position_embeddings)
-    rules.broken("data.seq_len", fmt::format("write at most {}, or raise the model's", c.model.max_position_embeddings),
-                 "data.seq_len ({}) is more than model.max_position_embeddings ({})", c.data.seq_len,
-                 c.model.max_position_embeddings);
+    rules.broken(
+        "data.seq_len",
+        fmt::format("write at most {}, or raise the model's", c.model.max_position_embeddings),
+        "data.seq_len ({}) is more than model.max_position_embeddings ({})", c.data.seq_len,
+        c.model.max_position_embeddings);
   const int64_t max_tokens = int64_t{1} << 30;
   if (c.train.micro_batch > max_tokens / c.data.seq_len)
     rules.broken("train.micro_batch", fmt::format("write at most {}", max_tokens / c.data.seq_len),
-                 "train.micro_batch ({}) x data.seq_len ({}) is more than 2^30 tokens at once", c.train.micro_batch,
-                 c.data.seq_len);
+                 "train.micro_batch ({}) x data.seq_len ({}) is more than 2^30 tokens at once",
+                 c.train.micro_batch, c.data.seq_len);
   if (purpose != Purpose::train) return;
   if (c.data.train.empty())
-    rules.broken("data.train", "add  data: {train: [{path: ...}]}; 'deepseek-train data build' makes one from text",
-                 "data.train is missing; there is nothing to train on");
+    rules.broken(
+        "data.train",
+        "add  data: {train: [{path: ...}]}; 'deepseek-train data build' makes one from text",
+        "data.train is missing; there is nothing to train on");
   if (c.model.vocab_size == 0 && c.data.tokenizer.empty())
     rules.broken("model.vocab_size", "set data.tokenizer or model.vocab_size",
                  "the vocabulary is unknown: neither data.tokenizer nor model.vocab_size is set");
   if (c.train.eval_every > 0 && c.data.valid.empty())
-    rules.broken("train.eval_every", "add data.valid, or write 0", "train.eval_every is {}, but data.valid is empty",
-                 c.train.eval_every);
+    rules.broken("train.eval_every", "add data.valid, or write 0",
+                 "train.eval_every is {}, but data.valid is empty", c.train.eval_every);
 }
 
 void check_training(const Config& c, Rules& rules) {
   const int64_t ranks = data_parallel_ranks(c), batch = c.train.global_batch;
   if (batch % ranks != 0)
     rules.broken("train.global_batch", "try " + nearest_multiples(ranks, batch),
-                 "train.global_batch ({}) does not divide over {} data-parallel ranks", batch, ranks);
+                 "train.global_batch ({}) does not divide over {} data-parallel ranks", batch,
+                 ranks);
   else if (batch / ranks % c.train.micro_batch != 0)
-    rules.broken("train.micro_batch", "try micro_batch " + nearest_divisors(batch / ranks, c.train.micro_batch),
-                 "train.global_batch ({}) is not a multiple of train.micro_batch ({}) x {} data-parallel rank{}", batch,
-                 c.train.micro_batch, ranks, ranks == 1 ? "" : "s");
+    rules.broken("train.micro_batch",
+                 "try micro_batch " + nearest_divisors(batch / ranks, c.train.micro_batch),
+                 "train.global_batch ({}) is not a multiple of train.micro_batch ({}) x {} "
+                 "data-parallel rank{}",
+                 batch, c.train.micro_batch, ranks, ranks == 1 ? "" : "s");
   for (const double beta : {c.optimizer.betas.first, c.optimizer.betas.second})
     if (beta >= 1.0) {
-      rules.broken("optimizer.betas", "0.9 and 0.95 are usual", "optimizer.betas must be below 1, got [{}, {}]",
-                   c.optimizer.betas.first, c.optimizer.betas.second);
+      rules.broken("optimizer.betas", "0.9 and 0.95 are usual",
+                   "optimizer.betas must be below 1, got [{}, {}]", c.optimizer.betas.first,
+                   c.optimizer.betas.second);
       break;
     }
   const int64_t steps = c.train.steps;
   const int64_t warmup = c.schedule.warmup.resolve(steps), decay = c.schedule.decay.resolve(steps);
   if (c.schedule.name == ScheduleName::wsd && warmup <= steps && warmup + decay > steps)
     rules.broken("schedule.decay", fmt::format("write at most {}", steps - warmup),
-                 "schedule.warmup ({} steps) and schedule.decay ({} steps) together are longer than train.steps ({})",
+                 "schedule.warmup ({} steps) and schedule.decay ({} steps) together are longer "
+                 "than train.steps ({})",
                  warmup, decay, steps);
-  if (c.run.device == Device::cpu && (c.precision.compute == ComputeType::bf16 || c.precision.compute == ComputeType::tf32))
+  if (c.run.device == Device::cpu &&
+      (c.precision.compute == ComputeType::bf16 || c.precision.compute == ComputeType::tf32))
     rules.broken("precision.compute", "write fp32 or auto, or run.device: cuda",
-                 "precision.compute {} needs a GPU, but run.device is cpu", enum_name(c.precision.compute));
+                 "precision.compute {} needs a GPU, but run.device is cpu",
+                 enum_name(c.precision.compute));
   if (c.compression.method == CompressionMethod::topk && c.compression.density <= 0)
     rules.broken("compression.density", "0.05 sends one element in twenty",
                  "compression.density must be above 0 with method topk");
@@ -217,23 +251,29 @@ void check_layout(const Config& c, Rules& rules) {
                  m.is_mla() ? "num_attention_heads" : "num_key_value_heads");
   if (p.pipeline > m.num_hidden_layers)
     rules.broken("parallel.pipeline", fmt::format("write at most {}", m.num_hidden_layers),
-                 "parallel.pipeline ({}) is more than model.num_hidden_layers ({})", p.pipeline, m.num_hidden_layers);
+                 "parallel.pipeline ({}) is more than model.num_hidden_layers ({})", p.pipeline,
+                 m.num_hidden_layers);
   if (p.expert > 1 && (m.n_routed_experts == 0 || m.n_routed_experts % p.expert != 0))
     rules.broken("parallel.expert",
-                 m.n_routed_experts == 0 ? "write 1" : "try " + nearest_divisors(m.n_routed_experts, p.expert),
-                 "model.n_routed_experts ({}) does not divide over parallel.expert ({})", m.n_routed_experts, p.expert);
+                 m.n_routed_experts == 0 ? "write 1"
+                                         : "try " + nearest_divisors(m.n_routed_experts, p.expert),
+                 "model.n_routed_experts ({}) does not divide over parallel.expert ({})",
+                 m.n_routed_experts, p.expert);
   if (c.data.seq_len % p.context != 0)
     rules.broken("parallel.context", "try " + nearest_divisors(c.data.seq_len, p.context),
-                 "data.seq_len ({}) does not divide over parallel.context ({})", c.data.seq_len, p.context);
+                 "data.seq_len ({}) does not divide over parallel.context ({})", c.data.seq_len,
+                 p.context);
 
   if (!c.launch.ranks.is_auto()) {
-    const int64_t ranks = c.launch.ranks.value * std::max<int64_t>(1, static_cast<int64_t>(c.launch.hosts.size()));
+    const int64_t ranks =
+        c.launch.ranks.value * std::max<int64_t>(1, static_cast<int64_t>(c.launch.hosts.size()));
     const int64_t model_ranks = p.tensor * p.pipeline * p.context;
     const int64_t used = model_ranks * (p.data.is_auto() ? 1 : p.data.value);
     if (p.data.is_auto() ? ranks % used != 0 : ranks != used)
       rules.broken("launch.ranks", "change launch.ranks or the layout under parallel",
-                   "{} ranks cannot be laid out as data {} x tensor {} x pipeline {} x context {}", ranks,
-                   p.data.is_auto() ? "auto" : fmt::to_string(p.data.value), p.tensor, p.pipeline, p.context);
+                   "{} ranks cannot be laid out as data {} x tensor {} x pipeline {} x context {}",
+                   ranks, p.data.is_auto() ? "auto" : fmt::to_string(p.data.value), p.tensor,
+                   p.pipeline, p.context);
   }
   for (size_t i = 0; i < c.launch.hosts.size(); ++i) {
     const std::string& host = c.launch.hosts[i];
@@ -242,7 +282,8 @@ void check_layout(const Config& c, Rules& rules) {
                            return std::isalnum(x) || x == '.' || x == '_' || x == '-';
                          });
     if (!is_name)
-      rules.broken(fmt::format("launch.hosts[{}]", i), "host names have letters, digits, '.', '_' and '-'",
+      rules.broken(fmt::format("launch.hosts[{}]", i),
+                   "host names have letters, digits, '.', '_' and '-'",
                    "launch.hosts: {} is no host name", quote(host));
   }
 }
@@ -273,10 +314,11 @@ std::vector<std::string> config_warnings(const Config& c) {
   std::vector<std::string> warnings;
   const int64_t warmup = c.schedule.warmup.resolve(c.train.steps);
   if (c.train.steps > 0 && warmup > c.train.steps)
-    warnings.push_back(fmt::format(
-        "schedule.warmup ({} steps) is longer than train.steps ({}): the run ends before the learning rate "
-        "reaches optimizer.lr",
-        warmup, c.train.steps));
+    warnings.push_back(
+        fmt::format("schedule.warmup ({} steps) is longer than train.steps ({}): the run ends "
+                    "before the learning rate "
+                    "reaches optimizer.lr",
+                    warmup, c.train.steps));
   if (c.model.n_routed_experts > 0 && c.model.first_k_dense_replace >= c.model.num_hidden_layers)
     warnings.push_back(fmt::format(
         "model.first_k_dense_replace ({}) leaves none of the {} blocks to the {} routed experts",

@@ -28,8 +28,8 @@ std::vector<std::string> config_warnings(const Config& config);
 // 1 if all of them are auto.
 int64_t data_parallel_ranks(const Config& config);
 
-// Whether a name can be a folder's: letters, digits, '.', '_', '-', '+' and spaces inside; it neither
-// starts with '-' or '.', nor contains '/'.
+// Whether a name can be a folder's: letters, digits, '.', '_', '-', '+' and spaces inside; it
+// neither starts with '-' or '.', nor contains '/'.
 bool is_safe_name(const std::string& name);
 
 }  // namespace dstrain

@@ -34,21 +34,24 @@ Location location_of_offset(int source, std::string_view text, size_t offset) {
 }
 
 void check_encoding(int source, std::string_view text) {
-  const auto starts_with = [&](std::string_view prefix) { return text.substr(0, prefix.size()) == prefix; };
+  const auto starts_with = [&](std::string_view prefix) {
+    return text.substr(0, prefix.size()) == prefix;
+  };
   const Location start{source, 1, 1, 1};
   if (starts_with("\xEF\xBB\xBF"))
     throw Refused{start, "the file starts with a byte order mark", "save it as UTF-8 without BOM"};
   const bool has_utf16_mark = starts_with("\xFF\xFE") || starts_with("\xFE\xFF");
   const bool alternates_with_nul = text.size() >= 2 && (text[0] == '\0') != (text[1] == '\0');
   if (has_utf16_mark || alternates_with_nul)
-    throw Refused{start, "the file is not UTF-8 but looks like UTF-16 or UTF-32", "save it as UTF-8"};
+    throw Refused{start, "the file is not UTF-8 but looks like UTF-16 or UTF-32",
+                  "save it as UTF-8"};
   const size_t nul = text.find('\0');
   if (nul != std::string_view::npos)
     throw Refused{location_of_offset(source, text, nul), "the file contains a NUL byte",
                   "a job file is plain text"};
   if (const auto bad = find_invalid_utf8(text))
-    throw Refused{location_of_offset(source, text, *bad), "the file contains bytes that are not UTF-8",
-                  "save it as UTF-8"};
+    throw Refused{location_of_offset(source, text, *bad),
+                  "the file contains bytes that are not UTF-8", "save it as UTF-8"};
 }
 
 void check_characters(int source, std::string_view text) {
@@ -101,7 +104,8 @@ class MarkedText {
   std::vector<size_t> line_starts_;
 };
 
-// Bytes of the quoted scalar that `text` begins with, both quotes included; nothing if it never ends.
+// Bytes of the quoted scalar that `text` begins with, both quotes included; nothing if it never
+// ends.
 std::optional<size_t> quoted_length(std::string_view text) {
   const char quote_mark = text[0];
   for (size_t i = 1; i < text.size(); ++i) {
@@ -124,7 +128,8 @@ std::pair<std::string, std::string> explain_parse_error(const std::string& messa
   if (message == YAML::ErrorMsg::MAP_VALUE)
     return {"a ':' where no key can stand", "quote a value that contains ': '"};
   if (message == YAML::ErrorMsg::UNKNOWN_TOKEN && !text.empty())
-    return {fmt::format("a plain value cannot begin with {}", quote(text.substr(0, 1))), "quote it"};
+    return {fmt::format("a plain value cannot begin with {}", quote(text.substr(0, 1))),
+            "quote it"};
   if (message == YAML::ErrorMsg::END_OF_SEQ_FLOW || message == YAML::ErrorMsg::END_OF_MAP_FLOW)
     return {"a '[' or '{' is not closed, or a ',' is missing", "see this line and those above"};
   return {"not valid YAML: " + message,
@@ -132,7 +137,8 @@ std::pair<std::string, std::string> explain_parse_error(const std::string& messa
 }
 
 // Builds the tree from the parser's events. The stack holds what is open, outermost first; `root_`
-// owns all of it, and a container is only appended to while it is innermost, so pointers stay valid.
+// owns all of it, and a container is only appended to while it is innermost, so pointers stay
+// valid.
 class TreeBuilder : public YAML::EventHandler {
  public:
   TreeBuilder(int source, const MarkedText& text, Problems& problems)
@@ -195,9 +201,9 @@ class TreeBuilder : public YAML::EventHandler {
  private:
   struct Open {
     YamlNode* node = nullptr;
-    std::set<std::string> keys;   // map: seen so far
-    bool is_flow = false;         // in brackets
-    bool awaits_value = false;    // map: the last entry has a key but no value yet
+    std::set<std::string> keys;  // map: seen so far
+    bool is_flow = false;        // in brackets
+    bool awaits_value = false;   // map: the last entry has a key but no value yet
   };
 
   Location location(const YAML::Mark& mark, size_t length = 1) const {
@@ -233,8 +239,10 @@ class TreeBuilder : public YAML::EventHandler {
     rest.remove_prefix(std::min(rest.size(), static_cast<size_t>(entry.location.length)));
     rest.remove_prefix(std::min(rest.size(), rest.find_first_not_of(' ')));
     if (rest.substr(0, 1) == ":" || stack_.back().is_flow) return;
-    const bool in_flow = std::any_of(stack_.begin(), stack_.end(), [](const Open& o) { return o.is_flow; });
-    if (in_flow) throw Refused{entry.location, "a '[' or '{' is not closed, or a ',' is missing", ""};
+    const bool in_flow =
+        std::any_of(stack_.begin(), stack_.end(), [](const Open& o) { return o.is_flow; });
+    if (in_flow)
+      throw Refused{entry.location, "a '[' or '{' is not closed, or a ',' is missing", ""};
     throw Refused{entry.location, fmt::format("no ':' after {}", quote(entry.key)),
                   "write 'key: value', or '- value' for a list"};
   }
@@ -256,7 +264,8 @@ class TreeBuilder : public YAML::EventHandler {
 
   static std::string first_use(const YamlNode& map, const std::string& key) {
     for (const YamlEntry& entry : map.entries)
-      if (entry.key == key) return fmt::format("the first is in line {}; keep one", entry.location.line);
+      if (entry.key == key)
+        return fmt::format("the first is in line {}; keep one", entry.location.line);
     return {};
   }
 
@@ -266,13 +275,14 @@ class TreeBuilder : public YAML::EventHandler {
       return &root_;
     }
     Open& top = stack_.back();
-    if (top.node->kind == YamlNode::Kind::list) return &top.node->items.emplace_back(std::move(node));
+    if (top.node->kind == YamlNode::Kind::list)
+      return &top.node->items.emplace_back(std::move(node));
     top.awaits_value = false;
     return &(top.node->entries.back().value = std::move(node));
   }
 
-  void open(const YAML::Mark& mark, const std::string& tag, YAML::anchor_t anchor, YamlNode::Kind kind,
-            YAML::EmitterStyle::value style) {
+  void open(const YAML::Mark& mark, const std::string& tag, YAML::anchor_t anchor,
+            YamlNode::Kind kind, YAML::EmitterStyle::value style) {
     check(mark, tag, anchor);
     if (expects_key())
       throw Refused{location(mark), "a key must be plain text, got a list or a map",
@@ -312,8 +322,11 @@ std::optional<size_t> find_invalid_utf8(std::string_view text) {
       return i + k < text.size() ? static_cast<unsigned char>(text[i + k]) : 0;
     };
     const uint32_t lead = byte(0);
-    const size_t length = lead < 0x80 ? 1 : lead >= 0xC2 && lead < 0xE0 ? 2 : (lead >> 4) == 0xE ? 3
-                          : lead >= 0xF0 && lead < 0xF5 ? 4 : 0;
+    const size_t length = lead < 0x80                   ? 1
+                          : lead >= 0xC2 && lead < 0xE0 ? 2
+                          : (lead >> 4) == 0xE          ? 3
+                          : lead >= 0xF0 && lead < 0xF5 ? 4
+                                                        : 0;
     if (length == 0) return i;
     for (size_t k = 1; k < length; ++k)
       if ((byte(k) & 0xC0) != 0x80) return i;

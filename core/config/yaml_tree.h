@@ -1,6 +1,6 @@
 // A strict reader of a small YAML: maps, lists and scalars of one document.
-// Anchors, aliases, tags, a second document and nesting beyond 32 levels are refused while the text is
-// scanned, before any node of them exists; duplicate keys are reported, all of them.
+// Anchors, aliases, tags, a second document and nesting beyond 32 levels are refused while the text
+// is scanned, before any node of them exists; duplicate keys are reported, all of them.
 #pragma once
 
 #include <cstdint>

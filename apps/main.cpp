@@ -1,0 +1,52 @@
+// Runs one command and turns every failure into a sentence and an exit code.
+#include <cerrno>
+#include <csignal>
+#include <cstdio>
+#include <cstdlib>
+#include <new>
+#include <system_error>
+
+#include "apps/cli.h"
+#include "core/base/error.h"
+#include "core/base/log.h"
+#include "core/base/progress.h"
+
+namespace {
+
+using dstrain::ExitCode;
+
+int fail(ExitCode code, const char* prefix, const char* text) {
+  std::fprintf(stderr, "%s%s\n", prefix, text);
+  return static_cast<int>(code);
+}
+
+int run(int argc, char** argv) {
+  try {
+    dstrain::LogOptions log;
+    log.color = dstrain::decide_color(dstrain::ColorMode::automatic, /*fd=*/2,
+                                      std::getenv("NO_COLOR"), std::getenv("TERM"));
+    dstrain::init_log(log);
+    return dstrain::parse_command_line({argv + (argc > 0), argv + argc}).run();
+  } catch (const dstrain::ConfigProblems& e) {
+    return fail(e.code(), "", e.what());  // a report with its own "error:" on each problem
+  } catch (const dstrain::Error& e) {
+    return fail(e.code(), "error: ", e.what());
+  } catch (const std::bad_alloc&) {
+    return fail(ExitCode::failure, "error: ", "out of memory");
+  } catch (const std::exception& e) {
+    return fail(ExitCode::failure, "error: ", e.what());
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  // A reader that goes away, as in `... | head`, must not end a training run.
+  std::signal(SIGPIPE, SIG_IGN);
+  const int code = run(argc, argv);
+  // Results that could not be written are a failure, unless nobody wanted the rest of them.
+  errno = 0;
+  const bool is_lost = std::fflush(stdout) != 0 || std::ferror(stdout) != 0;
+  if (!is_lost || errno == EPIPE || code != 0) return code;
+  return fail(ExitCode::storage, "error: ", "cannot write to standard output");
+}
