@@ -46,18 +46,14 @@ is_finished() {
 has_checkpoint() { compgen -G "$run/checkpoints/step-*/manifest.json" >/dev/null; }
 
 make_datasets() {
-  if [[ ! $tokenizer -nt $corpus/train.jsonl ]]; then
-    "$program" tokenizer train "$corpus/train.jsonl" --vocab-size 4096 --pattern gpt2 --output "$tokenizer"
+  if [[ $tokenizer -nt $corpus/train.jsonl ]]; then
+    say "tokenizer: $tokenizer is there"
+  else
+    "$program" tokenizer train "$corpus/train.jsonl" --vocab-size 4096 --output "$tokenizer"
   fi
-  local split
-  for split in train valid; do
-    if [[ data/kjv/$split/index.bin -nt $tokenizer ]]; then
-      say "data: data/kjv/$split is there"
-    else
-      "$program" data build "$corpus/$split.jsonl" --tokenizer "$tokenizer" \
-        --output "data/kjv/$split" --overwrite
-    fi
-  done
+  # Both do nothing if the dataset is there and was made from these files.
+  "$program" data build "$corpus/train.jsonl" --tokenizer "$tokenizer" --output "$train_data" --overwrite
+  "$program" data build "$corpus/valid.jsonl" --tokenizer "$tokenizer" --output "$valid_data" --overwrite
 }
 
 # Starts training and sends SIGTERM after a third of the steps, as a scheduler does to a job that has
