@@ -68,18 +68,16 @@ bool is_same_file(const std::string& a, const std::string& b) {
 // Collects the layers of a job, lowest first, and loads them.
 class JobLoader {
  public:
+  // `base` lies below all layers.
+  explicit JobLoader(Config base = {}) { loaded_.config = std::move(base); }
+
   // The file and everything it extends become layers; the innermost file is the lowest.
   void add_file(const std::string& path) {
     std::vector<Layer> files;
     std::vector<std::string> chain = {path};
     for (std::string current = path; !current.empty();) {
-      const std::string text = read_job_file(current);
-      const int source = loaded_.sources.add_file(current, text);
-      std::optional<YamlNode> root = parse_yaml(source, text, problems_);
+      std::optional<YamlNode> root = parse(read_job_file(current), current);
       if (!root) break;
-      if (root->kind == YamlNode::Kind::null)
-        problems_.add({source, 0, 0, 1}, "the job file is empty",
-                      "see configs/quickstart.yaml for one that runs");
       const std::optional<YamlEntry> extends = take_extends(*root);
       files.insert(files.begin(), {std::move(*root), Origin::Kind::file});
       current = extends ? next_file(*extends, chain) : "";
@@ -87,26 +85,64 @@ class JobLoader {
     for (Layer& file : files) layers_.push_back(std::move(file));
   }
 
+  // A text that stands for itself.
+  void add_text(const std::string& text, const std::string& name) {
+    if (std::optional<YamlNode> root = parse(text, name))
+      layers_.push_back({std::move(*root), Origin::Kind::file});
+  }
+
   void add_override(const Override& value) {
     Layer layer{override_layer(value, loaded_.sources, problems_), Origin::Kind::command_line};
     if (layer.node.kind == YamlNode::Kind::map) layers_.push_back(std::move(layer));
   }
 
-  const Problems& load() {
-    apply_model_source();
+  // Starts the model from model.preset or model.from, below all other layers.
+  void load_model_source() {
+    const YamlNode* preset = find_model_value("preset");
+    const YamlNode* from = find_model_value("from");
+    if (preset && from)
+      return problems_.add(from->location, "model.from and model.preset both name a model",
+                           "keep one");
+    if (preset) {
+      const std::optional<ModelConfig> model = find_preset(preset->text);
+      if (!model)
+        return problems_.add(preset->location,
+                             "model.preset: there is no preset " + quote(preset->text),
+                             suggest_preset(preset->text));
+      start_from(*model, "preset " + preset->text);
+    }
+    if (from) {
+      const std::string path = join_path(from->text, "config.json");
+      start_from(parse_hf_config(read_small_file(path, kMaxHfConfigBytes), path), path);
+    }
+  }
+
+  void load_layers() {
     for (const Layer& layer : layers_) {
       LoadContext context{loaded_.sources, problems_, loaded_.origins, layer.kind};
       load_layer(layer.node, loaded_.config, context);
     }
-    return problems_;
   }
 
+  const Problems& problems() const { return problems_; }
+
   LoadedConfig finish() {
-    load().throw_if_any(loaded_.sources);
+    problems_.throw_if_any(loaded_.sources);
     return std::move(loaded_);
   }
 
  private:
+  std::optional<YamlNode> parse(const std::string& text, const std::string& name) {
+    const int source = loaded_.sources.add_file(name, text);
+    std::optional<YamlNode> root = parse_yaml(source, text, problems_);
+    if (root && root->kind == YamlNode::Kind::null) {
+      problems_.add({source, 0, 0, 1}, "the job file is empty",
+                    "see configs/quickstart.yaml for one that runs");
+      return std::nullopt;
+    }
+    return root;
+  }
+
   // The path that `extends` names, relative to the file it stands in; empty after a problem.
   std::string next_file(const YamlEntry& extends, std::vector<std::string>& chain) {
     const Location& place = extends.value.location;
@@ -144,27 +180,6 @@ class JobLoader {
     return nullptr;
   }
 
-  // Starts the model from model.preset or model.from, below all other layers.
-  void apply_model_source() {
-    const YamlNode* preset = find_model_value("preset");
-    const YamlNode* from = find_model_value("from");
-    if (preset && from)
-      return problems_.add(from->location, "model.from and model.preset both name a model",
-                           "keep one");
-    if (preset) {
-      const std::optional<ModelConfig> model = find_preset(preset->text);
-      if (!model)
-        return problems_.add(preset->location,
-                             "model.preset: there is no preset " + quote(preset->text),
-                             suggest_preset(preset->text));
-      start_from(*model, "preset " + preset->text);
-    }
-    if (from) {
-      const std::string path = from->text + "/config.json";
-      start_from(parse_hf_config(read_small_file(path, kMaxHfConfigBytes), path), path);
-    }
-  }
-
   void start_from(const ModelConfig& model, const std::string& origin) {
     const FieldNode defaults = describe(loaded_.config);
     loaded_.config.model = model;
@@ -199,6 +214,8 @@ LoadedConfig load_config(const std::optional<std::string>& path,
   JobLoader loader;
   if (path) loader.add_file(*path);
   for (const Override& value : overrides) loader.add_override(value);
+  loader.load_model_source();
+  loader.load_layers();
   LoadedConfig loaded = loader.finish();
   if (!path && loaded.config.run.name.empty() && !loaded.config.model.preset.empty()) {
     loaded.config.run.name = loaded.config.model.preset;
@@ -208,25 +225,26 @@ LoadedConfig load_config(const std::optional<std::string>& path,
   return loaded;
 }
 
+LoadedConfig apply_overrides(const Config& base, const std::vector<Override>& overrides) {
+  JobLoader loader(base);
+  for (const Override& value : overrides) loader.add_override(value);
+  loader.load_layers();
+  return loader.finish();
+}
+
 Problems check_override(const Override& value) {
   JobLoader loader;
   loader.add_override(value);
-  return loader.load();
+  loader.load_model_source();
+  loader.load_layers();
+  return loader.problems();
 }
 
 Config parse_config_text(std::string_view text, const std::string& name) {
-  SourceTexts sources;
-  Problems problems;
-  std::map<std::string, Origin> origins;
-  Config config;
-  const std::string copy(text);
-  const int source = sources.add_file(name, copy);
-  if (const std::optional<YamlNode> root = parse_yaml(source, copy, problems)) {
-    LoadContext context{sources, problems, origins, Origin::Kind::file};
-    load_layer(*root, config, context);
-  }
-  problems.throw_if_any(sources);
-  return config;
+  JobLoader loader;
+  loader.add_text(std::string(text), name);
+  loader.load_layers();
+  return loader.finish().config;
 }
 
 std::string dump_config(const Config& config) {

@@ -51,11 +51,15 @@ struct LoadedConfig {
 LoadedConfig load_config(const std::optional<std::string>& path,
                          const std::vector<Override>& overrides = {});
 
+// Overrides on top of a finished configuration, such as a checkpoint's stamp. A model.preset among
+// them is noted but its values are not taken.
+LoadedConfig apply_overrides(const Config& base, const std::vector<Override>& overrides);
+
 // The problems of one command-line value by itself; empty if there are none.
 Problems check_override(const Override& value);
 
 // Parses the text of dump_config(), such as the stamp in a checkpoint. The text stands for itself:
-// no preset, Hugging Face folder or `extends` is applied. `name` is the file name in messages.
+// no preset, Hugging Face folder or `extends` is followed. `name` is the file name in messages.
 Config parse_config_text(std::string_view text, const std::string& name);
 
 // YAML with every key that loads back to the identical Config.
