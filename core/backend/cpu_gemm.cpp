@@ -1,6 +1,7 @@
 #include "core/backend/cpu_gemm.h"
 
 #include <algorithm>
+#include <bit>
 #include <string>
 
 #include "core/base/error.h"
@@ -108,33 +109,36 @@ std::string gemm_library() {
 #endif
 }
 
-// dnnl_sgemm reaches 95% of an AVX-512 core's peak on tiles of 32 rows and more, except where the
-// right operand is transposed: it copies that operand first, so tiles have more rows there.
+// dnnl_sgemm reaches 95% of an AVX-512 core's peak on tiles of 32 rows and 128 columns, except
+// where the right operand is transposed: it copies that operand first, so tiles have more rows
+// there.
 TilePlan plan_tiles(const ProductShape& shape, int64_t groups, int64_t rows_limit) {
-  constexpr int64_t kEnoughTiles = 24;  // for 16 threads, and for even loads on 2
-  constexpr double kSmallTile = 2e6;    // multiply-adds of about 40 microseconds
+  constexpr int64_t kEnoughTiles = 16;  // to keep as many threads busy
+  constexpr double kSmallTile = 6e6;    // multiply-adds of about 100 microseconds
   const auto [ta, tb, m, n, k] = shape;
   const bool copies_b = ta == Trans::no && tb == Trans::yes;
-  const int64_t min_rows = copies_b ? 64 : 32, min_columns = ta == Trans::yes ? 32 : 128;
-  int64_t rows = std::clamp<int64_t>(m, 1, copies_b ? 320 : 128);
-  int64_t columns = std::clamp<int64_t>(n, 1, 512);
-  while (groups * ceil_div(m, rows) * ceil_div(n, columns) < kEnoughTiles &&
-         static_cast<double>(rows * columns) * static_cast<double>(k) > kSmallTile) {
-    const bool rows_divide = rows > min_rows, columns_divide = columns > min_columns;
-    if (rows_divide && (!columns_divide || rows * min_columns >= columns * min_rows)) {
-      rows = std::max(min_rows, rows / 2);
-    } else if (columns_divide) {
-      columns = std::max(min_columns, columns / 2);
+  const int64_t most_rows = std::clamp<int64_t>(rows_limit, 1, copies_b ? 320 : 128);
+  const int64_t min_rows = copies_b ? 128 : 32, min_columns = 128;
+  TilePlan plan;
+  if (m <= 0 || n <= 0) return plan;
+  // Powers of two divide evenly over the usual numbers of threads.
+  plan.row_tiles =
+      static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(ceil_div(m, most_rows))));
+  plan.column_tiles = ceil_div(n, 512);
+  while (groups * plan.row_tiles * plan.column_tiles < kEnoughTiles) {
+    const int64_t rows = ceil_div(m, plan.row_tiles), columns = ceil_div(n, plan.column_tiles);
+    const bool cut_rows = rows >= 2 * min_rows, cut_columns = columns >= 2 * min_columns;
+    const auto work =
+        static_cast<double>(std::max<int64_t>(rows, 32)) * static_cast<double>(columns * k);
+    if (work <= kSmallTile || !(cut_rows || cut_columns)) break;
+    if (cut_rows && (!cut_columns || rows * min_columns >= columns * min_rows)) {
+      plan.row_tiles *= 2;
     } else {
-      break;
+      plan.column_tiles *= 2;
     }
   }
-  rows = std::clamp<int64_t>(rows, 1, std::max<int64_t>(1, rows_limit));
-  // Even tiles; a last one of few rows or columns would be slow.
-  TilePlan plan;
-  plan.rows = std::max<int64_t>(1, ceil_div(m, std::max<int64_t>(1, ceil_div(m, rows))));
-  plan.columns = ceil_div(n, std::max<int64_t>(1, ceil_div(n, columns)));
-  plan.columns = std::max<int64_t>(1, ceil_div(plan.columns, 16) * 16);
+  plan.rows = ceil_div(m, plan.row_tiles);
+  plan.columns = ceil_div(ceil_div(n, plan.column_tiles), 16) * 16;
   plan.row_tiles = ceil_div(m, plan.rows);
   plan.column_tiles = ceil_div(n, plan.columns);
   return plan;

@@ -84,6 +84,15 @@ class QueryBlocks {
         std::upper_bound(begin, begin + segments_.count() + 1, index) - first_block_ - 1;
     return block(segments_[n], (index - first_block_[n]) * kQueries);
   }
+  // add(rows, keys) for each block and head.
+  template <class Add>
+  void log(MatmulLog* log, int64_t heads, const Add& add) const {
+    if (!log) return;
+    for (int64_t i = 0; i < count() * heads; ++i) {
+      const Block b = (*this)[i / heads];
+      add(b.rows, b.keys());
+    }
+  }
   static Block block(const Segment& segment, int64_t first) {
     return {segment, first, std::min(kQueries, segment.queries - first)};
   }
@@ -376,13 +385,10 @@ void CpuOps::attention(Stream&, const Tensor& q_THQ, const Tensor& k_UGQ, const 
   }
   const QueryBlocks blocks(table, workspace_.get<int64_t>(table.count() + 1));
   const int64_t count = blocks.count();
-  if (log_) {
-    for (int64_t b = 0; b < count * H; ++b) {
-      const QueryBlocks::Block block = blocks[b / H];
-      log_->add({Trans::no, Trans::yes, block.rows, block.keys(), Q});
-      log_->add({Trans::no, Trans::no, block.rows, W, block.keys()});
-    }
-  }
+  blocks.log(log_, H, [&](int64_t rows, int64_t keys) {
+    log_->add({Trans::no, Trans::yes, rows, keys, Q});
+    log_->add({Trans::no, Trans::no, rows, W, keys});
+  });
   dispatch_float(q_THQ.dtype(), [&]<class F>() {
     const Forward<F> op{Heads<F>(q_THQ), Heads<F>(k_UGQ),  Heads<F>(v_UGW),
                         Heads<F>(o_THW), lse_TH.data<F>(), H,
@@ -402,6 +408,7 @@ void CpuOps::attention_backward(Stream&, const Tensor& do_THW, const Tensor& q_T
   check_shapes(q_THQ, k_UGQ, v_UGW, o_THW, lse_TH);
   check_shapes(dq_THQ, dk_UGQ, dv_UGW, do_THW, lse_TH);
   const int64_t T = q_THQ.size(0), U = k_UGQ.size(0), H = q_THQ.size(1), G = k_UGQ.size(1);
+  const int64_t Q = q_THQ.size(2), W = v_UGW.size(2);
   const Segments table(segments, T, U);
   if (table.queries() != T) clear_rows(pool_, dq_THQ);
   if (table.count() == 0) {
@@ -410,6 +417,13 @@ void CpuOps::attention_backward(Stream&, const Tensor& do_THW, const Tensor& q_T
     return;
   }
   int64_t* const storage = workspace_.get<int64_t>(2 * (table.count() + 1));
+  QueryBlocks(table, storage).log(log_, H, [&](int64_t rows, int64_t keys) {
+    log_->add({Trans::no, Trans::yes, rows, keys, Q});
+    log_->add({Trans::no, Trans::yes, rows, keys, W});
+    log_->add({Trans::yes, Trans::no, keys, W, rows});
+    log_->add({Trans::yes, Trans::no, keys, Q, rows});
+    log_->add({Trans::no, Trans::no, rows, Q, keys});
+  });
   const KeyRuns runs(table, U, storage);
   dispatch_float(q_THQ.dtype(), [&]<class F>() {
     const Backward<F> op{Heads<F>(do_THW),

@@ -30,7 +30,9 @@ namespace {
 
 constexpr int kTaskBits = 32;
 constexpr uint64_t kTaskMask = (uint64_t{1} << kTaskBits) - 1;
-constexpr auto kSpinTime = std::chrono::microseconds(50);
+// Longer than the gaps between the ops of a step; waking a sleeper takes about 20 microseconds.
+constexpr auto kSpinTime = std::chrono::milliseconds(1);
+constexpr int kPausesPerYield = 64;
 
 // oneDNN takes its thread count from OpenMP, which keeps one per thread.
 class SingleThreadedOneDnn {
@@ -64,7 +66,7 @@ template <class Done>
 bool spin_until(const Done& done) {
   const auto begin = std::chrono::steady_clock::now();
   do {
-    for (int i = 0; i < 32; ++i) {
+    for (int i = 0; i < kPausesPerYield; ++i) {
       if (done()) return true;
       pause_briefly();
     }

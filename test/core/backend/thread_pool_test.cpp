@@ -107,8 +107,7 @@ TEST_CASE("pools of several rank threads do not disturb each other", "[core][poo
   for (int rank = 0; rank < 6; ++rank) {
     ranks.emplace_back([&total, rank] {
       ThreadPool pool(1 + rank % 2, 256);
-      for (int job = 0; job < 300; ++job)
-        pool.run(4, [&](int64_t task, void*) { total += task; });
+      for (int job = 0; job < 300; ++job) pool.run(4, [&](int64_t task, void*) { total += task; });
     });
   }
   for (std::thread& rank : ranks) rank.join();

@@ -1,0 +1,234 @@
+// attention and attention_backward against the plain softmax in double, f64, threads and
+// differences.
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "test/support/catch.h"
+#include "test/support/op_check.h"
+
+namespace dstrain::test {
+namespace {
+
+struct Shape {
+  int64_t T, U, H, G, Q, W;
+  std::vector<double> table;  // {query begin, query count, key begin, key count} per segment
+};
+
+struct Attention {
+  Shape k;
+  OpCase c;
+  double scale;
+  Slot q, key, v, table, count, o, lse, dout, dq, dk, dv;
+
+  Attention(uint64_t seed, Shape shape, int64_t unused_rows = 1)
+      : k(std::move(shape)), c(seed), scale(1 / std::sqrt(static_cast<double>(k.Q))) {
+    const int64_t N = static_cast<int64_t>(k.table.size()) / 4;
+    std::vector<double> rows = k.table;
+    rows.resize(static_cast<size_t>(4 * (N + unused_rows)),
+                -1000);  // rows after count are not read
+    q = c.normal({k.T, k.H, k.Q});
+    key = c.normal({k.U, k.G, k.Q});
+    v = c.normal({k.U, k.G, k.W});
+    table = c.fixed(DType::i32, {N + unused_rows, 4}, rows);
+    count = c.fixed(DType::i32, {1}, {static_cast<double>(N)});
+    o = c.output({k.T, k.H, k.W});
+    lse = c.output({k.T, k.H});
+    dout = c.normal({k.T, k.H, k.W});
+    dq = c.output({k.T, k.H, k.Q});
+    dk = c.output({k.U, k.G, k.Q});
+    dv = c.output({k.U, k.G, k.W});
+  }
+  AttentionSegments segments(const Bound& t) const { return {t[table], t[count], k.T, k.U}; }
+  OpBody forward() const {
+    return [a = *this](Ops& ops, Stream& s, const Bound& t) {
+      ops.attention(s, t[a.q], t[a.key], t[a.v], a.segments(t), a.scale, t[a.o], t[a.lse]);
+    };
+  }
+  OpBody backward() const {
+    return [a = *this](Ops& ops, Stream& s, const Bound& t) {
+      ops.attention_backward(s, t[a.dout], t[a.q], t[a.key], t[a.v], t[a.o], t[a.lse],
+                             a.segments(t), a.scale, t[a.dq], t[a.dk], t[a.dv]);
+    };
+  }
+  OpBody both() const {
+    return [f = forward(), b = backward()](Ops& ops, Stream& s, const Bound& t) {
+      f(ops, s, t);
+      b(ops, s, t);
+    };
+  }
+};
+
+Shape small(int which) {
+  switch (which) {
+    case 0:
+      return {5, 5, 2, 2, 3, 4, {0, 5, 0, 5}};
+    case 1:
+      return {6, 6, 4, 2, 3, 2, {0, 2, 0, 2, 2, 1, 2, 1, 3, 3, 3, 3}};  // packed documents
+    case 2:
+      return {4, 9, 2, 1, 3, 3, {0, 2, 0, 5, 2, 2, 0, 9}};  // shared keys: context parallel
+    case 3:
+      return {5, 8, 2, 2, 2, 3, {2, 3, 4, 4, 0, 2, 0, 3}};  // not in order, keys 3 unused
+    default:
+      return {1, 1, 1, 1, 1, 1, {0, 1, 0, 1}};
+  }
+}
+
+// Several tiles of queries and keys.
+Shape large(int which) {
+  switch (which) {
+    case 0:
+      return {700, 700, 2, 1, 12, 8, {0, 700, 0, 700}};  // few heads: split backward
+    case 1:
+      return {300, 1300, 2, 2, 8, 4, {0, 150, 0, 1150, 150, 150, 0, 1300}};
+    case 2:
+      return {330, 330, 8, 8, 4, 4, {0, 130, 0, 130, 130, 1, 130, 1, 131, 199, 131, 199}};
+    default:
+      return {600, 600, 16, 8, 4, 4, {0, 600, 0, 600}};  // many heads, several key tiles
+  }
+}
+
+// The definition, one query and head at a time, in double.
+struct Reference {
+  HostTensor o, lse, dq, dk, dv;
+
+  Reference(const Attention& a, const Bound& t)
+      : o(DType::f64, {a.k.T, a.k.H, a.k.W}),
+        lse(DType::f64, {a.k.T, a.k.H}),
+        dq(DType::f64, {a.k.T, a.k.H, a.k.Q}),
+        dk(DType::f64, {a.k.U, a.k.G, a.k.Q}),
+        dv(DType::f64, {a.k.U, a.k.G, a.k.W}) {
+    const auto entry = [&](size_t i) { return static_cast<int64_t>(a.k.table[i]); };
+    for (size_t n = 0; n < a.k.table.size(); n += 4) {
+      for (int64_t j = 0; j < entry(n + 1); ++j) {
+        const int64_t visible = entry(n + 3) - entry(n + 1) + j + 1;
+        for (int64_t h = 0; h < a.k.H; ++h) query(a, t, entry(n) + j, h, entry(n + 2), visible);
+      }
+    }
+  }
+
+ private:
+  static double dot(const HostTensor& x, int64_t i, const HostTensor& y, int64_t j, int64_t n) {
+    double sum = 0;
+    for (int64_t d = 0; d < n; ++d) sum += x.get(i * n + d) * y.get(j * n + d);
+    return sum;
+  }
+  static void add(HostTensor& x, int64_t i, double factor, const HostTensor& y, int64_t j,
+                  int64_t n) {
+    for (int64_t d = 0; d < n; ++d) x.set(i * n + d, x.get(i * n + d) + factor * y.get(j * n + d));
+  }
+
+  void query(const Attention& a, const Bound& t, int64_t row, int64_t h, int64_t key,
+             int64_t visible) {
+    const int64_t Q = a.k.Q, W = a.k.W, i = row * a.k.H + h;
+    const auto key_row = [&](int64_t u) { return (key + u) * a.k.G + h / (a.k.H / a.k.G); };
+    std::vector<double> p;
+    double largest = -1e300, sum = 0, delta = 0;
+    for (int64_t u = 0; u < visible; ++u) {
+      p.push_back(a.scale * dot(t.at(a.q), i, t.at(a.key), key_row(u), Q));
+      largest = std::max(largest, p.back());
+    }
+    for (double& value : p) sum += value = std::exp(value - largest);
+    for (double& value : p) value /= sum;
+    lse.set(i, largest + std::log(sum));
+    for (int64_t u = 0; u < visible; ++u) {
+      const double weight = p[static_cast<size_t>(u)];
+      add(o, i, weight, t.at(a.v), key_row(u), W);
+      add(dv, key_row(u), weight, t.at(a.dout), i, W);
+      delta += weight * dot(t.at(a.dout), i, t.at(a.v), key_row(u), W);
+    }
+    for (int64_t u = 0; u < visible; ++u) {
+      const double dp = dot(t.at(a.dout), i, t.at(a.v), key_row(u), W);
+      const double ds = p[static_cast<size_t>(u)] * (dp - delta) * a.scale;
+      add(dq, i, ds, t.at(a.key), key_row(u), Q);
+      add(dk, key_row(u), ds, t.at(a.q), i, Q);
+    }
+  }
+};
+
+// The terms of a softmax gradient cancel; the rule's limit is that of the terms before they do.
+TEST_CASE("attention and its gradients: the causal softmax of each segment", "[core][ops]") {
+  const bool is_large = GENERATE(false, true);
+  const int which = GENERATE(0, 1, 2, 3);
+  CAPTURE(is_large, which);
+  const Attention a(51, is_large ? large(which) : small(which));
+  const Tolerance tolerance{.sum_length = 2 * a.k.Q + a.k.W + a.k.U, .roundings = 12};
+  const Bound t = check_op(a.c, a.both(),
+                           {{a.o, tolerance},
+                            {a.lse, tolerance},
+                            {a.dq, tolerance},
+                            {a.dk, tolerance},
+                            {a.dv, tolerance}});
+  const Reference want(a, t);
+  CHECK(compare_within(t.at(a.o), want.o, 1e-13));
+  CHECK(compare_within(t.at(a.lse), want.lse, 1e-13));
+  CHECK(compare_within(t.at(a.dq), want.dq, 1e-13));
+  CHECK(compare_within(t.at(a.dk), want.dk, 1e-13));
+  CHECK(compare_within(t.at(a.dv), want.dv, 1e-13));
+}
+
+TEST_CASE("attention gradients agree with differences", "[core][ops]") {
+  const int which = GENERATE(0, 1, 2, 3, 4);
+  CAPTURE(which);
+  const Attention a(52, small(which));
+  const std::vector<GradientPair> outputs = {{a.o, a.dout}};
+  std::vector<GradientPair> inputs = {{a.q, a.dq}, {a.key, a.dk}, {a.v, a.dv}};
+  if (which == 4) inputs = {{a.v, a.dv}};  // one key: dq and dk are zero
+  CHECK(check_gradient(a.c, a.forward(), a.backward(), outputs, inputs));
+}
+
+TEST_CASE("attention gradients: a planted fault is noticed", "[core][ops]") {
+  const Attention a(53, small(1));
+  const Slot faulty = GENERATE_COPY(a.dq, a.dk, a.dv);
+  const auto backward = [&](Ops& ops, Stream& s, const Bound& t) {
+    a.backward()(ops, s, t);
+    t[faulty].data<double>()[11] += 1e-5;
+  };
+  CHECK_FALSE(check_gradient(a.c, a.forward(), backward, {{a.o, a.dout}},
+                             {{a.q, a.dq}, {a.key, a.dk}, {a.v, a.dv}}));
+}
+
+TEST_CASE("attention: rows in no segment are zero", "[core][ops]") {
+  const Attention a(56, {6, 7, 2, 2, 3, 2, {1, 3, 2, 4}});
+  const Bound t = run_op(a.c, DType::f32, 2, a.both());
+  const auto zero = [&](Slot slot, int64_t row) {
+    const int64_t width = t.at(slot).numel() / t[slot].size(0);
+    for (int64_t i = 0; i < width; ++i)
+      if (t.at(slot).get(row * width + i) != 0) return false;
+    return true;
+  };
+  for (const int64_t row : {0, 4, 5})
+    CHECK((zero(a.o, row) && zero(a.dq, row) && zero(a.lse, row)));
+  for (const int64_t row : {0, 1, 6}) CHECK((zero(a.dk, row) && zero(a.dv, row)));
+  for (const int64_t row : {1, 2, 3}) CHECK_FALSE(zero(a.o, row));
+  for (const int64_t row : {2, 3, 4, 5}) CHECK_FALSE(zero(a.dv, row));
+}
+
+TEST_CASE("attention: no segments and no rows", "[core][ops]") {
+  const Attention none(57, {3, 4, 1, 1, 2, 2, {}});
+  const Bound t = run_op(none.c, DType::f32, 2, none.both());
+  for (const Slot slot : {none.o, none.dq, none.dk, none.dv})
+    for (const double value : t.at(slot).values()) CHECK(value == 0);
+  const Attention empty(58, {0, 0, 2, 1, 2, 2, {}});
+  CHECK_NOTHROW(run_op(empty.c, DType::f32, 2, empty.both()));
+}
+
+TEST_CASE("attention: a segment outside of its rows is refused", "[core][ops]") {
+  const std::vector<double> table =
+      GENERATE(std::vector<double>{0, 6, 0, 6}, std::vector<double>{0, 5, 0, 4},
+               std::vector<double>{-1, 5, 0, 5}, std::vector<double>{0, 5, 1, 5});
+  const Attention a(59, {5, 5, 1, 1, 2, 2, table});
+  CHECK_THROWS(run_op(a.c, DType::f32, 1, a.forward()));
+}
+
+TEST_CASE("attention: large scores do not overflow", "[core][ops]") {
+  Attention a(60, {40, 40, 1, 1, 4, 4, {0, 40, 0, 40}});
+  a.scale = 500;
+  check_op(a.c, a.forward(), {});
+  const Bound t = run_op(a.c, DType::f32, 1, a.both());
+  for (const Slot slot : {a.o, a.lse, a.dq, a.dk, a.dv})
+    for (const double value : t.at(slot).values()) REQUIRE(std::isfinite(value));
+}
+
+}  // namespace
+}  // namespace dstrain::test
