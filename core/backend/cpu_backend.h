@@ -17,6 +17,9 @@ std::unique_ptr<Backend> make_cpu_backend(int threads, MatmulLog* log = nullptr)
 
 // Cores in this process's affinity mask, limited by the container's quota; at least 1.
 int available_cores();
+// Memory that this process can still take: what the system has available, within the container's
+// limit. 0 if unknown.
+int64_t available_memory_bytes();
 // "oneDNN 2.6.3", or the CBLAS in use.
 std::string matmul_library();
 // "avx512", "avx2", "sse2": what this binary was compiled for. Throws RuntimeFailure, a sentence, if the

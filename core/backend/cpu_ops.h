@@ -77,7 +77,7 @@ class CpuOps : public Ops {
                     int64_t tokens_per_sequence, int64_t experts_per_token, double alpha,
                     const Tensor& loss_1, const Tensor& coeff_SE) override;
   void count_experts(Stream&, const Tensor& indices_TK, const Tensor& counts_E) override;
-  void router_bias_update(Stream&, const Tensor& counts_E, double speed,
+  void router_bias_update(Stream&, const Tensor& counts_E, double speed, const StepScalars* scalars,
                           const Tensor& bias_E) override;
   void sort_by_expert(Stream&, const Tensor& indices_TK, const Tensor& weights_TK,
                       const Tensor& offsets_E1, const Tensor& token_of_row_R,

@@ -121,11 +121,14 @@ S lane_sum(int64_t n, const Term& term) {
   const int64_t rest = n - i;
 #pragma omp simd
   for (int64_t j = 0; j < rest; ++j) lanes[j] += term(i + j);
-  for (int64_t width = kLanes / 2; width > 0; width /= 2) {
 #pragma omp simd
-    for (int64_t j = 0; j < width; ++j) lanes[j] += lanes[j + width];
-  }
-  return lanes[0];
+  for (int64_t j = 0; j < 32; ++j) lanes[j] += lanes[j + 32];
+#pragma omp simd
+  for (int64_t j = 0; j < 16; ++j) lanes[j] += lanes[j + 16];
+  S sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t j = 0; j < 16; ++j) sum += lanes[j];
+  return sum;
 }
 
 }  // namespace dstrain

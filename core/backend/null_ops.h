@@ -51,7 +51,7 @@ class NullOps : public Ops {
   void balance_loss(Stream&, const Tensor&, const Tensor&, int64_t, int64_t, double, const Tensor&,
                     const Tensor&) override {}
   void count_experts(Stream&, const Tensor&, const Tensor&) override {}
-  void router_bias_update(Stream&, const Tensor&, double, const Tensor&) override {}
+  void router_bias_update(Stream&, const Tensor&, double, const StepScalars*, const Tensor&) override {}
   void sort_by_expert(Stream&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                       const Tensor&, const Tensor&) override {}
   void combine_rows(Stream&, const Tensor&, const Tensor&, const Tensor&, const Tensor&) override {}

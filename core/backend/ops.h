@@ -206,8 +206,9 @@ class Ops {
   // counts_E (i64) += how often each expert stands in indices_TK.
   virtual void count_experts(Stream&, const Tensor& indices_TK, const Tensor& counts_E) = 0;
   // bias += speed * sign(mean(counts) - counts): auxiliary-loss-free balancing (arXiv:2408.15664).
+  // Nothing happens in a step that is skipped (scalars->finite is 0).
   virtual void router_bias_update(Stream&, const Tensor& counts_E, double speed,
-                                  const Tensor& bias_E) = 0;
+                                  const StepScalars* scalars, const Tensor& bias_E) = 0;
 
   // Stable sort of the T*K choices by expert: row r of the sorted order holds token token_of_row[r];
   // slot (t,k) became row row_of_slot[t,k]; offsets_E1[e] is the first row of expert e (all i32);

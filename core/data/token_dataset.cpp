@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <bit>
 #include <cstring>
-#include <filesystem>
 #include <utility>
 
 #include "core/base/error.h"
@@ -34,29 +33,29 @@ bool ends_with(const std::string& text, std::string_view end) {
 }  // namespace
 
 TokenDataset TokenDataset::open(const std::string& path) {
-  namespace fs = std::filesystem;
-  std::error_code ignored;
-  if (fs::is_directory(path, ignored)) {
-    if (!fs::exists(fs::path(path) / kIndexFile, ignored))
+  if (is_folder(path)) {
+    if (!path_exists(join_path(path, kIndexFile)))
       throw NotFoundError(fmt::format(
           "'{}' is a folder without {}: it is not a finished dataset; run 'deepseek-train data "
-          "build' (again), or name one .bin file of it", path, kIndexFile));
+          "build' (again), or name one .bin file of it",
+          path, kIndexFile));
     return TokenDataset(open_built_dataset(path));
   }
   std::string prefix = path;
   for (const char* suffix : {".bin", ".idx"})
     if (ends_with(path, suffix)) prefix = path.substr(0, path.size() - 4);
-  const bool has_index = fs::exists(prefix + ".idx", ignored);
-  if (has_index) return TokenDataset(open_megatron_dataset(prefix));
-  if (!fs::exists(path, ignored))
+  if (path_exists(prefix + ".idx")) return TokenDataset(open_megatron_dataset(prefix));
+  if (!path_exists(path))
     throw NotFoundError(fmt::format(
         "no dataset at '{}': expected a folder of 'deepseek-train data build', a Megatron prefix "
-        "with .bin and .idx, or an llm.c .bin file", path));
+        "with .bin and .idx, or an llm.c .bin file",
+        path));
   if (!is_llmc_file(ReadOnlyFile(path)))
     throw DataError(fmt::format(
         "'{}' is not a token dataset: there is no '{}.idx' beside it (Megatron), and it does not "
         "start with the magic number 20240520 or 20240801 (llm.c); make a dataset from text with "
-        "'deepseek-train data build'", path, prefix));
+        "'deepseek-train data build'",
+        path, prefix));
   return TokenDataset(open_llmc_dataset(path));
 }
 
@@ -67,9 +66,9 @@ TokenDataset::TokenDataset(TokenDatasetParts parts) : parts_(std::move(parts)) {
 }
 
 const TokenShard& TokenDataset::shard_of(int64_t token) const {
-  const auto after = std::upper_bound(
-      parts_.shards.begin(), parts_.shards.end(), token,
-      [](int64_t t, const TokenShard& shard) { return t < shard.first_token; });
+  const auto after =
+      std::upper_bound(parts_.shards.begin(), parts_.shards.end(), token,
+                       [](int64_t t, const TokenShard& shard) { return t < shard.first_token; });
   return *std::prev(after);
 }
 
@@ -82,8 +81,7 @@ void TokenDataset::read(int64_t begin, int64_t count, int32_t* out) const {
     const TokenShard& shard = shard_of(token);
     const int64_t n = std::min({begin + count - token, kReadBytes / parts_.token_bytes,
                                 shard.first_token + shard.num_tokens - token});
-    const int64_t offset =
-        shard.data_offset + (token - shard.first_token) * parts_.token_bytes;
+    const int64_t offset = shard.data_offset + (token - shard.first_token) * parts_.token_bytes;
     shard.file.read_exact(offset, bytes, n * parts_.token_bytes);
     int32_t* ids = out + (token - begin);
     if (parts_.token_bytes == 2) {
@@ -108,8 +106,7 @@ void TokenDataset::verify_blocks(int64_t begin, int64_t end) const {
     const int64_t first = block * parts_.block_tokens;
     const int64_t n = std::min(parts_.block_tokens, num_tokens() - first);
     const TokenShard& shard = shard_of(first);
-    const int64_t offset =
-        shard.data_offset + (first - shard.first_token) * parts_.token_bytes;
+    const int64_t offset = shard.data_offset + (first - shard.first_token) * parts_.token_bytes;
     bytes.resize(static_cast<size_t>(n * parts_.token_bytes));
     shard.file.read_exact(offset, bytes.data(), std::ssize(bytes));
     const uint64_t hash = hash_bytes(bytes.data(), std::ssize(bytes));
@@ -132,7 +129,8 @@ std::string TokenDataset::locate(int64_t token) const {
 void check_token_ids(const TokenDataset& dataset, int64_t begin, const int32_t* ids, int64_t count,
                      int64_t vocab_size) {
   const uint32_t limit = static_cast<uint32_t>(std::min<int64_t>(vocab_size, int64_t{1} << 31));
-  uint32_t highest = 0;  // a plain maximum vectorises; the offender is searched only if there is one
+  uint32_t highest =
+      0;  // a plain maximum vectorises; the offender is searched only if there is one
   for (int64_t i = 0; i < count; ++i) highest = std::max(highest, static_cast<uint32_t>(ids[i]));
   if (count == 0 || highest < limit) return;
   int64_t i = 0;

@@ -4,11 +4,11 @@
 //   a Megatron pair PREFIX.bin/.idx    MMIDIDX version 1, token type uint16 or int32
 //   an llm.c file                      magic 20240520 (GPT-2, uint16) or 20240801 (Llama 3, uint32)
 //
-// The index is read and checked as a whole when the dataset is opened; it takes 8 bytes per document
-// (and 8 per 64 KiB of tokens) of memory. Tokens are read on demand. Datasets of `data build` hash
-// their tokens by blocks: a block is checked when it is first read. An llm.c file carries no
-// boundaries: a document ends after each end-of-text token.
-// Objects are immutable; all functions may be called from any thread.
+// The index is read and checked as a whole when the dataset is opened; it takes 8 bytes per
+// document (and 8 per 64 KiB of tokens) of memory. Tokens are read on demand. Datasets of `data
+// build` hash their tokens by blocks: a block is checked when it is first read. An llm.c file
+// carries no boundaries: a document ends after each end-of-text token. Objects are immutable; all
+// functions may be called from any thread.
 #pragma once
 
 #include <atomic>
@@ -46,7 +46,7 @@ struct TokenDatasetParts {
   int64_t eos_id = -1;
   uint64_t tokenizer_fingerprint = 0;
   uint64_t content_hash = 0;
-  int64_t block_tokens = 0;            // 0: no block hashes
+  int64_t block_tokens = 0;  // 0: no block hashes
   std::vector<uint64_t> block_hashes;
 };
 

@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstring>
-#include <filesystem>
 
 #include "core/base/error.h"
 #include "core/data/token_dataset_formats.h"
@@ -12,8 +11,7 @@
 namespace dstrain {
 namespace {
 
-constexpr char kRebuild[] =
-    "restore the file from a copy or run 'deepseek-train data build' again";
+constexpr char kRebuild[] = "restore the file from a copy or run 'deepseek-train data build' again";
 
 [[noreturn]] void damaged(const std::string& path, int64_t offset, const std::string& why) {
   throw DataError(fmt::format("'{}' is damaged at byte {}: {}; {}", path, offset, why, kRebuild));
@@ -27,9 +25,10 @@ BuiltIndexHeader read_header(const ReadOnlyFile& file) {
   if (got < int64_t{sizeof header})
     damaged(file.path(), got, fmt::format("the header of {} bytes is cut off", sizeof header));
   if (header.version != header.kVersion)
-    throw DataError(fmt::format("'{}' has format version {}, this program reads version {}; build "
-                                "the dataset again with this program",
-                                file.path(), header.version, header.kVersion));
+    throw DataError(
+        fmt::format("'{}' has format version {}, this program reads version {}; build "
+                    "the dataset again with this program",
+                    file.path(), header.version, header.kVersion));
   if (header.header_hash != hash_bytes(&header, offsetof(BuiltIndexHeader, header_hash)))
     damaged(file.path(), 0, "the header does not match its hash");
   return header;
@@ -77,21 +76,24 @@ std::vector<int64_t> read_document_ends(const std::string& path, const BuiltInde
     damaged(path, 0, "the document boundaries do not match their hash");
   for (int64_t i = 0, previous = 0; i < std::ssize(ends); previous = ends[i++])
     if (ends[i] <= previous || ends[i] > header.num_tokens)
-      damaged(path, i * 8, fmt::format("document {} ends at token {}, after {} of {}", i, ends[i],
-                                       previous, header.num_tokens));
+      damaged(path, i * 8,
+              fmt::format("document {} ends at token {}, after {} of {}", i, ends[i], previous,
+                          header.num_tokens));
   if (ends.back() != header.num_tokens)
-    damaged(path, expected - 8, fmt::format("the last document ends at token {} of {}", ends.back(),
-                                            header.num_tokens));
+    damaged(
+        path, expected - 8,
+        fmt::format("the last document ends at token {} of {}", ends.back(), header.num_tokens));
   return ends;
 }
 
 }  // namespace
 
-std::string shard_file_name(int64_t shard) { return fmt::format("tokens-{:05}.bin", shard); }
+std::string token_shard_file_name(int64_t shard) {
+  return fmt::format("tokens-{:05}.bin", shard);
+}
 
 TokenDatasetParts open_built_dataset(const std::string& folder) {
-  const std::filesystem::path root(folder);
-  const ReadOnlyFile index((root / kIndexFile).string());
+  const ReadOnlyFile index(join_path(folder, kIndexFile));
   const BuiltIndexHeader header = read_header(index);
   check_header(index, header);
 
@@ -106,11 +108,11 @@ TokenDatasetParts open_built_dataset(const std::string& folder) {
   parts.content_hash = header.header_hash;  // covers counts, boundaries and all block hashes
   parts.block_tokens = header.block_tokens;
   parts.block_hashes = read_block_hashes(index, header);
-  parts.document_ends = read_document_ends((root / kDocumentsFile).string(), header);
+  parts.document_ends = read_document_ends(join_path(folder, kDocumentsFile), header);
 
   for (int64_t first = 0; first < header.num_tokens; first += header.shard_tokens) {
     const int64_t count = std::min(header.shard_tokens, header.num_tokens - first);
-    const std::string path = (root / shard_file_name(std::ssize(parts.shards))).string();
+    const std::string path = join_path(folder, token_shard_file_name(std::ssize(parts.shards)));
     TokenShard shard{ReadOnlyFile(path), 0, first, count};
     const int64_t expected = count * parts.token_bytes;
     if (shard.file.size() != expected)

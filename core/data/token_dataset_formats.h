@@ -43,6 +43,6 @@ static_assert(sizeof(BuiltIndexHeader) == 128);
 inline constexpr char kIndexFile[] = "index.bin";
 inline constexpr char kDocumentsFile[] = "documents.bin";
 inline constexpr char kManifestFile[] = "manifest.json";
-std::string shard_file_name(int64_t shard);  // "tokens-00000.bin"
+std::string token_shard_file_name(int64_t shard);  // "tokens-00000.bin"
 
 }  // namespace dstrain

@@ -65,8 +65,8 @@ TokenDatasetParts open_llmc_dataset(const std::string& path) {
   const int64_t got = file.read_some(0, header, kHeaderBytes);
   const Variant* variant = find_variant(header[0]);
   if (variant == nullptr)
-    throw DataError(fmt::format("'{}' starts with {}, not with a magic number of llm.c", path,
-                                header[0]));
+    throw DataError(
+        fmt::format("'{}' starts with {}, not with a magic number of llm.c", path, header[0]));
   if (got < kHeaderBytes)
     throw DataError(fmt::format("'{}' is damaged: the header of {} bytes is cut off at byte {}",
                                 path, kHeaderBytes, got));

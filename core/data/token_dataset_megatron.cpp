@@ -23,16 +23,18 @@ struct IndexHeader {
 };
 
 [[noreturn]] void damaged(const ReadOnlyFile& file, int64_t offset, const std::string& why) {
-  throw DataError(fmt::format("'{}' is damaged at byte {}: {}; copy it again or write it again with "
-                              "Megatron's preprocess_data", file.path(), offset, why));
+  throw DataError(
+      fmt::format("'{}' is damaged at byte {}: {}; copy it again or write it again with "
+                  "Megatron's preprocess_data",
+                  file.path(), offset, why));
 }
 
 IndexHeader read_header(const ReadOnlyFile& file) {
   char bytes[kHeaderBytes];
   const int64_t got = file.read_some(0, bytes, kHeaderBytes);
   if (got < 9 || std::memcmp(bytes, kMagic, 9) != 0)
-    throw DataError(fmt::format("'{}' is not a Megatron index: it does not start with MMIDIDX",
-                                file.path()));
+    throw DataError(
+        fmt::format("'{}' is not a Megatron index: it does not start with MMIDIDX", file.path()));
   if (got < kHeaderBytes)
     damaged(file, got, fmt::format("the header of {} bytes is cut off", kHeaderBytes));
   uint64_t version, sequences, boundaries;
@@ -45,8 +47,9 @@ IndexHeader read_header(const ReadOnlyFile& file) {
   // First against the size, so that the products below cannot overflow.
   const uint64_t size = static_cast<uint64_t>(file.size());
   if (sequences > size / 12 || boundaries > size / 8)
-    damaged(file, 18, fmt::format("it announces {} sequences and {} boundaries, but has {} bytes",
-                                  sequences, boundaries, size));
+    damaged(file, 18,
+            fmt::format("it announces {} sequences and {} boundaries, but has {} bytes", sequences,
+                        boundaries, size));
   if (sequences == 0 || boundaries < 2)
     throw DataError(fmt::format("'{}' lists no documents ({} sequences, {} boundaries)",
                                 file.path(), sequences, boundaries));
@@ -57,8 +60,10 @@ IndexHeader read_header(const ReadOnlyFile& file) {
 int token_bytes_of(const ReadOnlyFile& file, uint8_t token_type) {
   if (token_type == 8) return 2;
   if (token_type == 4) return 4;
-  throw DataError(fmt::format("'{}' has token type {} at byte 17, supported are 8 (uint16) and 4 "
-                              "(int32)", file.path(), token_type));
+  throw DataError(
+      fmt::format("'{}' has token type {} at byte 17, supported are 8 (uint16) and 4 "
+                  "(int32)",
+                  file.path(), token_type));
 }
 
 // Token index after each sequence.
@@ -82,7 +87,8 @@ std::vector<int64_t> read_sequence_ends(const ReadOnlyFile& file, int64_t sequen
       if (offsets[i] != token * token_bytes)
         damaged(file, offsets_at + sequence * 8,
                 fmt::format("sequence {} starts at byte {} of the .bin file, but the sequences "
-                            "before it end at byte {}", sequence, offsets[i], token * token_bytes));
+                            "before it end at byte {}",
+                            sequence, offsets[i], token * token_bytes));
       token += lengths[i];
       if (token > tokens.size() / token_bytes)  // also keeps the products from overflowing
         damaged(file, lengths_at + sequence * 4,

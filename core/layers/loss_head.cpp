@@ -31,7 +31,7 @@ void LossHead::forward_norm(StepContext& ctx, const Tensor& x_TD, const Tensor& 
 
 void LossHead::forward(StepContext& ctx, const Tensor& x_TD, const Tensor& delta_TD,
                        const CrossEntropyTargets& targets, double factor, const Tensor& loss_1,
-                       LossHeadSaved& saved, const Tensor& token_loss_T) const {
+                       LossHeadSaved& saved) const {
   const int64_t T = x_TD.size(0), V = weight_.local_shape[0];
   forward_norm(ctx, x_TD, delta_TD, saved);
   const int64_t C = chunk_rows(V, ctx.stat());
@@ -41,7 +41,7 @@ void LossHead::forward(StepContext& ctx, const Tensor& x_TD, const Tensor& delta
                                       rows_of(targets.soft_index_TK, begin, end),
                                       rows_of(targets.soft_prob_TK, begin, end)};
     const Tensor y_CD = saved.dy_TD.rows(begin, end);
-    chunk(ctx, y_CD, part, factor, loss_1, y_CD, rows_of(token_loss_T, begin, end));
+    chunk(ctx, y_CD, part, factor, loss_1, y_CD, rows_of(ctx.token_loss_T, begin, end));
   }
 }
 

@@ -20,10 +20,11 @@ class LossHead {
   LossHead(const Declare& norm, const ModelConfig& model, const Parameter& weight);
 
   // sum = x + delta; adds the sum of token losses to loss_1 (f64). When training, also adds the head's
-  // gradient, times `factor`, and keeps dy. token_loss_T (S, may be absent) gets each token's loss.
+  // gradient, times `factor`, and keeps dy. ctx.token_loss_T, where defined,
+  // gets each token's loss.
   void forward(StepContext& ctx, const Tensor& x_TD, const Tensor& delta_TD,
                const CrossEntropyTargets& targets, double factor, const Tensor& loss_1,
-               LossHeadSaved& saved, const Tensor& token_loss_T = {}) const;
+               LossHeadSaved& saved) const;
   // dx_TD = gradient with respect to the sum.
   void backward(StepContext& ctx, const LossHeadSaved& saved, const Tensor& dx_TD) const;
   // Only the sum and its norm, for logits() without a loss.

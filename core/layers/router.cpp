@@ -72,10 +72,11 @@ void Router::backward_weight(StepContext& ctx, const RouterSaved& saved, const T
                  target.accumulate == Accumulate::add ? 1.0 : 0.0, target.grad);
 }
 
-void Router::update_bias(Ops& ops, Stream& stream, const Tensor& counts_LE) const {
+void Router::update_bias(Ops& ops, Stream& stream, const Tensor& counts_LE,
+                         const StepScalars* scalars) const {
   if (!bias_ || bias_update_speed_ == 0) return;
   ops.router_bias_update(stream, counts_LE.rows(moe_index_, moe_index_ + 1).view({experts_}),
-                         bias_update_speed_, bias_->value);
+                         bias_update_speed_, scalars, bias_->value);
 }
 
 }  // namespace dstrain

@@ -28,7 +28,8 @@ class Router {
                       const Tensor& dx_TD) const;
   void backward_weight(StepContext& ctx, const RouterSaved& saved, const Tensor& x_TD) const;
   // Once a step, from the counts of the whole global batch.
-  void update_bias(Ops& ops, Stream& stream, const Tensor& counts_LE) const;
+  void update_bias(Ops& ops, Stream& stream, const Tensor& counts_LE,
+                   const StepScalars* scalars) const;
 
  private:
   const Parameter& weight_;

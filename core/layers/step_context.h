@@ -63,6 +63,7 @@ struct StepContext {
   bool training = true;
   Recompute recompute = Recompute::none;
   bool recomputing = false;  // routing, statistics and counts exist already
+  Tensor token_loss_T;       // S; each token's loss, where wanted
 
   DistStream dist_stream() const { return {ops, stream}; }
   DType stat() const { return stat_dtype(dtype); }

@@ -5,7 +5,7 @@
 #include <optional>
 #include <string>
 
-#include "core/metrics/append_file.h"
+#include "core/metrics/record_file.h"
 #include "core/metrics/sink.h"
 
 namespace dstrain {
@@ -30,7 +30,7 @@ class JsonlSink final : public MetricsSink {
   void on_end(const RunSummary& summary) override;
 
  private:
-  AppendFile file_;
+  RecordFile file_;
 };
 
 }  // namespace dstrain

@@ -47,6 +47,7 @@ struct StartupInfo {
 
   std::vector<MemoryRow> memory;  // of one rank
   std::optional<int64_t> memory_available_bytes;
+  int64_t memory_total_bytes() const;  // of the rows that are known
 
   std::vector<DataRow> data;
 
@@ -57,6 +58,12 @@ struct StartupInfo {
   std::string schedule;     // one line; see describe_schedule
   std::string checkpoints;  // one line
 };
+
+inline int64_t StartupInfo::memory_total_bytes() const {
+  int64_t total = 0;
+  for (const MemoryRow& row : memory) total += row.bytes.value_or(0);
+  return total;
+}
 
 struct NextCommand {
   std::string why;      // "write text", "go on", "export"

@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "core/metrics/append_file.h"
+#include "core/metrics/record_file.h"
 #include "core/metrics/sink.h"
 #include "core/metrics/tensorboard_events.h"
 
@@ -31,7 +31,7 @@ class TensorBoardSink final : public MetricsSink {
  private:
   void write(int64_t step, const std::vector<Scalar>& scalars);
 
-  AppendFile file_;
+  RecordFile file_;
 };
 
 }  // namespace dstrain

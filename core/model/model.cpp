@@ -179,11 +179,12 @@ void DeepSeekModel::logits(StepContext& ctx, const MicroBatchState& state, int64
   head_->logits(ctx, state.head.x_TD.rows(begin, end), logits_CV);
 }
 
-void DeepSeekModel::update_router_bias(Ops& ops, Stream& stream, const Tensor& counts_LE) const {
+void DeepSeekModel::update_router_bias(Ops& ops, Stream& stream, const Tensor& counts_LE,
+                                       const StepScalars* scalars) const {
   for (const TransformerBlock& block : blocks_)
-    if (block.router()) block.router()->update_bias(ops, stream, counts_LE);
+    if (block.router()) block.router()->update_bias(ops, stream, counts_LE, scalars);
   for (const MtpModule& module : mtp_)
-    if (module.router()) module.router()->update_bias(ops, stream, counts_LE);
+    if (module.router()) module.router()->update_bias(ops, stream, counts_LE, scalars);
 }
 
 }  // namespace dstrain

@@ -59,7 +59,8 @@ class DeepSeekModel {
   void logits(StepContext& ctx, const MicroBatchState& state, int64_t begin, int64_t end,
               const Tensor& logits_CV) const;
   // Once a step: counts_LE over the whole global batch.
-  void update_router_bias(Ops& ops, Stream& stream, const Tensor& counts_LE) const;
+  void update_router_bias(Ops& ops, Stream& stream, const Tensor& counts_LE,
+                          const StepScalars* scalars) const;
 
  private:
   void forward_mtp(StepContext& ctx, MicroBatchState& state) const;

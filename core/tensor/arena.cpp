@@ -6,7 +6,8 @@ void* Arena::raw(int64_t bytes, const char* tag) {
   const int64_t begin = used_;
   used_ += (bytes + kAlignment - 1) / kAlignment * kAlignment;
   peak_ = std::max(peak_, used_);
-  if (measuring()) return nullptr;
+  // Never touched; not null, so that views of it can be formed.
+  if (measuring()) return reinterpret_cast<char*>(static_cast<uintptr_t>(kAlignment + begin));
   DSTRAIN_CHECK(used_ <= capacity_, "arena '" + name_ + "' has " + std::to_string(capacity_) +
                                         " bytes; '" + tag + "' needs " + std::to_string(bytes) +
                                         " more than the " + std::to_string(begin) + " in use");

@@ -8,15 +8,15 @@
 
 namespace dstrain {
 
-class AppendFile {
+class RecordFile {
  public:
   // Opens or creates the file. `header` precedes the first record wherever the file is empty, also
   // when it had to be created again. Throws NotFoundError, PermissionError or StorageError if it
   // cannot be opened.
-  explicit AppendFile(std::string path, std::string header = {});
-  ~AppendFile();
-  AppendFile(const AppendFile&) = delete;
-  AppendFile& operator=(const AppendFile&) = delete;
+  explicit RecordFile(std::string path, std::string header = {});
+  ~RecordFile();
+  RecordFile(const RecordFile&) = delete;
+  RecordFile& operator=(const RecordFile&) = delete;
 
   // Appends all of `record` or none of it. The first failure is logged as a warning with path and
   // reason; every later call tries again, and the first that succeeds logs how much was lost.

@@ -1,4 +1,4 @@
-#include "core/metrics/append_file.h"
+#include "core/metrics/record_file.h"
 
 #include <fcntl.h>
 #include <sys/stat.h>
@@ -13,21 +13,21 @@
 
 namespace dstrain {
 
-AppendFile::AppendFile(std::string path, std::string header)
+RecordFile::RecordFile(std::string path, std::string header)
     : path_(std::move(path)), header_(std::move(header)) {
   if (!open()) throw_errno("cannot open", path_, errno);
 }
 
-AppendFile::~AppendFile() {
+RecordFile::~RecordFile() {
   close();
 }
 
-void AppendFile::close() {
+void RecordFile::close() {
   if (fd_ >= 0) ::close(fd_);
   fd_ = -1;
 }
 
-bool AppendFile::open() {
+bool RecordFile::open() {
   // Non-blocking only so that a FIFO without a reader is an error instead of a hang.
   fd_ = ::open(path_.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC | O_NONBLOCK, 0666);
   struct stat info;
@@ -38,7 +38,7 @@ bool AppendFile::open() {
   return true;
 }
 
-bool AppendFile::append(std::string_view record) {
+bool RecordFile::append(std::string_view record) {
   if (try_append(record)) {
     if (lost_records_ > 0)
       log_info("'{}' can be written again; records lost: {}", path_, lost_records_);
@@ -52,7 +52,7 @@ bool AppendFile::append(std::string_view record) {
 
 // False with errno set. Looks at the link count first, because writing to a file that somebody
 // removed succeeds and leaves nothing behind.
-bool AppendFile::try_append(std::string_view record) {
+bool RecordFile::try_append(std::string_view record) {
   struct stat info;
   if (fd_ >= 0 && ::fstat(fd_, &info) == 0) {
     if (info.st_nlink == 0)
@@ -67,7 +67,7 @@ bool AppendFile::try_append(std::string_view record) {
   return write_at_end(record);
 }
 
-bool AppendFile::write_at_end(std::string_view bytes) {
+bool RecordFile::write_at_end(std::string_view bytes) {
   size_t done = 0;
   while (done < bytes.size()) {
     const ssize_t written = ::write(fd_, bytes.data() + done, bytes.size() - done);

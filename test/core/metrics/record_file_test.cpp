@@ -1,4 +1,4 @@
-#include "core/metrics/append_file.h"
+#include "core/metrics/record_file.h"
 
 #include <signal.h>
 #include <sys/resource.h>
@@ -60,33 +60,33 @@ class FileSizeLimit {
 
 }  // namespace
 
-TEST_CASE("AppendFile: records follow each other, the header comes once, also over reopening") {
+TEST_CASE("RecordFile: records follow each other, the header comes once, also over reopening") {
   const TempFolder folder;
   const std::string path = folder.file("a");
   {
-    AppendFile file(path, "HEAD\n");
+    RecordFile file(path, "HEAD\n");
     CHECK(file.append("one\n"));
     CHECK(read_text(path) == "HEAD\none\n");  // nothing waits in a buffer
     CHECK(file.append("two\n"));
   }
-  AppendFile file(path, "HEAD\n");
+  RecordFile file(path, "HEAD\n");
   CHECK(file.append("three\n"));
   CHECK(read_text(path) == "HEAD\none\ntwo\nthree\n");
 }
 
-TEST_CASE("AppendFile: what cannot be opened is an error at once, with path and reason") {
+TEST_CASE("RecordFile: what cannot be opened is an error at once, with path and reason") {
   const TempFolder folder;
-  CHECK_THROWS_AS(AppendFile(folder.file("missing/a")), NotFoundError);
-  CHECK_THROWS_WITH(AppendFile(folder.path()),
+  CHECK_THROWS_AS(RecordFile(folder.file("missing/a")), NotFoundError);
+  CHECK_THROWS_WITH(RecordFile(folder.path()),
                     Catch::Contains(folder.path()) && Catch::Contains("Is a directory"));
   REQUIRE(::mkfifo(folder.file("fifo").c_str(), 0600) == 0);
-  CHECK_THROWS_AS(AppendFile(folder.file("fifo")), StorageError);  // and no hang
+  CHECK_THROWS_AS(RecordFile(folder.file("fifo")), StorageError);  // and no hang
 }
 
-TEST_CASE("AppendFile: a full disk costs whole records, warns once, and recovery is logged") {
+TEST_CASE("RecordFile: a full disk costs whole records, warns once, and recovery is logged") {
   const TempFolder folder;
   const std::string path = folder.file("a");
-  AppendFile file(path);
+  RecordFile file(path);
   const LogCapture log;
   {
     FileSizeLimit limit(10);
@@ -103,8 +103,8 @@ TEST_CASE("AppendFile: a full disk costs whole records, warns once, and recovery
   CHECK(split_lines(log.text()).back() == "'" + path + "' can be written again; records lost: 2");
 }
 
-TEST_CASE("AppendFile: /dev/full warns once and never throws") {
-  AppendFile file("/dev/full", "HEAD");
+TEST_CASE("RecordFile: /dev/full warns once and never throws") {
+  RecordFile file("/dev/full", "HEAD");
   const LogCapture log;
   for (int i = 0; i < 5; ++i) CHECK_FALSE(file.append("record\n"));
   CHECK(
@@ -112,11 +112,11 @@ TEST_CASE("AppendFile: /dev/full warns once and never throws") {
       "warning: cannot write '/dev/full': No space left on device; training goes on without it\n");
 }
 
-TEST_CASE("AppendFile: a removed folder warns once, and the file starts anew when it is back") {
+TEST_CASE("RecordFile: a removed folder warns once, and the file starts anew when it is back") {
   const TempFolder folder;
   const std::string run = folder.file("run"), path = run + "/a";
   std::filesystem::create_directory(run);
-  AppendFile file(path, "HEAD\n");
+  RecordFile file(path, "HEAD\n");
   CHECK(file.append("one\n"));
   const LogCapture log;
   std::filesystem::remove_all(run);
@@ -129,10 +129,10 @@ TEST_CASE("AppendFile: a removed folder warns once, and the file starts anew whe
   CHECK(read_text(path) == "HEAD\nfour\n");
 }
 
-TEST_CASE("AppendFile: a file that somebody emptied goes on from its new end") {
+TEST_CASE("RecordFile: a file that somebody emptied goes on from its new end") {
   const TempFolder folder;
   const std::string path = folder.file("a");
-  AppendFile file(path);
+  RecordFile file(path);
   CHECK(file.append("a first record\n"));
   REQUIRE(::truncate(path.c_str(), 0) == 0);
   const LogCapture log;

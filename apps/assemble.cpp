@@ -1,0 +1,139 @@
+#include "apps/assemble.h"
+
+#include "core/backend/cpu_backend.h"
+#include "core/base/log.h"
+#include "core/checkpoint/hf_format.h"
+#include "core/data/tokenizer.h"
+#include "core/engine/parameter_io.h"
+
+namespace dstrain {
+
+BuildCapabilities build_capabilities() { return {}; }
+
+std::unique_ptr<Backend> make_backend(const Config& config) {
+  return make_cpu_backend(static_cast<int>(config.run.threads));
+}
+
+EngineOptions engine_options(const Config& config, bool training) {
+  EngineOptions options;
+  options.micro_batch = config.train.micro_batch;
+  options.global_batch = config.train.global_batch;
+  options.seq_len = config.data.seq_len;
+  options.recompute = config.train.recompute;
+  options.optimizer = config.optimizer;
+  options.training = training;
+  return options;
+}
+
+std::string precision_name(const EngineOptions& options) {
+  return options.dtype == DType::f32 ? "fp32" : dtype_name(options.dtype);
+}
+
+RunPaths::RunPaths(const std::string& run_folder)
+    : folder(run_folder),
+      checkpoints(join_path(folder, "checkpoints")),
+      metrics(join_path(folder, "metrics.jsonl")),
+      tensorboard(join_path(folder, "tensorboard")),
+      config(join_path(folder, "job.yaml")) {}
+
+RunPaths::RunPaths(const Config& c) : RunPaths(join_path(c.run.dir, c.run.name)) {}
+
+void resolve_vocab_size(Config& config) {
+  if (config.model.vocab_size > 0) return;
+  if (config.data.tokenizer.empty())
+    throw ConfigError("model.vocab_size is 0, which takes the tokenizer's size, but data.tokenizer is not set");
+  config.model.vocab_size = Tokenizer::load(config.data.tokenizer).vocab_size();
+}
+
+std::string file_fingerprint(const std::string& path) {
+  constexpr int64_t kMaxBytes = int64_t{256} << 20;
+  const std::string bytes = read_small_file(path, kMaxBytes);
+  Xxh3Stream hash;
+  hash.update(bytes.data(), std::ssize(bytes));
+  return fmt::format("{:016x}", hash.value64());
+}
+
+int64_t DataSet::tokens() const {
+  int64_t n = 0;
+  for (const TokenDataset& d : datasets) n += d.num_tokens();
+  return n;
+}
+
+int64_t DataSet::documents() const {
+  int64_t n = 0;
+  for (const TokenDataset& d : datasets) n += d.num_documents();
+  return n;
+}
+
+int64_t DataSet::text_bytes() const {
+  int64_t n = 0;
+  for (const TokenDataset& d : datasets) {
+    if (d.text_bytes() < 0) return -1;
+    n += d.text_bytes();
+  }
+  return n;
+}
+
+DataSet open_data(const std::vector<DataSourceConfig>& sources) {
+  DataSet set;
+  set.datasets.reserve(sources.size());
+  for (const DataSourceConfig& source : sources) {
+    set.datasets.push_back(TokenDataset::open(source.path));
+    set.sources.push_back({&set.datasets.back(), source.weight});
+  }
+  return set;
+}
+
+std::vector<StateTensor> state_tensors(TrainEngine& engine) {
+  std::vector<StateTensor> out;
+  auto add = [&](const char* prefix, const Parameter& p, const Tensor& x) {
+    const std::vector<int64_t> zero(p.spec.shape.size(), 0);
+    out.push_back({prefix + p.spec.name, x.dtype(), p.spec.shape, zero, p.local_shape, x.raw()});
+  };
+  auto slice = [](const Tensor& flat, const Parameter& p) {
+    return flat.rows(p.offset, p.offset + p.numel());
+  };
+  for (const Parameter& p : engine.parameters().all()) {
+    add("param.", p, p.value);
+    if (!p.spec.trainable || !engine.options().training) continue;
+    add("adamw.exp_avg.", p, slice(engine.exp_avg(), p));
+    add("adamw.exp_avg_sq.", p, slice(engine.exp_avg_sq(), p));
+  }
+  return out;
+}
+
+void load_state(TrainEngine& engine, CheckpointReader& reader, bool with_optimizer) {
+  std::vector<char> host;
+  for (const StateTensor& tensor : state_tensors(engine)) {
+    if (!with_optimizer && !tensor.name.starts_with("param.")) continue;
+    host.resize(static_cast<size_t>(tensor.bytes()));
+    reader.read(tensor, host.data());
+    engine.backend().copy(engine.stream(), const_cast<void*>(tensor.data), host.data(), tensor.bytes());
+    engine.stream().synchronize();
+  }
+}
+
+void load_hf_parameters(TrainEngine& engine, const std::string& folder) {
+  read_hf_weights(folder, engine.model().config(), engine.parameters(),
+                  [&](const std::string& name, const std::vector<float>& values) {
+                    write_tensor(engine.backend(), engine.stream(), values,
+                                 engine.parameters().find(name)->value);
+                  });
+}
+
+VerifiedCheckpoint find_checkpoint(const std::string& path) {
+  if (path_exists(join_path(path, kManifestFileName))) {
+    const CheckpointReport report = check_checkpoint(path, CheckDepth::contents);
+    if (!report.ok()) throw DataError(path + ": " + report.summary());
+    return {path, *report.manifest};
+  }
+  const RunPaths paths(path);
+  CheckpointStore store(path_exists(paths.checkpoints) ? paths.checkpoints : path, 1);
+  std::optional<VerifiedCheckpoint> found =
+      store.latest([](const std::string& line) { log_warning("checkpoint rejected: {}", line); });
+  if (!found)
+    throw NotFoundError("'" + path + "' holds no checkpoint; give a run folder or one of its step folders");
+  return *std::move(found);
+}
+
+}  // namespace dstrain

@@ -1,0 +1,58 @@
+// From a Config to the objects of a run.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "core/checkpoint/reshard.h"
+#include "core/config/availability.h"
+#include "core/config/config.h"
+#include "core/data/sample_order.h"
+#include "core/data/token_dataset.h"
+#include "core/engine/train_engine.h"
+
+namespace dstrain {
+
+BuildCapabilities build_capabilities();
+
+std::unique_ptr<Backend> make_backend(const Config& config);
+EngineOptions engine_options(const Config& config, bool training);
+// "fp32"
+std::string precision_name(const EngineOptions& options);
+
+// Where the files of a run lie.
+struct RunPaths {
+  explicit RunPaths(const std::string& folder);
+  explicit RunPaths(const Config& config);
+  std::string folder, checkpoints, metrics, tensorboard, config;
+};
+
+// model.vocab_size 0 becomes the tokenizer's. ConfigError if there is no tokenizer to ask.
+void resolve_vocab_size(Config& config);
+// XXH3 of a file's bytes as hex.
+std::string file_fingerprint(const std::string& path);
+
+// Opened token datasets of one list of the job file.
+struct DataSet {
+  std::vector<TokenDataset> datasets;
+  std::vector<BatchSource> sources;  // pointing at the above; reserve-once, so addresses stay
+  int64_t tokens() const;
+  int64_t documents() const;
+  int64_t text_bytes() const;  // -1 if a source did not record it
+};
+DataSet open_data(const std::vector<DataSourceConfig>& sources);
+
+// The state of a run as global tensors: "param.<name>", "adamw.exp_avg.<name>", "adamw.exp_avg_sq.<name>".
+// Pointers go to the engine's memory.
+std::vector<StateTensor> state_tensors(TrainEngine& engine);
+// Reads all of it, or the parameters alone. DataError if the checkpoint holds another model.
+void load_state(TrainEngine& engine, CheckpointReader& reader, bool with_optimizer);
+// Fills the parameters from a Hugging Face folder.
+void load_hf_parameters(TrainEngine& engine, const std::string& folder);
+
+// A run folder's newest verified checkpoint, or the step folder that `path` is; logs rejected ones.
+// NotFoundError if there is none.
+VerifiedCheckpoint find_checkpoint(const std::string& path);
+
+}  // namespace dstrain

@@ -1,0 +1,65 @@
+// eval: loss and bits per byte of a checkpoint on held-out data.
+#include <cstdio>
+#include <nlohmann/json.hpp>
+
+#include "apps/assemble.h"
+#include "apps/commands.h"
+#include "apps/evaluation.h"
+#include "core/base/log.h"
+#include "core/config/validate.h"
+
+namespace dstrain {
+namespace {
+
+// The stamp of the checkpoint with --set applied, or the job file where one is given.
+Config config_for(const EvalOptions& options, const VerifiedCheckpoint& checkpoint) {
+  if (options.config.path) return load_config(options.config).config;
+  const Config stamp = parse_config_text(checkpoint.manifest.meta.config_yaml,
+                                         join_path(checkpoint.path, kManifestFileName));
+  return apply_overrides(stamp, options.config.overrides).config;
+}
+
+void print(const EvalRecord& r, const std::string& checkpoint, bool json) {
+  if (json) {
+    nlohmann::ordered_json line = {{"set", r.set},       {"step", r.step},     {"loss", r.loss},
+                                   {"perplexity", r.perplexity}, {"tokens", r.tokens}, {"seconds", r.seconds},
+                                   {"checkpoint", checkpoint}};
+    if (r.bits_per_byte) line["bits_per_byte"] = *r.bits_per_byte;
+    std::printf("%s\n", line.dump().c_str());
+    return;
+  }
+  std::printf("%s at step %lld: loss %.4f nats per token, perplexity %.2f", r.set.c_str(),
+              static_cast<long long>(r.step), r.loss, r.perplexity);
+  if (r.bits_per_byte) std::printf(", %.4f bits per byte", *r.bits_per_byte);
+  std::printf(" (%lld tokens, %.1f s)\n", static_cast<long long>(r.tokens), r.seconds);
+}
+
+}  // namespace
+
+int cmd_eval(const EvalOptions& options) {
+  std::string source = options.checkpoint.empty() ? options.run : options.checkpoint;
+  if (source.empty()) {
+    if (!options.config.path) throw UsageError("eval needs --run DIR, --checkpoint DIR or --config FILE");
+    source = RunPaths(load_config(options.config).config).folder;
+  }
+  const VerifiedCheckpoint checkpoint = find_checkpoint(source);
+  Config config = config_for(options, checkpoint);
+  resolve_vocab_size(config);
+  if (config.data.valid.empty())
+    throw ConfigError("there is nothing to evaluate on; add --set 'data.valid=[{path: DATASET}]'");
+  const DataSet data = open_data(config.data.valid);
+  const std::unique_ptr<Backend> backend = make_backend(config);
+  TrainEngine engine(*backend, config.model, engine_options(config, false));
+  engine.allocate();
+  CheckpointReader reader(checkpoint.path, checkpoint.manifest);
+  load_state(engine, reader, false);
+  const DeviceMemory memory(*backend, evaluation_bytes(config), MemoryKind::host);
+  for (const TokenDataset& dataset : data.datasets) {
+    EvalRecord record = evaluate_dataset(engine, config, dataset, memory);
+    record.step = checkpoint.manifest.meta.step;
+    print(record, checkpoint.path, options.json);
+  }
+  return 0;
+}
+
+}  // namespace dstrain

@@ -1,0 +1,133 @@
+// import: a Hugging Face folder becomes a run folder with a checkpoint at step 0.
+// export: a checkpoint becomes a Hugging Face folder.
+#include <cstdio>
+
+#include "apps/assemble.h"
+#include "apps/commands.h"
+#include "build_info.h"
+#include "core/base/format_units.h"
+#include "core/base/log.h"
+#include "core/checkpoint/hf_format.h"
+#include "core/config/hf_config.h"
+#include "core/config/validate.h"
+#include "core/engine/parameter_io.h"
+
+namespace dstrain {
+namespace {
+
+constexpr const char* kTypeKey = "hf_dtype";
+constexpr const char* kTokenizerFiles[] = {"tokenizer.json", "tokenizer_config.json",
+                                           "special_tokens_map.json", "generation_config.json"};
+
+void copy_tokenizer(const std::string& from, const std::string& to) {
+  constexpr int64_t kMaxBytes = int64_t{256} << 20;
+  for (const char* name : kTokenizerFiles)
+    if (path_exists(join_path(from, name)))
+      write_file_atomic(join_path(to, name), read_small_file(join_path(from, name), kMaxBytes));
+}
+
+// F32 or BF16; any other type of the source is widened.
+std::string stored_type_name(SafetensorsType type) {
+  return type == SafetensorsType::bf16 ? "bf16" : "fp32";
+}
+
+SafetensorsType export_type(const std::string& option, const CheckpointMeta& meta) {
+  std::string name = option;
+  if (name == "auto") {
+    const auto at = meta.program.find(kTypeKey);
+    name = at == meta.program.end() ? "fp32" : at->second;
+  }
+  if (name == "fp32") return SafetensorsType::f32;
+  if (name == "bf16") return SafetensorsType::bf16;
+  throw UsageError("--dtype takes auto, fp32 or bf16, not '" + option + "'");
+}
+
+void make_empty_folder(const std::string& path, bool overwrite) {
+  create_folders(path);
+  if (!path_exists(join_path(path, "config.json"))) return;
+  if (!overwrite)
+    throw ConfigError("'" + path + "' already holds a model; add --overwrite to replace it");
+  remove_hf_model(path);
+}
+
+}  // namespace
+
+int cmd_import(const ImportOptions& options) {
+  const std::string config_path = join_path(options.source, "config.json");
+  Config config;
+  config.model = parse_hf_config(read_small_file(config_path, kMaxHfConfigBytes), config_path);
+  validate_model(config.model, config_path);
+  config.run.dir = parent_folder(options.output);
+  config.run.name = file_name(options.output);
+  if (path_exists(join_path(options.source, "tokenizer.json")))
+    config.data.tokenizer = join_path(options.output, "tokenizer.json");
+  config.data.seq_len = std::min(config.data.seq_len, config.model.max_position_embeddings);
+
+  const RunPaths paths(options.output);
+  prepare_run_folder(paths.folder);
+  const RunLock lock(paths.folder);
+  CheckpointStore store(paths.checkpoints, config.checkpoint.keep);
+  if (path_exists(paths.checkpoints) && !store.list().checkpoints.empty()) {
+    if (!options.overwrite)
+      throw ConfigError("'" + paths.folder + "' already holds checkpoints; add --overwrite to delete them");
+    store.remove_all(lock);
+  }
+  const std::unique_ptr<Backend> backend = make_backend(config);
+  TrainEngine engine(*backend, config.model, engine_options(config, false));
+  engine.allocate();
+  engine.initialize(0);
+  const SafetensorsType type = read_hf_weights(
+      options.source, config.model, engine.parameters(),
+      [&](const std::string& name, const std::vector<float>& values) {
+        write_tensor(*backend, engine.stream(), values, engine.parameters().find(name)->value);
+      });
+  CheckpointMeta meta;
+  meta.seed = config.run.seed;
+  meta.program = {{"version", DSTRAIN_VERSION},
+                  {"commit", DSTRAIN_COMMIT},
+                  {"imported_from", options.source},
+                  {kTypeKey, stored_type_name(type)}};
+  meta.config_yaml = dump_config(config);
+  const std::vector<StateTensor> state = state_tensors(engine);
+  const std::string checkpoint = store.save(meta, state);
+  copy_tokenizer(options.source, paths.folder);
+  write_file_atomic(paths.config, dump_config(config));
+  std::printf("imported %s: %s\n", options.source.c_str(), checkpoint.c_str());
+  std::printf("next: deepseek-train generate --run %s, or train from it with model.from: %s\n",
+              paths.folder.c_str(), options.source.c_str());
+  return 0;
+}
+
+int cmd_export(const ExportOptions& options) {
+  const VerifiedCheckpoint checkpoint = find_checkpoint(options.source);
+  const CheckpointMeta& meta = checkpoint.manifest.meta;
+  Config config = parse_config_text(meta.config_yaml, join_path(checkpoint.path, kManifestFileName));
+  resolve_vocab_size(config);
+  const SafetensorsType type = export_type(options.dtype, meta);
+  HfConfigExtras extras;
+  extras.torch_dtype = type == SafetensorsType::f32 ? "float32" : "bfloat16";
+  const std::string config_text = hf_config_text(config.model, extras);
+  make_empty_folder(options.output, options.overwrite);
+
+  const DeepSeekModel shapes(config.model);
+  CheckpointReader reader(checkpoint.path, checkpoint.manifest);
+  write_hf_weights(options.output, config.model, shapes.parameters(), type, [&](const std::string& name) {
+    const ManifestTensor& tensor = reader.manifest().at("param." + name);
+    if (tensor.dtype != DType::f32)
+      throw DataError(checkpoint.path + ": 'param." + name + "' is not f32");
+    int64_t count = 1;
+    for (int64_t n : tensor.shape) count *= n;
+    std::vector<float> values(static_cast<size_t>(count));
+    const std::vector<int64_t> zero(tensor.shape.size(), 0);
+    reader.read_slice(tensor.name, zero, tensor.shape, values.data());
+    return values;
+  });
+  write_file_atomic(join_path(options.output, "config.json"), config_text);
+  if (!config.data.tokenizer.empty() && path_exists(config.data.tokenizer))
+    copy_tokenizer(parent_folder(config.data.tokenizer), options.output);
+  std::printf("wrote %s (%s, from step %lld): transformers loads it with from_pretrained\n",
+              options.output.c_str(), extras.torch_dtype.c_str(), static_cast<long long>(meta.step));
+  return 0;
+}
+
+}  // namespace dstrain

@@ -1,0 +1,20 @@
+// What the operating system asks of a run. Handlers only note the request; the trainer acts between steps.
+//   SIGTERM, SIGHUP, SIGUSR2   save a checkpoint and leave with exit code 75
+//   SIGINT                     the same; a second one ends the process at once
+//   SIGUSR1                    save a checkpoint and go on
+#pragma once
+
+#include <string>
+
+namespace dstrain {
+
+// Installs the handlers above for the whole process; SIGPIPE and SIGXFSZ become errors of the call that
+// meets them.
+void install_signal_handlers();
+
+// The name of the signal that asked to leave, or empty.
+std::string leave_requested();
+// Whether a checkpoint was asked for since the last call; a burst counts once.
+bool take_save_request();
+
+}  // namespace dstrain

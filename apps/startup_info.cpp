@@ -1,0 +1,44 @@
+#include "apps/startup_info.h"
+
+#include "apps/assemble.h"
+#include "apps/evaluation.h"
+#include "build_info.h"
+#include "core/backend/cpu_backend.h"
+#include "core/checkpoint/async_saver.h"
+#include "core/metrics/report.h"
+#include "core/model/cost.h"
+
+namespace dstrain {
+
+StartupInfo startup_info_of(const Config& config, TrainEngine* engine) {
+  StartupInfo info;
+  info.version = DSTRAIN_VERSION;
+  info.commit = DSTRAIN_COMMIT;
+  info.run_name = config.run.name;
+  info.run_dir = RunPaths(config).folder;
+  info.threads = config.run.threads > 0 ? config.run.threads : available_cores();
+  info.model = describe_model(config.model);
+  if (config.model.vocab_size > 0) {
+    const ModelCost cost = model_cost(config.model, config.data.seq_len);
+    info.parameters_total = cost.parameters_total;
+    info.parameters_active = cost.parameters_active;
+    info.flops_per_token = cost.flops_per_token;
+  }
+  if (engine) {
+    info.precision = precision_name(engine->options());
+    for (const MemoryOwner& owner : engine->memory()) info.memory.push_back({owner.name, owner.bytes});
+    if (config.checkpoint.async) info.memory.push_back({"checkpoint snapshot", AsyncSaver::snapshot_bytes(state_tensors(*engine))});
+    const int64_t slot = BatchStream::slot_bytes(config.train.micro_batch, config.data.seq_len);
+    info.memory.push_back({"input batches", slot * config.data.prefetch + evaluation_bytes(config)});
+  }
+  const int64_t available = available_memory_bytes();
+  if (available > 0) info.memory_available_bytes = available;
+  info.steps = config.train.steps;
+  info.tokens_per_step = config.train.global_batch * config.data.seq_len;
+  info.optimizer = describe_optimizer(config.optimizer);
+  info.schedule = describe_schedule(config.schedule, config.optimizer.lr, config.train.steps);
+  info.checkpoints = describe_checkpoints(config.checkpoint);
+  return info;
+}
+
+}  // namespace dstrain

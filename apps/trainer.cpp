@@ -1,0 +1,363 @@
+#include "apps/trainer.h"
+
+#include <algorithm>
+#include <cmath>
+#include <numbers>
+
+#include "apps/evaluation.h"
+#include "apps/signals.h"
+#include "apps/startup_info.h"
+#include "build_info.h"
+#include "core/backend/cpu_backend.h"
+#include "core/base/format_units.h"
+#include "core/base/log.h"
+#include "core/config/config_io.h"
+#include "core/metrics/expert_load.h"
+#include "core/metrics/jsonl_sink.h"
+#include "core/metrics/report.h"
+#include "core/metrics/tensorboard_sink.h"
+#include "core/model/cost.h"
+#include "core/optim/lr_schedule.h"
+
+namespace dstrain {
+namespace {
+
+double seconds_between(std::chrono::steady_clock::time_point a, std::chrono::steady_clock::time_point b) {
+  return std::chrono::duration<double>(b - a).count();
+}
+
+std::map<std::string, std::string> data_fingerprints(const Config& config, const DataSet& train) {
+  std::map<std::string, std::string> out;
+  if (!config.data.tokenizer.empty()) out["tokenizer"] = file_fingerprint(config.data.tokenizer);
+  for (size_t i = 0; i < train.datasets.size(); ++i)
+    out[fmt::format("data.train[{}]", i)] = fmt::format("{:016x}", train.datasets[i].content_hash());
+  return out;
+}
+
+}  // namespace
+
+Trainer::Trainer(const Config& config, const TrainerOptions& options, MetricsHub& hub)
+    : config_(config), paths_(config), hub_(hub) {
+  prepare_folder(options);
+  const std::optional<VerifiedCheckpoint> checkpoint = choose_checkpoint(options);
+  train_data_ = open_data(config_.data.train);
+  valid_data_ = open_data(config_.data.valid);
+  fingerprints_ = data_fingerprints(config_, train_data_);
+  backend_ = make_backend(config_);
+  engine_ = std::make_unique<TrainEngine>(*backend_, config_.model, engine_options(config_, true));
+  flops_per_token_ = model_cost(config_.model, config_.data.seq_len).flops_per_token;
+  check_memory();
+  if (checkpoint) {
+    resumed_from_ = newest_checkpoint_ = checkpoint->path;
+    resumed_step_ = checkpoint->manifest.meta.step;
+  }
+  hub_.on_start(startup_info());
+  start_from(checkpoint);
+  open_stream();
+  const std::optional<int64_t> resume_step = checkpoint ? std::optional(resumed_step_) : std::nullopt;
+  if (config_.metrics.jsonl) hub_.add(std::make_unique<JsonlSink>(paths_.metrics, resume_step));
+  if (config_.metrics.tensorboard)
+    hub_.add(std::make_unique<TensorBoardSink>(paths_.tensorboard, resume_step));
+  write_file_atomic(paths_.config, dump_config(config_));
+}
+
+Trainer::~Trainer() = default;
+
+void Trainer::prepare_folder(const TrainerOptions& options) {
+  prepare_run_folder(paths_.folder);
+  lock_.emplace(paths_.folder);
+  store_.emplace(paths_.checkpoints, config_.checkpoint.keep);
+  if (path_exists(paths_.checkpoints))
+    for (const std::string& path : store_->remove_leftovers(*lock_))
+      log_info("removed {}, which a save that did not end left behind", path);
+  if (options.overwrite) store_->remove_all(*lock_);
+}
+
+std::optional<VerifiedCheckpoint> Trainer::choose_checkpoint(const TrainerOptions& options) {
+  const bool present = path_exists(paths_.checkpoints) && !store_->list().checkpoints.empty();
+  if (options.resume.empty()) {
+    if (present)
+      throw ConfigError(fmt::format(
+          "'{}' already holds checkpoints; add --resume latest to go on from the newest one, or "
+          "--overwrite to delete them and start again",
+          paths_.folder));
+    return std::nullopt;
+  }
+  if (options.resume == "none") {
+    if (present)
+      throw ConfigError(fmt::format("'{}' already holds checkpoints and --resume none would mix two runs; "
+                                    "add --overwrite, or choose another run.name",
+                                    paths_.folder));
+    return std::nullopt;
+  }
+  if (options.resume != "latest") return find_checkpoint(options.resume);
+  if (!present) {
+    log_info("no checkpoint in {}: starting from scratch", paths_.checkpoints);
+    return std::nullopt;
+  }
+  return store_->latest([](const std::string& line) { log_warning("checkpoint rejected: {}", line); });
+}
+
+void Trainer::check_memory() const {
+  const int64_t needed = startup_info().memory_total_bytes(), available = available_memory_bytes();
+  if (available > 0 && needed > available)
+    throw ConfigError(fmt::format("the run needs {} of memory and {} are available; lower train.micro_batch or "
+                                  "data.seq_len, or set train.recompute to selective or full",
+                                  format_bytes(needed), format_bytes(available)));
+}
+
+void Trainer::start_from(const std::optional<VerifiedCheckpoint>& checkpoint) {
+  engine_->allocate();
+  if (config_.checkpoint.async) {
+    const std::vector<StateTensor> state = state_tensors(*engine_);
+    snapshot_memory_ = DeviceMemory(*backend_, AsyncSaver::snapshot_bytes(state), MemoryKind::host);
+  }
+  saver_ = std::make_unique<AsyncSaver>(
+      *store_, std::span(static_cast<std::byte*>(snapshot_memory_.data()),
+                         static_cast<size_t>(snapshot_memory_.bytes())));
+  if (checkpoint) return restore(*checkpoint);
+  engine_->initialize(static_cast<uint64_t>(config_.run.seed));
+  if (!config_.model.from.empty()) load_hf_parameters(*engine_, config_.model.from);
+}
+
+void Trainer::restore(const VerifiedCheckpoint& checkpoint) {
+  const CheckpointMeta& meta = checkpoint.manifest.meta;
+  warn_of_changes(meta);
+  engine_->initialize(static_cast<uint64_t>(config_.run.seed));
+  CheckpointReader reader(checkpoint.path, checkpoint.manifest);
+  load_state(*engine_, reader, true);
+  auto counter = [&](const char* name) {
+    const auto at = meta.counters.find(name);
+    return at == meta.counters.end() ? int64_t{0} : at->second;
+  };
+  engine_->set_updates(counter("updates"));
+  total_tokens_ = counter("tokens");
+  skipped_steps_ = counter("skipped_steps");
+  step_ = saved_step_ = meta.step;
+  cursor_ = meta.samples_consumed;
+  skipped_samples_ = meta.skipped_samples;
+}
+
+void Trainer::warn_of_changes(const CheckpointMeta& meta) const {
+  const Config before = parse_config_text(meta.config_yaml, "the checkpoint's configuration");
+  for (const std::string& line : diff_config(before, config_))
+    log_warning("changed since the checkpoint: {}", line);
+  for (const auto& [name, print] : fingerprints_) {
+    const auto at = meta.fingerprints.find(name);
+    if (at != meta.fingerprints.end() && at->second != print)
+      log_warning("{} holds other contents than when the checkpoint was written: sample order goes on "
+                  "by position, over different tokens",
+                  name);
+  }
+  const std::string isa = check_instruction_set();
+  const auto at = meta.program.find("isa");
+  if (at != meta.program.end() && at->second != isa)
+    log_warning("the checkpoint was written with {} code, this program is {}: losses agree to rounding, not "
+                "to the bit",
+                at->second, isa);
+}
+
+void Trainer::open_stream() {
+  const int64_t slot = BatchStream::slot_bytes(config_.train.micro_batch, config_.data.seq_len);
+  batch_memory_ = DeviceMemory(*backend_, slot * config_.data.prefetch, MemoryKind::host);
+  BatchStreamOptions options;
+  options.pack = {config_.data.seq_len, config_.data.document_mask, config_.data.shuffle,
+                  static_cast<uint64_t>(config_.run.seed)};
+  options.vocab_size = config_.model.vocab_size;
+  options.micro_batch = config_.train.micro_batch;
+  options.global_batch = config_.train.global_batch;
+  options.start = cursor_;
+  options.skip = skipped_samples_;
+  stream_ = std::make_unique<BatchStream>(train_data_.sources, options, batch_memory_.data(),
+                                          batch_memory_.bytes());
+}
+
+bool Trainer::due(int64_t every) const { return every > 0 && step_ % every == 0; }
+
+ExitCode Trainer::run() {
+  started_ = Clock::now();
+  std::string left_by;
+  while (step_ < config_.train.steps) {
+    hub_.on_step(train_step());
+    report_saves();
+    if (due(config_.train.eval_every)) evaluate();
+    left_by = leave_requested();
+    if (!left_by.empty()) break;
+    const bool asked = take_save_request();
+    if (asked || due(config_.checkpoint.every)) request_save();
+  }
+  if (saved_step_ != step_) request_save();
+  if (left_by.empty()) evaluate();
+  finish_saves();
+  const bool stopped = !left_by.empty() && step_ < config_.train.steps;
+  hub_.on_end(summary(stopped ? "stopped by " + left_by : "finished"));
+  return stopped ? ExitCode::preempted : ExitCode::ok;
+}
+
+StepRecord Trainer::train_step() {
+  const Clock::time_point begin = Clock::now();
+  StepRecord record;
+  record.lr = learning_rate(config_.schedule, config_.optimizer.lr, step_ + 1, config_.train.steps);
+  int64_t valid_tokens = 0;
+  for (int64_t m = 0; m < stream_->micro_batches_per_step(); ++m) {
+    const Clock::time_point wait = Clock::now();
+    const HostMicroBatch& batch = stream_->next();
+    const Clock::time_point work = Clock::now();
+    record.phases.data_ms += 1e3 * seconds_between(wait, work);
+    if (m == 0) engine_->begin_step(record.lr, valid_tokens = batch.step_valid_tokens);
+    engine_->accumulate(to_host_batch(batch));
+    stream_->release();
+    record.phases.forward_backward_ms += 1e3 * seconds_between(work, Clock::now());
+  }
+  const Clock::time_point update = Clock::now();
+  const StepResult result = engine_->finish_step();
+  const Clock::time_point end = Clock::now();
+  record.phases.optimizer_ms = 1e3 * seconds_between(update, end);
+  cursor_ = stream_->cursor();
+
+  const double seconds = seconds_between(begin, end);
+  record.step = ++step_;
+  record.steps = config_.train.steps;
+  record.loss = last_loss_ = result.loss;
+  if (config_.model.num_nextn_predict_layers > 0) record.mtp_loss = result.mtp_loss;
+  record.grad_norm = result.grad_norm;
+  record.tokens = config_.train.global_batch * config_.data.seq_len;
+  record.total_tokens = total_tokens_ += record.tokens;
+  record.step_ms = 1e3 * seconds;
+  record.tokens_per_s = static_cast<double>(record.tokens) / seconds;
+  record.gflops_per_s = 1e-9 * flops_per_token_ * record.tokens_per_s;
+  record.skipped = !result.finite;
+  record.skipped_total = skipped_steps_ += result.finite ? 0 : 1;
+  record.phases.checkpoint_stall_ms = 1e3 * (saver_->stall_seconds() - last_stall_seconds_);
+  last_stall_seconds_ = saver_->stall_seconds();
+  if (engine_->model().num_moe_layers() > 0)
+    record.experts = expert_load(result.expert_counts_LE, engine_->model().num_moe_layers(),
+                                 unweighted_balance_loss(result.balance_loss));
+  if (record.skipped)
+    log_warning("step {}: the gradient is not finite (loss {}); nothing was updated, {} steps skipped so far",
+                step_, result.loss, skipped_steps_);
+  if (valid_tokens == 0) log_warning("step {}: no token of the batch has a target", step_);
+  step_seconds_ += seconds;
+  step_tokens_ += record.tokens;
+  return record;
+}
+
+double Trainer::unweighted_balance_loss(double weighted) const {
+  const double weight =
+      config_.model.aux_loss_alpha * static_cast<double>(engine_->model().num_moe_layers());
+  return weight > 0 ? weighted / weight : 0.0;
+}
+
+void Trainer::evaluate() {
+  if (valid_data_.datasets.empty() || evaluated_step_ == step_) return;
+  evaluated_step_ = step_;
+  if (!eval_memory_.data())
+    eval_memory_ = DeviceMemory(*backend_, evaluation_bytes(config_), MemoryKind::host);
+  last_evals_.clear();
+  for (size_t i = 0; i < valid_data_.datasets.size(); ++i) {
+    EvalRecord record = evaluate_dataset(*engine_, config_, valid_data_.datasets[i], eval_memory_);
+    record.step = step_;
+    hub_.on_eval(record);
+    last_evals_.push_back(record);
+  }
+}
+
+CheckpointMeta Trainer::checkpoint_meta() const {
+  CheckpointMeta meta;
+  meta.step = step_;
+  meta.seed = config_.run.seed;
+  meta.samples_consumed = cursor_;
+  meta.skipped_samples = skipped_samples_;
+  meta.counters = {{"tokens", total_tokens_},
+                   {"updates", engine_->updates()},
+                   {"skipped_steps", skipped_steps_}};
+  meta.values = {{"loss", last_loss_}};
+  meta.fingerprints = fingerprints_;
+  meta.program = {{"version", DSTRAIN_VERSION},
+                  {"commit", DSTRAIN_COMMIT},
+                  {"isa", check_instruction_set()},
+                  {"backend", backend_->describe()},
+                  {"matmul", matmul_library()}};
+  meta.layout = "one rank";
+  meta.config_yaml = dump_config(config_);
+  return meta;
+}
+
+void Trainer::request_save() {
+  saver_->request(checkpoint_meta(), state_tensors(*engine_));
+  saved_step_ = step_;
+}
+
+void Trainer::report_saves() {
+  while (const std::optional<SaveResult> result = saver_->poll()) {
+    CheckpointRecord record{result->step, result->seconds, result->bytes, result->ok, 0, result->error};
+    record.stall_ms = 1e3 * (saver_->stall_seconds() - last_stall_seconds_);
+    hub_.on_checkpoint(record);
+    if (result->ok) {
+      failed_saves_ = 0;
+      newest_checkpoint_ = result->path;
+      continue;
+    }
+    ++failed_saves_;
+    if (saved_step_ == result->step) saved_step_ = -1;
+    if (failed_saves_ >= config_.checkpoint.max_failed_saves)
+      throw StorageError(fmt::format("{} saves in a row failed, the last one at step {}: {}", failed_saves_,
+                                     result->step, result->error));
+  }
+}
+
+// The last state must reach the disk: a failed save is tried again until the limit.
+void Trainer::finish_saves() {
+  for (;;) {
+    saver_->wait();
+    report_saves();
+    if (saved_step_ == step_) return;
+    request_save();
+  }
+}
+
+StartupInfo Trainer::startup_info() const {
+  StartupInfo info = startup_info_of(config_, engine_.get());
+  info.resume = resumed_from_;
+  info.resume_step = resumed_step_;
+  info.device = "cpu";
+  info.isa = check_instruction_set();
+  auto add_data = [&](const char* split, const DataSet& set, const std::vector<DataSourceConfig>& sources) {
+    for (size_t i = 0; i < sources.size(); ++i)
+      info.data.push_back({split, sources[i].path, set.datasets[i].num_tokens(),
+                           set.datasets[i].num_documents(), sources[i].weight});
+  };
+  info.data.clear();
+  add_data("train", train_data_, config_.data.train);
+  add_data("valid", valid_data_, config_.data.valid);
+  const double tokens = static_cast<double>(config_.train.steps * info.tokens_per_step);
+  info.epochs = tokens / static_cast<double>(std::max<int64_t>(1, train_data_.tokens()));
+  return info;
+}
+
+RunSummary Trainer::summary(const std::string& outcome) const {
+  RunSummary s;
+  s.outcome = outcome;
+  s.step = step_;
+  s.steps = config_.train.steps;
+  s.total_tokens = total_tokens_;
+  s.seconds = seconds_between(started_, Clock::now());
+  s.loss = last_loss_;
+  s.evals = last_evals_;
+  s.tokens_per_s = step_seconds_ > 0 ? static_cast<double>(step_tokens_) / step_seconds_ : 0;
+  s.skipped_total = skipped_steps_;
+  s.checkpoint = newest_checkpoint_;
+  if (config_.metrics.jsonl) s.metrics = paths_.metrics;
+  if (config_.metrics.tensorboard) s.tensorboard = paths_.tensorboard;
+  const std::string run = "deepseek-train ";
+  if (outcome != "finished") {
+    s.next.push_back({"go on", run + "--config " + paths_.config + " --resume latest"});
+    return s;
+  }
+  s.next.push_back({"write text", run + "generate --run " + paths_.folder + " --prompt 'In the beginning'"});
+  s.next.push_back({"give it to Hugging Face", run + "export " + paths_.folder + " --output " +
+                                                  join_path(paths_.folder, "hf")});
+  return s;
+}
+
+}  // namespace dstrain

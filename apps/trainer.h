@@ -1,0 +1,86 @@
+// The order of a run: prepare, restore, steps with evaluations and checkpoints, finish.
+#pragma once
+
+#include <chrono>
+#include <memory>
+#include <optional>
+#include <string>
+
+#include "apps/assemble.h"
+#include "core/checkpoint/async_saver.h"
+#include "core/checkpoint/run_lock.h"
+#include "core/data/batch_stream.h"
+#include "core/metrics/sink.h"
+
+namespace dstrain {
+
+struct TrainerOptions {
+  std::string resume;      // "" (refuse where checkpoints are), "latest", "none" or a step folder
+  bool overwrite = false;  // delete the checkpoints that are there
+};
+
+// Everything that has to hold before the first step is checked by the constructor: folder, data, memory.
+class Trainer {
+ public:
+  // The config is valid and available; `hub` outlives the trainer and has no sinks but the console yet:
+  // the file sinks are added here, where the resumed step is known.
+  Trainer(const Config& config, const TrainerOptions& options, MetricsHub& hub);
+  ~Trainer();
+
+  // Runs to train.steps, or until a signal asks to leave. Returns the exit code (0 or 75).
+  ExitCode run();
+
+ private:
+  using Clock = std::chrono::steady_clock;
+
+  void prepare_folder(const TrainerOptions& options);
+  std::optional<VerifiedCheckpoint> choose_checkpoint(const TrainerOptions& options);
+  void check_memory() const;
+  void start_from(const std::optional<VerifiedCheckpoint>& checkpoint);
+  void restore(const VerifiedCheckpoint& checkpoint);
+  void warn_of_changes(const CheckpointMeta& meta) const;
+  void open_stream();
+
+  StepRecord train_step();
+  double unweighted_balance_loss(double weighted) const;
+  void evaluate();
+  void request_save();
+  void report_saves();
+  void finish_saves();
+  bool due(int64_t every) const;
+  CheckpointMeta checkpoint_meta() const;
+  StartupInfo startup_info() const;
+  RunSummary summary(const std::string& outcome) const;
+
+  Config config_;
+  RunPaths paths_;
+  MetricsHub& hub_;
+  std::optional<RunLock> lock_;
+  DataSet train_data_, valid_data_;
+  std::map<std::string, std::string> fingerprints_;
+  std::unique_ptr<Backend> backend_;
+  std::unique_ptr<TrainEngine> engine_;
+  double flops_per_token_ = 0;
+
+  DeviceMemory batch_memory_, eval_memory_, snapshot_memory_;
+  std::unique_ptr<BatchStream> stream_;
+  std::optional<CheckpointStore> store_;
+  std::unique_ptr<AsyncSaver> saver_;
+
+  int64_t step_ = 0;  // finished
+  int64_t cursor_ = 0;
+  std::vector<int64_t> skipped_samples_;
+  int64_t total_tokens_ = 0, skipped_steps_ = 0;
+  int64_t saved_step_ = -1, evaluated_step_ = -1, failed_saves_ = 0;
+  double last_stall_seconds_ = 0;
+  std::string resumed_from_, newest_checkpoint_;
+  int64_t resumed_step_ = 0;
+  // Of this process.
+  Clock::time_point started_;
+  double step_seconds_ = 0;
+  int64_t step_tokens_ = 0;
+  double last_loss_ = 0;
+  std::vector<EvalRecord> last_evals_;
+};
+
+}  // namespace dstrain

@@ -1,0 +1,302 @@
+#include "core/checkpoint/hf_format.h"
+
+#include <algorithm>
+#include <cstring>
+#include <filesystem>
+#include <map>
+#include <set>
+
+#include "core/checkpoint/json_strict.h"
+
+namespace dstrain {
+namespace {
+
+constexpr int64_t kMaxIndexBytes = 64 << 20;
+constexpr int64_t kMaxShardBytes = 5'000'000'000;
+constexpr const char* kIndexName = "model.safetensors.index.json";
+
+int64_t product(const std::vector<int64_t>& shape) {
+  int64_t n = 1;
+  for (int64_t d : shape) n *= d;
+  return n;
+}
+
+bool strip_suffix(std::string& text, std::string_view suffix) {
+  if (!text.ends_with(suffix)) return false;
+  text.resize(text.size() - suffix.size());
+  return true;
+}
+
+// One mapping under construction: a slice of a fused parameter.
+HfTensor slice_of(const Parameter& p, std::string name, int64_t rows, std::vector<HfRows> pieces) {
+  HfTensor map;
+  map.name = std::move(name);
+  map.parameter = p.spec.name;
+  map.columns = p.spec.shape.back();
+  map.shape = {rows, map.columns};
+  map.pieces = std::move(pieces);
+  return map;
+}
+
+// qkv_proj.weight [G, m + 2, Q, D] or qkv_proj.bias [G, m + 2, Q].
+void add_qkv(const Parameter& p, const std::string& prefix, const std::string& kind,
+             std::vector<HfTensor>& out) {
+  const int64_t G = p.spec.shape[0], parts = p.spec.shape[1], Q = p.spec.shape[2], m = parts - 2;
+  const bool bias = kind == ".bias";
+  auto add = [&](const char* name, int64_t first, int64_t count) {
+    std::vector<HfRows> pieces;
+    for (int64_t g = 0; g < G; ++g)
+      pieces.push_back({g * count * Q, (g * parts + first) * Q, count * Q});
+    HfTensor map = slice_of(p, prefix + name + kind, G * count * Q, std::move(pieces));
+    if (bias) {
+      map.columns = 1;
+      map.shape = {G * count * Q};
+    }
+    out.push_back(std::move(map));
+  };
+  add("q_proj", 0, m);
+  add("k_proj", m, 1);
+  add("v_proj", m + 1, 1);
+}
+
+void add_experts_gate_up(const Parameter& p, const std::string& prefix, std::vector<HfTensor>& out) {
+  const int64_t E = p.spec.shape[0], I = p.spec.shape[2];
+  for (int64_t e = 0; e < E; ++e) {
+    const std::string expert = prefix + std::to_string(e);
+    out.push_back(slice_of(p, expert + ".gate_proj.weight", I, {{0, 2 * e * I, I}}));
+    out.push_back(slice_of(p, expert + ".up_proj.weight", I, {{0, (2 * e + 1) * I, I}}));
+  }
+}
+
+void add_parameter(const Parameter& p, std::vector<HfTensor>& out) {
+  std::string stem = p.spec.name;
+  if (strip_suffix(stem, "experts.gate_up_proj")) return add_experts_gate_up(p, stem + "experts.", out);
+  if (strip_suffix(stem, "experts.down_proj")) {
+    const int64_t rows = p.spec.shape[1];
+    for (int64_t e = 0; e < p.spec.shape[0]; ++e)
+      out.push_back(slice_of(p, stem + "experts." + std::to_string(e) + ".down_proj.weight", rows,
+                             {{0, e * rows, rows}}));
+    return;
+  }
+  if (strip_suffix(stem, "qkv_proj.weight")) return add_qkv(p, stem, ".weight", out);
+  if (strip_suffix(stem, "qkv_proj.bias")) return add_qkv(p, stem, ".bias", out);
+  if (strip_suffix(stem, "gate_up_proj.weight")) {
+    const int64_t I = p.spec.shape[1];
+    out.push_back(slice_of(p, stem + "gate_proj.weight", I, {{0, 0, I}}));
+    out.push_back(slice_of(p, stem + "up_proj.weight", I, {{0, I, I}}));
+    return;
+  }
+  // The rest corresponds one to one; biases by head are flat, weights by head are matrices.
+  const bool vector = p.spec.shape.size() == 1 || p.spec.name.ends_with(".bias");
+  const int64_t columns = vector ? 1 : p.spec.shape.back(), rows = p.global_numel() / columns;
+  HfTensor map;
+  map.name = map.parameter = p.spec.name;
+  map.columns = columns;
+  map.shape = vector ? std::vector<int64_t>{rows} : std::vector<int64_t>{rows, columns};
+  map.pieces = {{0, 0, rows}};
+  out.push_back(std::move(map));
+}
+
+std::vector<std::string> files_of_index(const std::string& folder) {
+  const std::string path = join_path(folder, kIndexName);
+  const std::string text = read_small_file(path, kMaxIndexBytes);
+  std::set<std::string> files;
+  JsonReader json(text, path);
+  auto skip_metadata = [&] {
+    json.object([&](const std::string&) { json.skip_value(); });
+  };
+  json.object([&](const std::string& key) {
+    if (key == "metadata") return skip_metadata();
+    if (key != "weight_map") json.fail("unexpected key '" + key + "'");
+    json.object([&](const std::string&) { files.insert(json.string()); });
+  });
+  json.end();
+  for (const std::string& name : files)
+    if (!is_plain_file_name(name))
+      throw DataError(path + ": " + printable_name(name) + " is not a plain file name of this folder");
+  if (files.empty()) throw DataError(path + ": names no weight file");
+  return {files.begin(), files.end()};
+}
+
+// Published files carry these; training makes them itself or does without.
+bool may_be_ignored(const std::string& name, const ModelConfig& model) {
+  if (name.ends_with("rotary_emb.inv_freq")) return true;
+  if (model.tie_word_embeddings && name == "lm_head.weight") return true;
+  const std::string prefix = "model.layers.";
+  if (!name.starts_with(prefix)) return false;
+  const int64_t layer = std::atoll(name.c_str() + prefix.size());
+  const int64_t last = model.num_hidden_layers + model.num_nextn_predict_layers;
+  const bool shared = name.ends_with(".embed_tokens.weight") || name.ends_with("shared_head.head.weight");
+  return layer >= last || (layer >= model.num_hidden_layers && shared);
+}
+
+}  // namespace
+
+std::vector<HfTensor> hf_tensors(const ModelConfig&, const ParameterSet& parameters) {
+  std::vector<HfTensor> out;
+  for (const Parameter& p : parameters.all()) add_parameter(p, out);
+  return out;
+}
+
+HfWeights::HfWeights(const std::string& folder) : folder_(folder) {
+  if (path_exists(join_path(folder, kIndexName))) {
+    for (const std::string& name : files_of_index(folder)) files_.emplace_back(join_path(folder, name));
+    return;
+  }
+  files_.emplace_back(join_path(folder, "model.safetensors"));
+}
+
+bool HfWeights::contains(const std::string& name) const {
+  return std::any_of(files_.begin(), files_.end(), [&](const auto& f) { return f.find(name); });
+}
+
+HfWeights::Place HfWeights::at(const std::string& name) const {
+  for (const SafetensorsReader& file : files_)
+    if (const SafetensorsEntry* entry = file.find(name)) return {&file, entry};
+  throw DataError(folder_ + ": the weights lack tensor '" + name +
+                  "' that config.json asks for; is the download complete?");
+}
+
+std::vector<std::string> HfWeights::names() const {
+  std::vector<std::string> out;
+  for (const SafetensorsReader& file : files_)
+    for (const SafetensorsEntry& entry : file.tensors()) out.push_back(entry.name);
+  return out;
+}
+
+SafetensorsType read_hf_weights(
+    const std::string& folder, const ModelConfig& model, const ParameterSet& parameters,
+    const std::function<void(const std::string&, const std::vector<float>&)>& store) {
+  const HfWeights weights(folder);
+  const std::vector<HfTensor> maps = hf_tensors(model, parameters);
+  std::set<std::string> known;
+  for (const HfTensor& map : maps) known.insert(map.name);
+  for (const std::string& name : weights.names())
+    if (!known.contains(name) && !may_be_ignored(name, model))
+      throw DataError(folder + ": tensor '" + name + "' has no place in the model that config.json " +
+                      "describes; training without it would be another model");
+
+  std::map<SafetensorsType, int64_t> elements_by_type;
+  std::vector<float> values, part;
+  std::vector<char> raw;
+  for (size_t i = 0; i < maps.size(); ++i) {
+    const HfTensor& map = maps[i];
+    const auto [file, entry] = weights.at(map.name);
+    if (entry->shape != map.shape)
+      throw DataError(file->path() + ": tensor '" + map.name + "' has another shape than config.json " +
+                      "says (" + std::to_string(product(entry->shape)) + " elements instead of " +
+                      std::to_string(product(map.shape)) + ")");
+    const int64_t count = product(map.shape);
+    raw.resize(static_cast<size_t>(entry->bytes));
+    part.resize(static_cast<size_t>(count));
+    file->read(*entry, raw.data());
+    convert_to_f32(entry->type, raw.data(), count, part.data());
+    if (!map.name.ends_with("e_score_correction_bias")) elements_by_type[entry->type] += count;
+
+    const bool first = i == 0 || maps[i - 1].parameter != map.parameter;
+    const bool last = i + 1 == maps.size() || maps[i + 1].parameter != map.parameter;
+    if (first) {
+      int64_t total = 0;
+      for (size_t j = i; j < maps.size() && maps[j].parameter == map.parameter; ++j)
+        total += product(maps[j].shape);
+      values.assign(static_cast<size_t>(total), 0.0f);
+    }
+    copy_from_hf(map, part.data(), values.data());
+    if (last) store(map.parameter, values);
+  }
+  return std::max_element(elements_by_type.begin(), elements_by_type.end(),
+                          [](const auto& a, const auto& b) { return a.second < b.second; })
+      ->first;
+}
+
+namespace {
+
+SafetensorsType stored_type(const HfTensor& map, SafetensorsType type) {
+  return map.name.ends_with("e_score_correction_bias") ? SafetensorsType::f32 : type;
+}
+
+// Round to nearest even; NaN stays NaN.
+uint16_t to_bf16(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40u);
+  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+void append_as(SafetensorsWriter& writer, SafetensorsType type, const std::vector<float>& values) {
+  if (type == SafetensorsType::f32)
+    return writer.append(values.data(), std::ssize(values) * static_cast<int64_t>(sizeof(float)));
+  DSTRAIN_CHECK(type == SafetensorsType::bf16, "weights are written as F32 or BF16");
+  std::vector<uint16_t> rounded(values.size());
+  std::transform(values.begin(), values.end(), rounded.begin(), to_bf16);
+  writer.append(rounded.data(), std::ssize(rounded) * static_cast<int64_t>(sizeof(uint16_t)));
+}
+
+struct Shard {
+  std::vector<const HfTensor*> tensors;
+  int64_t bytes = 0;
+};
+
+std::vector<Shard> split_into_shards(const std::vector<HfTensor>& maps, SafetensorsType type) {
+  std::vector<Shard> shards(1);
+  for (const HfTensor& map : maps) {
+    const int64_t bytes = product(map.shape) * safetensors_type_bytes(stored_type(map, type));
+    if (!shards.back().tensors.empty() && shards.back().bytes + bytes > kMaxShardBytes)
+      shards.emplace_back();
+    shards.back().tensors.push_back(&map);
+    shards.back().bytes += bytes;
+  }
+  // Larger element types first, so that every tensor is aligned.
+  for (Shard& shard : shards)
+    std::stable_sort(shard.tensors.begin(), shard.tensors.end(), [&](const auto* a, const auto* b) {
+      return safetensors_type_bytes(stored_type(*a, type)) > safetensors_type_bytes(stored_type(*b, type));
+    });
+  return shards;
+}
+
+}  // namespace
+
+void write_hf_weights(const std::string& folder, const ModelConfig& model,
+                      const ParameterSet& parameters, SafetensorsType type,
+                      const std::function<std::vector<float>(const std::string&)>& load) {
+  const std::vector<HfTensor> maps = hf_tensors(model, parameters);
+  const std::vector<Shard> shards = split_into_shards(maps, type);
+  std::string index;
+  int64_t total_bytes = 0;
+  for (size_t i = 0; i < shards.size(); ++i) {
+    char name[64] = "model.safetensors";
+    if (shards.size() > 1)
+      std::snprintf(name, sizeof name, "model-%05zu-of-%05zu.safetensors", i + 1, shards.size());
+    std::vector<SafetensorsSpec> specs;
+    for (const HfTensor* map : shards[i].tensors) {
+      specs.push_back({map->name, stored_type(*map, type), map->shape});
+      index += (index.empty() ? "" : ",\n") + ("    " + json_quote(map->name)) + ": " + json_quote(name);
+    }
+    SafetensorsWriter writer(File::create_new(join_path(folder, name)), std::move(specs),
+                             {{"format", "pt"}});
+    std::string loaded;
+    std::vector<float> values, part;
+    for (const HfTensor* map : shards[i].tensors) {
+      if (loaded != map->parameter) values = load(loaded = map->parameter);
+      part.resize(static_cast<size_t>(product(map->shape)));
+      copy_to_hf(*map, values.data(), part.data());
+      append_as(writer, stored_type(*map, type), part);
+    }
+    writer.finish();
+    total_bytes += shards[i].bytes;
+  }
+  if (shards.size() > 1)
+    write_file_atomic(join_path(folder, kIndexName),
+                      "{\n  \"metadata\": {\"total_size\": " + std::to_string(total_bytes) +
+                          "},\n  \"weight_map\": {\n" + index + "\n  }\n}\n");
+}
+
+void remove_hf_model(const std::string& folder) {
+  for (const auto& entry : std::filesystem::directory_iterator(folder)) {
+    const std::string name = entry.path().filename().string();
+    const bool weights = name.starts_with("model") && name.ends_with(".safetensors");
+    if (weights || name == "config.json" || name == kIndexName) std::filesystem::remove(entry.path());
+  }
+}
+
+}  // namespace dstrain

@@ -1,0 +1,16 @@
+// Whole parameters between the device and host vectors. For loading, exporting and comparing, not for steps.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "core/backend/backend.h"
+#include "core/dist/parameter.h"
+
+namespace dstrain {
+
+// Copies and waits. Values are converted between float and the tensor's own type (f32, f64 or bf16).
+std::vector<float> read_tensor(Backend& backend, Stream& stream, const Tensor& x);
+void write_tensor(Backend& backend, Stream& stream, const std::vector<float>& values, const Tensor& x);
+
+}  // namespace dstrain
