@@ -19,7 +19,8 @@ BatchStreamOptions checked(BatchStreamOptions o) {
   DSTRAIN_CHECK(o.dp_size >= 1 && o.dp_rank >= 0 && o.dp_rank < o.dp_size && o.micro_batch >= 1 &&
                     o.global_batch >= 1 && o.global_batch % (o.micro_batch * o.dp_size) == 0,
                 fmt::format("a global batch of {} does not divide over {} ranks by micro-batches "
-                            "of {}", o.global_batch, o.dp_size, o.micro_batch));
+                            "of {}",
+                            o.global_batch, o.dp_size, o.micro_batch));
   DSTRAIN_CHECK(o.pack.seq_len >= 1 && o.micro_batch * o.pack.seq_len < (int64_t{1} << 31),
                 "a micro-batch has 1 to 2^31 - 1 tokens");
   return o;
@@ -94,8 +95,8 @@ void BatchStream::read_steps() {
       const int64_t step_valid_tokens = plan_step();
       for (int64_t m = 0; m < micro_batches_; ++m) {
         std::unique_lock lock(mutex_);
-        released_changed_.wait(
-            lock, [&] { return stop_ || produced_ - released_ < std::ssize(slots_); });
+        released_changed_.wait(lock,
+                               [&] { return stop_ || produced_ - released_ < std::ssize(slots_); });
         if (stop_) return;
         Slot& slot = slots_[produced_ % std::ssize(slots_)];
         lock.unlock();
@@ -166,8 +167,7 @@ void BatchStream::fill(Slot& slot, int64_t first_in_step) {
     batch.max_segment_len = std::max<int64_t>(batch.max_segment_len, segment_lengths_[s]);
   }
   const int64_t tokens = options_.micro_batch * seq_len;
-  batch.valid_tokens =
-      tokens - std::count(slot.targets_T, slot.targets_T + tokens, int32_t{-1});
+  batch.valid_tokens = tokens - std::count(slot.targets_T, slot.targets_T + tokens, int32_t{-1});
 }
 
 const HostMicroBatch& BatchStream::next() {

@@ -38,14 +38,15 @@ struct HostMicroBatch {
   bool last_of_step = false;
   int64_t sequences = 0, seq_len = 0;
   const int32_t* tokens_T = nullptr;
-  const int32_t* targets_T = nullptr;        // -1: no loss here
-  const int32_t* positions_T = nullptr;      // restart at 0 in each segment
-  const int32_t* segment_offsets = nullptr;  // num_segments + 1 ascending offsets from 0 to T; room for T + 1
-  int64_t num_segments = 0;                  // a segment never crosses a sequence
+  const int32_t* targets_T = nullptr;    // -1: no loss here
+  const int32_t* positions_T = nullptr;  // restart at 0 in each segment
+  const int32_t* segment_offsets =
+      nullptr;               // num_segments + 1 ascending offsets from 0 to T; room for T + 1
+  int64_t num_segments = 0;  // a segment never crosses a sequence
   int64_t max_segment_len = 0;
-  const int64_t* sample_ids = nullptr;       // one per sequence; -1: a sequence of pads
-  int64_t valid_tokens = 0;                  // targets other than -1, here
-  int64_t step_valid_tokens = 0;             // and in the whole global batch, over all ranks
+  const int64_t* sample_ids = nullptr;  // one per sequence; -1: a sequence of pads
+  int64_t valid_tokens = 0;             // targets other than -1, here
+  int64_t step_valid_tokens = 0;        // and in the whole global batch, over all ranks
 };
 
 class BatchStream {
@@ -94,7 +95,7 @@ class BatchStream {
 
   BatchStreamOptions options_;
   int64_t micro_batches_;
-  SampleOrder order_;            // the reader's, with the three below
+  SampleOrder order_;  // the reader's, with the three below
   SequencePacker packer_;
   std::vector<SampleRef> plan_;  // of the step being read
   std::vector<int32_t> segment_lengths_;

@@ -2,9 +2,9 @@
 //
 // After n samples each source has given floor(w n) or ceil(w n) of them, w being its share of the
 // weights, so its count is off by less than 1. Among the sources that may give another sample
-// without exceeding ceil(w n), the one whose next sample is due first does: smallest (count + 1) / w,
-// the earlier source on a tie. (This is the quota method of apportionment, Balinski and Young 1975;
-// taking the largest deficit alone can fall behind by more than 1.) The arithmetic is exact.
+// without exceeding ceil(w n), the one whose next sample is due first does: smallest (count + 1) /
+// w, the earlier source on a tie. (This is the quota method of apportionment, Balinski and Young
+// 1975; taking the largest deficit alone can fall behind by more than 1.) The arithmetic is exact.
 #pragma once
 
 #include <cstdint>

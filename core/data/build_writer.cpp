@@ -5,15 +5,12 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstring>
-#include <filesystem>
 #include <utility>
 
 #include "core/base/error.h"
 #include "core/data/token_dataset_formats.h"
 
 namespace dstrain {
-
-namespace fs = std::filesystem;
 
 DatasetWriter::DatasetWriter(std::string folder, const DatasetMeta& meta,
                              const DatasetProgress& progress)
@@ -27,14 +24,14 @@ DatasetWriter::DatasetWriter(std::string folder, const DatasetMeta& meta,
                     meta.shard_bytes >= meta.block_bytes &&
                     meta.shard_bytes % meta.block_bytes == 0,
                 "bad vocabulary, block or shard size");
-  documents_.emplace((fs::path(folder_) / kDocumentsFile).string(), progress_.documents * 8);
+  documents_.emplace(join_path(folder_, kDocumentsFile), progress_.documents * 8);
   reread();
 }
 
 // Brings hashes and the open block to where `progress` is, from the bytes on the storage.
 void DatasetWriter::reread() {
   std::vector<char> bytes(1 << 20);
-  const ReadOnlyFile documents((fs::path(folder_) / kDocumentsFile).string());
+  const ReadOnlyFile documents(join_path(folder_, kDocumentsFile));
   for (int64_t at = 0, n; at < progress_.documents * 8; at += n) {
     n = std::min<int64_t>(std::ssize(bytes), progress_.documents * 8 - at);
     documents.read_exact(at, bytes.data(), n);
@@ -43,8 +40,9 @@ void DatasetWriter::reread() {
   bytes.resize(static_cast<size_t>(meta_.block_bytes));
   const int64_t shards = (progress_.tokens + shard_tokens_ - 1) / shard_tokens_;
   for (int64_t s = 0; s < shards; ++s) {
-    const ReadOnlyFile shard((fs::path(folder_) / shard_file_name(s)).string());
-    const int64_t end = std::min(shard_tokens_, progress_.tokens - s * shard_tokens_) * token_bytes_;
+    const ReadOnlyFile shard(join_path(folder_, token_shard_file_name(s)));
+    const int64_t end =
+        std::min(shard_tokens_, progress_.tokens - s * shard_tokens_) * token_bytes_;
     for (int64_t at = 0, n; at < end; at += n) {
       n = std::min(meta_.block_bytes, end - at);
       shard.read_exact(at, bytes.data(), n);
@@ -57,9 +55,7 @@ void DatasetWriter::reread() {
 void DatasetWriter::open_shard() {
   if (shard_) shard_->close();
   const int64_t kept = progress_.tokens % shard_tokens_ * token_bytes_;
-  shard_.emplace(
-      AppendFile((fs::path(folder_) / shard_file_name(progress_.tokens / shard_tokens_)).string(),
-                 kept));
+  shard_.emplace(join_path(folder_, token_shard_file_name(progress_.tokens / shard_tokens_)), kept);
 }
 
 // Adds bytes to the open block, which is hashed when it is full.
@@ -103,7 +99,7 @@ void DatasetWriter::append_document(const int32_t* ids, int64_t count) {
 void DatasetWriter::commit() {
   if (shard_) shard_->sync();
   documents_->sync();
-  sync_folder(folder_);
+  flush_folder(folder_);
 }
 
 uint64_t DatasetWriter::finish(int64_t text_bytes) {
@@ -129,11 +125,11 @@ uint64_t DatasetWriter::finish(int64_t text_bytes) {
 
   shard_->close();
   documents_->close();
-  AppendFile index((fs::path(folder_) / kIndexFile).string(), 0);
+  AppendFile index(join_path(folder_, kIndexFile), 0);
   index.append(&header, sizeof header);
   index.append(block_hashes_.data(), hashes_bytes);
   index.close();
-  sync_folder(folder_);
+  flush_folder(folder_);
   return header.header_hash;
 }
 

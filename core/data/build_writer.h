@@ -14,10 +14,10 @@
 namespace dstrain {
 
 struct DatasetMeta {
-  int64_t vocab_size = 0;               // above every id; up to 65536 the tokens take two bytes
-  int64_t eos_id = -1;                  // -1: documents do not end with a token of their own
-  uint64_t tokenizer_fingerprint = 0;   // 0: unknown
-  int64_t block_bytes = 64 << 10;       // hashed as one
+  int64_t vocab_size = 0;                  // above every id; up to 65536 the tokens take two bytes
+  int64_t eos_id = -1;                     // -1: documents do not end with a token of their own
+  uint64_t tokenizer_fingerprint = 0;      // 0: unknown
+  int64_t block_bytes = 64 << 10;          // hashed as one
   int64_t shard_bytes = int64_t{1} << 30;  // of one token file; a multiple of block_bytes
 };
 
@@ -52,11 +52,11 @@ class DatasetWriter {
   int token_bytes_;
   int64_t block_tokens_, shard_tokens_;
   DatasetProgress progress_;
-  std::optional<AppendFile> shard_;      // the one being filled
+  std::optional<AppendFile> shard_;  // the one being filled
   std::optional<AppendFile> documents_;
   StreamHash documents_hash_;
-  std::vector<uint64_t> block_hashes_;   // of full blocks
-  std::string block_;                    // bytes of the block being filled
+  std::vector<uint64_t> block_hashes_;  // of full blocks
+  std::string block_;                   // bytes of the block being filled
 };
 
 }  // namespace dstrain

@@ -1,4 +1,4 @@
-// Files of token datasets: positioned reads, durable writes, hashes.
+// Files of token datasets: positioned reads, buffered durable writes, hashes.
 //
 // Files are read with pread and never mapped: a file that shrinks while a run reads it gives a
 // DataError instead of a SIGBUS. All functions throw NotFoundError, PermissionError, StorageError
@@ -8,19 +8,17 @@
 #include <cstdint>
 #include <memory>
 #include <string>
-#include <string_view>
+
+#include "core/base/file.h"
 
 namespace dstrain {
 
 // A regular file open for reading. Reads are positioned, so one object may serve many threads.
 class ReadOnlyFile {
  public:
-  explicit ReadOnlyFile(std::string path);
-  ReadOnlyFile(ReadOnlyFile&& other) noexcept;
-  ReadOnlyFile& operator=(ReadOnlyFile&& other) noexcept;
-  ~ReadOnlyFile();
+  explicit ReadOnlyFile(const std::string& path);
 
-  const std::string& path() const { return path_; }
+  const std::string& path() const { return file_.path(); }
   int64_t size() const { return size_; }                // bytes, when the file was opened
   int64_t modified_ns() const { return modified_ns_; }  // since 1970, when the file was opened
 
@@ -30,42 +28,28 @@ class ReadOnlyFile {
   void read_exact(int64_t offset, void* out, int64_t bytes) const;
 
  private:
-  std::string path_;
-  int fd_ = -1;
+  File file_;
   int64_t size_ = 0;
   int64_t modified_ns_ = 0;
 };
 
-// A file that grows at its end, through a buffer. One thread at a time.
+// A file that grows at its end, through a buffer. One thread at a time. What is still in the buffer
+// at the end is dropped: call sync() or close() first.
 class AppendFile {
  public:
   // Opens or creates the file and keeps its first keep_bytes bytes; DataError if it has fewer.
-  AppendFile(std::string path, int64_t keep_bytes);
-  AppendFile(AppendFile&& other) noexcept;
-  AppendFile& operator=(AppendFile&&) = delete;
-  ~AppendFile();  // drops what is still in the buffer: call sync() or close() first
+  AppendFile(const std::string& path, int64_t keep_bytes);
 
-  int64_t size() const { return size_; }  // bytes, the buffered ones included
   void append(const void* data, int64_t bytes);
-  void flush();  // hands the buffer to the system
-  void sync();   // flush, then wait until the bytes are on the storage
+  void sync();   // returns when everything appended is on the storage
   void close();  // sync, then close with the result checked
 
  private:
-  void write_out(const char* data, int64_t bytes);
+  void flush();
 
-  std::string path_;
-  int fd_ = -1;
-  int64_t size_ = 0;
+  File file_;
   std::string buffer_;
 };
-
-// Waits until the names in a folder are on the storage.
-void sync_folder(const std::string& folder);
-// Replaces the file as a whole: after a crash it has the old or the new text.
-void replace_file(const std::string& path, std::string_view text);
-// The whole file; DataError if it is longer than max_bytes.
-std::string read_text_file(const std::string& path, int64_t max_bytes);
 
 // XXH3, 64 bits.
 uint64_t hash_bytes(const void* data, int64_t bytes);

@@ -24,8 +24,7 @@ EpochOrder::EpochOrder(const TokenDataset& dataset, const PackOptions& options, 
                        int64_t epoch)
     : dataset_(&dataset),
       options_(options),
-      documents_(dataset.num_documents(),
-                 order_key("document order", options.seed, source, epoch)),
+      documents_(dataset.num_documents(), order_key("document order", options.seed, source, epoch)),
       samples_(num_samples(), order_key("sample order", options.seed, source, epoch)) {
   const int64_t documents = dataset.num_documents();
   starts_.reserve(static_cast<size_t>((documents + kStride - 1) / kStride));

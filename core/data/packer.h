@@ -1,16 +1,16 @@
 // Packing documents into samples of seq_len tokens.
 //
 // One epoch of a source: its documents in a random order (or in file order) form one stream of
-// tokens, cut every seq_len tokens; the samples are then taken in another random order. Each token is
-// an input of exactly one sample of the epoch; the last sample of the stream is padded.
+// tokens, cut every seq_len tokens; the samples are then taken in another random order. Each token
+// is an input of exactly one sample of the epoch; the last sample of the stream is padded.
 //
 //   target of a token   the next token of its document, -1 at the document's last token. A document
 //                       that goes on in the next sample lends its next token as the last target.
 //   position            counts from 0 at the start of each document inside the sample
 //   segment             the part of one document inside the sample: attention stays inside it
 //
-// Without document_mask the stream is plain text: targets cross documents, positions run through the
-// sample, and the sample is one segment. Pads are a segment of their own with targets -1.
+// Without document_mask the stream is plain text: targets cross documents, positions run through
+// the sample, and the sample is one segment. Pads are a segment of their own with targets -1.
 #pragma once
 
 #include <cstdint>
@@ -22,7 +22,7 @@
 namespace dstrain {
 
 struct PackOptions {
-  int64_t seq_len = 0;        // T, at least 1
+  int64_t seq_len = 0;  // T, at least 1
   bool document_mask = true;
   bool shuffle = true;
   uint64_t seed = 0;

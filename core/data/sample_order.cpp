@@ -20,13 +20,14 @@ void check_length(const TokenDataset& dataset, int64_t seq_len, bool single_pass
   const int64_t needed = single_pass ? 2 : seq_len + 1;
   if (dataset.num_tokens() >= needed) return;
   if (single_pass)
-    throw DataError(fmt::format("'{}' holds {} token: there is nothing to predict",
-                                dataset.path(), dataset.num_tokens()));
-  throw DataError(fmt::format(
-      "'{}' holds {} tokens, but one sequence takes data.seq_len + 1 = {}; lower data.seq_len to {} "
-      "or use a larger dataset",
-      dataset.path(), dataset.num_tokens(), needed,
-      std::max<int64_t>(dataset.num_tokens() - 1, 1)));
+    throw DataError(fmt::format("'{}' holds {} token: there is nothing to predict", dataset.path(),
+                                dataset.num_tokens()));
+  throw DataError(
+      fmt::format("'{}' holds {} tokens, but one sequence takes data.seq_len + 1 = {}; lower "
+                  "data.seq_len to {} "
+                  "or use a larger dataset",
+                  dataset.path(), dataset.num_tokens(), needed,
+                  std::max<int64_t>(dataset.num_tokens() - 1, 1)));
 }
 
 }  // namespace

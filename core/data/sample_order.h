@@ -28,10 +28,10 @@ struct SampleRef {
 // Goes through the samples by ascending global index. One thread at a time.
 class SampleOrder {
  public:
-  // Training: sources are blended by weight, each through its epochs without end. single_pass: every
-  // sample of every source once, source after source, weights ignored.
-  // start: global index of the first sample. skip: indices that are left out, in any order.
-  // DataError if a source has too few tokens: seq_len + 1 for training, 2 for a single pass.
+  // Training: sources are blended by weight, each through its epochs without end. single_pass:
+  // every sample of every source once, source after source, weights ignored. start: global index of
+  // the first sample. skip: indices that are left out, in any order. DataError if a source has too
+  // few tokens: seq_len + 1 for training, 2 for a single pass.
   SampleOrder(std::vector<BatchSource> sources, const PackOptions& options, bool single_pass,
               int64_t start, std::vector<int64_t> skip);
 
@@ -57,11 +57,11 @@ class SampleOrder {
   PackOptions options_;
   bool single_pass_;
   int64_t position_;
-  std::vector<int64_t> skip_;                      // sorted
-  Blend blend_;                                    // training
-  std::vector<int64_t> ends_;                      // single pass: index after each source
+  std::vector<int64_t> skip_;  // sorted
+  Blend blend_;                // training
+  std::vector<int64_t> ends_;  // single pass: index after each source
   int64_t num_samples_ = -1;
-  std::vector<std::array<CachedEpoch, 2>> epochs_; // per source, by the parity of the epoch
+  std::vector<std::array<CachedEpoch, 2>> epochs_;  // per source, by the parity of the epoch
 };
 
 }  // namespace dstrain

@@ -20,7 +20,8 @@ class Stream {
  public:
   Stream(const std::vector<BatchSource>& sources, const BatchStreamOptions& options,
          int64_t slots = 3) {
-    const int64_t bytes = slots * BatchStream::slot_bytes(options.micro_batch, options.pack.seq_len);
+    const int64_t bytes =
+        slots * BatchStream::slot_bytes(options.micro_batch, options.pack.seq_len);
     memory_.reset(std::aligned_alloc(BatchStream::kSlotAlignment, static_cast<size_t>(bytes)));
     stream_ = std::make_unique<BatchStream>(sources, options, memory_.get(), bytes);
   }
@@ -50,7 +51,8 @@ void take(const HostMicroBatch& batch, Sequences& out) {
     sequence.targets.assign(batch.targets_T + j * T, batch.targets_T + (j + 1) * T);
     sequence.positions.assign(batch.positions_T + j * T, batch.positions_T + (j + 1) * T);
     REQUIRE(batch.segment_offsets[segment] == j * T);  // no segment crosses a sequence
-    for (; segment < batch.num_segments && batch.segment_offsets[segment] < (j + 1) * T; ++segment) {
+    for (; segment < batch.num_segments && batch.segment_offsets[segment] < (j + 1) * T;
+         ++segment) {
       sequence.segments.push_back(batch.segment_offsets[segment] - static_cast<int32_t>(j * T));
       longest = std::max<int64_t>(
           longest, batch.segment_offsets[segment + 1] - batch.segment_offsets[segment]);
@@ -194,8 +196,8 @@ TEST_CASE("batch_stream: evaluation reads each token once and pads the last step
   Fixture f;
   f.options.single_pass = true;
   f.options.pack.shuffle = false;
-  const int64_t samples = EpochOrder::num_samples(f.a, f.options.pack) +
-                          EpochOrder::num_samples(f.b, f.options.pack);
+  const int64_t samples =
+      EpochOrder::num_samples(f.a, f.options.pack) + EpochOrder::num_samples(f.b, f.options.pack);
   REQUIRE(samples % 8 != 0);  // the last step has pads
   int64_t valid = 0, ids = 0, announced = 0;
   for (int64_t rank = 0; rank < 2; ++rank) {
@@ -262,7 +264,8 @@ TEST_CASE("batch_stream: a damaged block is named by next()") {
       stream->release();
     }
   };
-  CHECK_THROWS_WITH(read_all(), Catch::Matchers::Contains("tokens-00000.bin' is damaged: bytes 65536 to"));
+  CHECK_THROWS_WITH(read_all(),
+                    Catch::Matchers::Contains("tokens-00000.bin' is damaged: bytes 65536 to"));
 }
 
 TEST_CASE("batch_stream: stops at once wherever the reader is") {

@@ -23,7 +23,8 @@ TEST_CASE("blend: counts stay within one of the exact share, for many sources an
       REQUIRE(draw.index == counts[draw.source]++);
       for (size_t s = 0; s < weights.size(); ++s) {
         const double off = std::fabs(counts[s] - weights[s] / total * static_cast<double>(n));
-        if (off >= 1 + 1e-9) FAIL("trial " << trial << " n " << n << " source " << s << ": " << off);
+        if (off >= 1 + 1e-9)
+          FAIL("trial " << trial << " n " << n << " source " << s << ": " << off);
       }
     }
   }

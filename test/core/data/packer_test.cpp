@@ -119,8 +119,7 @@ TEST_CASE("packer: every token is an input once per epoch, whatever the options"
   std::vector<int64_t> lengths;
   for (uint64_t d = 0; d < 150; ++d)
     lengths.push_back(1 + static_cast<int64_t>(random_u64(11, 0, d) % 40));
-  const TokenDataset dataset =
-      test::make_dataset(temp / "set", test::counted_documents(lengths));
+  const TokenDataset dataset = test::make_dataset(temp / "set", test::counted_documents(lengths));
   std::vector<int32_t> document_of(static_cast<size_t>(dataset.num_tokens()) + 2);
   for (int64_t d = 0; d < dataset.num_documents(); ++d)
     for (int64_t t = dataset.document_range(d).begin; t < dataset.document_range(d).end; ++t)
@@ -161,8 +160,7 @@ TEST_CASE("packer: every token is an input once per epoch, whatever the options"
     }
     seen[0] = 1;  // pads
     REQUIRE(std::all_of(seen.begin(), seen.end(), [](int n) { return n == 1; }));
-    CHECK(targets == dataset.num_tokens() -
-                         (options.document_mask ? dataset.num_documents() : 1));
+    CHECK(targets == dataset.num_tokens() - (options.document_mask ? dataset.num_documents() : 1));
   }
 }
 
@@ -213,9 +211,9 @@ TEST_CASE("packer: an id outside the model's vocabulary is named") {
   const TokenDataset dataset = test::make_dataset(temp / "set", {{1, 2, 700, 3}});
   const PackOptions options = in_file_order(3);
   const EpochOrder order(dataset, options, 0, 0);
-  CHECK_THROWS_WITH(pack(dataset, order, options, 0, 700),
-                    Catch::Matchers::Contains("at token 2 (byte 4") &&
-                        Catch::Matchers::Contains("id 700"));
+  CHECK_THROWS_WITH(
+      pack(dataset, order, options, 0, 700),
+      Catch::Matchers::Contains("at token 2 (byte 4") && Catch::Matchers::Contains("id 700"));
 }
 
 TEST_CASE("sample_order: skipped ids are left out, the others keep their meaning") {

@@ -219,8 +219,8 @@ TEST_CASE("token_dataset: a damaged Megatron index is refused, whatever field is
   CHECK(error_of(good.idx, good.bin + "zz") != "");
   // Each 8 bytes of the index overwritten by extreme values: never a crash, never accepted.
   for (size_t at = 0; at + 8 <= good.idx.size(); ++at)
-    for (uint64_t value : {uint64_t{0x7fffffffffffffff}, uint64_t{0x8000000000000000},
-                           ~uint64_t{0}, uint64_t{1} << 61}) {
+    for (uint64_t value : {uint64_t{0x7fffffffffffffff}, uint64_t{0x8000000000000000}, ~uint64_t{0},
+                           uint64_t{1} << 61}) {
       std::string bad = good.idx;
       std::memcpy(bad.data() + at, &value, 8);
       CAPTURE(at, value);
