@@ -4,6 +4,7 @@
 // Backward, with g = dy * weight and s = sum * rstd:
 //   dsum = rstd * (g - s * mean_d(g * s)),  dweight = sum over tokens of dy * s
 // T tokens, D columns. Row sums are lane sums in F.
+#include <algorithm>
 #include <cmath>
 
 #include "core/backend/cpu_ops.h"
@@ -59,10 +60,9 @@ void CpuOps::add_rms_norm(Stream&, const Tensor& x_TD, const Tensor& delta_TD,
   expect(weight_D, "add_rms_norm: weight_D", dtype, {D});
   expect_strided(y_TD, "add_rms_norm: y_TD", dtype, {T, D});
   expect(rstd_T, "add_rms_norm: rstd_T", dtype, {T});
-  if (delta_TD.defined()) {
-    expect_strided(delta_TD, "add_rms_norm: delta_TD", dtype, {T, D});
+  if (delta_TD.defined()) expect_strided(delta_TD, "add_rms_norm: delta_TD", dtype, {T, D});
+  if (delta_TD.defined() || sum_TD.defined())
     expect_strided(sum_TD, "add_rms_norm: sum_TD", dtype, {T, D});
-  }
   if (T == 0 || D == 0) return;
   dispatch_float(dtype, [&]<class F>() {
     pool_.run_ranges(T, rows_per_task(D), [&](int64_t begin, int64_t end) {
@@ -72,6 +72,8 @@ void CpuOps::add_rms_norm(Stream&, const Tensor& x_TD, const Tensor& delta_TD,
           F* sum = row<F>(sum_TD, t);
           add_rows(x, row<F>(delta_TD, t), D, sum);
           x = sum;
+        } else if (sum_TD.defined() && row<F>(sum_TD, t) != x) {
+          std::copy_n(x, D, row<F>(sum_TD, t));
         }
         rstd_T.data<F>()[t] = normalize_row(x, weight_D.data<F>(), D, eps, row<F>(y_TD, t));
       }

@@ -136,6 +136,14 @@ TEST_CASE("rms norm: strided rows, no delta, sum in place of x, accumulation", "
   for (int64_t d = 0; d < 20; ++d) CHECK(b.at(twice).get(d) == 2 * b.at(once).get(d));
 }
 
+TEST_CASE("rms norm: without delta the sum is a copy of x", "[ops]") {
+  const NormCase n(70, 33);
+  const Bound b = run_op(n.c, DType::f32, 2, [&](Ops& ops, Stream& s, const Bound& t) {
+    ops.add_rms_norm(s, t[n.x], Tensor(), t[n.weight], kEps, t[n.sum], t[n.y], t[n.rstd]);
+  });
+  CHECK(b.at(n.sum).same_bits(b.at(n.x)));
+}
+
 TEST_CASE("rms norm: arguments that do not fit are named", "[ops]") {
   OpCase c(13);
   const Slot x = c.normal({2, 4}), weight = c.normal({3}), y = c.output({2, 4}), r = c.output({2});
