@@ -154,14 +154,21 @@ void append_yaml(const FieldNode& node, int indent,
   }
 }
 
+// Text that every YAML reader takes for text without quotes.
 bool is_plain_text(std::string_view text) {
-  const auto is_safe = [](char c) {
-    return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') || c == '_' ||
-           c == '-' || c == '.' || c == '/' || c == '+';
+  const auto is_letter = [](char c) { return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z'); };
+  const auto is_safe = [&](char c) {
+    return is_letter(c) || (c >= '0' && c <= '9') || c == '_' || c == '-' || c == '.' || c == '/' ||
+           c == '+';
   };
-  const bool starts_well = !text.empty() && text[0] != '-' && text[0] != '+' && text[0] != '.';
-  return starts_well && std::all_of(text.begin(), text.end(), is_safe) && text != "null" &&
-         text != "Null" && text != "NULL";
+  if (text.empty() || (!is_letter(text[0]) && text[0] != '/')) return false;
+  if (!std::all_of(text.begin(), text.end(), is_safe)) return false;
+  std::string lower(text);
+  for (char& c : lower)
+    if (c >= 'A' && c <= 'Z') c = static_cast<char>(c - 'A' + 'a');
+  constexpr std::string_view kWords[] = {"null", "true", "false", "yes", "no",
+                                         "on",   "off",  "y",     "n"};
+  return std::find(std::begin(kWords), std::end(kWords), lower) == std::end(kWords);
 }
 
 }  // namespace

@@ -169,6 +169,9 @@ class TreeBuilder : public YAML::EventHandler {
     YamlNode node;
     node.location = location(mark);
     refuse_key_without_colon();
+    // For "key:" the parser marks the next token, which may be lines below.
+    if (const YamlEntry* entry = open_entry(); entry && entry->location.line != node.location.line)
+      node.location = entry->location;
     append(std::move(node));
   }
 
@@ -231,19 +234,25 @@ class TreeBuilder : public YAML::EventHandler {
                   fmt::format("end the text with {}", raw[0])};
   }
 
+  // The entry whose value comes next; null if none does.
+  const YamlEntry* open_entry() const {
+    return !stack_.empty() && stack_.back().awaits_value ? &stack_.back().node->entries.back()
+                                                         : nullptr;
+  }
+
   // The parser takes a lone word among the entries of a map for a key whose value is null.
   void refuse_key_without_colon() const {
-    if (stack_.empty() || !stack_.back().awaits_value) return;
-    const YamlEntry& entry = stack_.back().node->entries.back();
-    std::string_view rest = text_.at(entry.location);
-    rest.remove_prefix(std::min(rest.size(), static_cast<size_t>(entry.location.length)));
+    const YamlEntry* entry = open_entry();
+    if (!entry) return;
+    std::string_view rest = text_.at(entry->location);
+    rest.remove_prefix(std::min(rest.size(), static_cast<size_t>(entry->location.length)));
     rest.remove_prefix(std::min(rest.size(), rest.find_first_not_of(' ')));
     if (rest.substr(0, 1) == ":" || stack_.back().is_flow) return;
     const bool in_flow =
         std::any_of(stack_.begin(), stack_.end(), [](const Open& o) { return o.is_flow; });
     if (in_flow)
-      throw Refused{entry.location, "a '[' or '{' is not closed, or a ',' is missing", ""};
-    throw Refused{entry.location, fmt::format("no ':' after {}", quote(entry.key)),
+      throw Refused{entry->location, "a '[' or '{' is not closed, or a ',' is missing", ""};
+    throw Refused{entry->location, fmt::format("no ':' after {}", quote(entry->key)),
                   "write 'key: value', or '- value' for a list"};
   }
 
@@ -286,7 +295,7 @@ class TreeBuilder : public YAML::EventHandler {
     check(mark, tag, anchor);
     if (expects_key())
       throw Refused{location(mark), "a key must be plain text, got a list or a map",
-                    "quote the key if it begins with [ or {"};
+                    "quote the key if it begins with [ or {, or close the bracket"};
     if (stack_.size() >= static_cast<size_t>(kMaxYamlDepth))
       throw Refused{location(mark), fmt::format("nested deeper than {} levels", kMaxYamlDepth),
                     "a job file needs no more than five"};
