@@ -69,6 +69,12 @@ struct Ffn {
   }
 };
 
+int64_t group_of(const Case& k, int64_t r) {
+  int64_t e = 0;
+  while (!k.offsets.empty() && static_cast<double>(r) >= k.offsets[static_cast<size_t>(e + 1)]) ++e;
+  return e;
+}
+
 double sigmoid_of(double x) {
   return 1 / (1 + std::exp(-x));
 }
@@ -101,9 +107,7 @@ TEST_CASE("ffn_up: gate and up products, then silu(gate) up weight", "[core][ops
   };
   HostTensor want(DType::f64, {f.R, k.I});
   for (int64_t r = 0; r < f.R; r += realistic ? 37 : 1) {
-    int64_t e = 0;
-    while (!k.offsets.empty() && static_cast<double>(r) >= k.offsets[static_cast<size_t>(e + 1)])
-      ++e;
+    const int64_t e = group_of(k, r);
     const auto dot = [&](int64_t column) {
       double sum = 0;
       for (int64_t d = 0; d < k.D; ++d)
@@ -138,6 +142,19 @@ TEST_CASE("ffn_down_backward_input: f32 against f64, threads, h as in the forwar
     expectations.push_back({f.drow_weight, {.sum_length = 2 * k.D + k.I, .roundings = 12}});
   const Bound t = check_op(f.c, both, expectations);
   CHECK(compare_within(t.at(f.h_again), t.at(f.h), 1e-14));
+
+  for (int64_t r = 0; k.weighted && r<f.R; r += k.I> 100 ? 37 : 1) {
+    double want = 0;
+    for (int64_t i = 0; i < k.I; ++i) {
+      double dh = 0;
+      for (int64_t d = 0; d < k.D; ++d) {
+        dh +=
+            t.at(f.dy).get(r * k.D + d) * t.at(f.w_down).get((group_of(k, r) * k.D + d) * k.I + i);
+      }
+      want += dh * t.at(f.h).get(r * k.I + i) / t.at(f.row_weight).get(r);
+    }
+    REQUIRE(t.at(f.drow_weight).get(r) == Catch::Approx(want).epsilon(1e-11).margin(1e-11));
+  }
 }
 
 TEST_CASE("feed-forward gradients agree with differences", "[core][ops]") {
