@@ -1,6 +1,7 @@
 #include "core/checkpoint/hf_format.h"
 
 #include <algorithm>
+#include <charconv>
 #include <cstring>
 #include <filesystem>
 #include <map>
@@ -124,7 +125,9 @@ bool may_be_ignored(const std::string& name, const ModelConfig& model) {
   if (model.tie_word_embeddings && name == "lm_head.weight") return true;
   const std::string prefix = "model.layers.";
   if (!name.starts_with(prefix)) return false;
-  const int64_t layer = std::atoll(name.c_str() + prefix.size());
+  int64_t layer = -1;
+  std::from_chars(name.data() + prefix.size(), name.data() + name.size(), layer);
+  if (layer < 0) return false;
   const int64_t last = model.num_hidden_layers + model.num_nextn_predict_layers;
   const bool shared = name.ends_with(".embed_tokens.weight") || name.ends_with("shared_head.head.weight");
   return layer >= last || (layer >= model.num_hidden_layers && shared);
