@@ -1,13 +1,11 @@
-// Load balance of experts: the sequence-wise loss of DeepSeek-V3 (arXiv:2412.19437, eq. 17-20), counts
-// of choices, and the bias that steers them without a loss (arXiv:2408.15664).
-// T tokens in S sequences of equal length, E experts, K experts per token.
-#include "core/backend/cpu_expert_count.h"
+// Load balance of experts: the sequence-wise loss of DeepSeek-V3 (arXiv:2412.19437, eq. 17-20),
+// counts of choices, and the bias that steers them without a loss (arXiv:2408.15664). T tokens in S
+// sequences of equal length, E experts, K experts per token.
 #include "core/backend/cpu_ops.h"
+#include "core/backend/cpu_routing.h"
 
 namespace dstrain {
 namespace {
-
-constexpr double kTiny = 1e-20;
 
 // load += choices per expert, prob += scores / sum(scores), over tokens [begin, end).
 template <class F>
@@ -19,7 +17,7 @@ void add_statistics(const Tensor& scores_TE, const Tensor& indices_TK, int64_t b
     for (int64_t k = 0; k < K; ++k) load_E[indices[k]] += F(1);
     const F* scores = row<F>(scores_TE, t);
     const F sum = lane_sum<F>(E, [scores](int64_t e) { return scores[e]; });
-    const F inverse = 1 / (sum + static_cast<F>(kTiny));
+    const F inverse = 1 / (sum + static_cast<F>(kTinyScore));
 #pragma omp simd
     for (int64_t e = 0; e < E; ++e) prob_E[e] += scores[e] * inverse;
   }
@@ -31,8 +29,7 @@ void CpuOps::balance_statistics(Stream&, const Tensor& scores_TE, const Tensor& 
                                 const Tensor& load_SE, const Tensor& prob_SE) {
   const DType dtype = scores_TE.dtype();
   const int64_t T = scores_TE.size(0), E = scores_TE.size(1), S = load_SE.size(0);
-  expect_strided(indices_TK, "balance_statistics: indices_TK", DType::i32,
-                 {T, indices_TK.size(1)});
+  expect_strided(indices_TK, "balance_statistics: indices_TK", DType::i32, {T, indices_TK.size(1)});
   expect(load_SE, "balance_statistics: load_SE", dtype, {S, E});
   expect(prob_SE, "balance_statistics: prob_SE", dtype, {S, E});
   if (S == 0) return;
@@ -43,9 +40,8 @@ void CpuOps::balance_statistics(Stream&, const Tensor& scores_TE, const Tensor& 
     const int64_t n = T / S, stride = partial_stride<F>(2 * E);
     const RowChunks chunks(n, stride * static_cast<int64_t>(sizeof(F)), /*min_rows=*/128);
     const int64_t per_sequence = std::max<int64_t>(1, chunks.count) * stride;
-    const int64_t at_once =
-        std::clamp<int64_t>(Workspace::kBytes / (per_sequence * static_cast<int64_t>(sizeof(F))),
-                            1, S);
+    const int64_t at_once = std::clamp<int64_t>(
+        Workspace::kBytes / (per_sequence * static_cast<int64_t>(sizeof(F))), 1, S);
     F* const partials = workspace_.get<F>(at_once * per_sequence);
     for (int64_t first = 0; first < S; first += at_once) {
       const int64_t sequences = std::min(at_once, S - first);

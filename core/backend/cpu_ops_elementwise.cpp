@@ -1,5 +1,5 @@
-// Elementwise operations: fill, add, bias, conversion of types, random numbers. All but fill_normal are
-// bound by memory. T rows, D columns.
+// Elementwise operations: fill, add, bias, conversion of types, random numbers. All but fill_normal
+// are bound by memory. T rows, D columns.
 #include <bit>
 #include <cstring>
 
@@ -23,8 +23,8 @@ struct Bf16 {
     const uint32_t quiet_nan = (u >> 16) | 0x40u;  // adding could carry a NaN to infinity
     return {static_cast<uint16_t>((u & 0x7fffffffu) > 0x7f800000u ? quiet_nan : rounded)};
   }
-  // An f64 first becomes the f32 below it with the lowest bit set if anything was cut off ("round to
-  // odd"), so that the second rounding gives what one rounding would have given.
+  // An f64 first becomes the f32 below it with the lowest bit set if anything was cut off ("round
+  // to odd"), so that the second rounding gives what one rounding would have given.
   static Bf16 from(double value) {
     const float nearest = static_cast<float>(value);
     const double back = static_cast<double>(nearest);
@@ -98,9 +98,12 @@ void convert_to(ThreadPool& pool, const Tensor& source, const Tensor& destinatio
 template <class From>
 void convert_from(ThreadPool& pool, const Tensor& source, const Tensor& destination) {
   switch (destination.dtype()) {
-    case DType::f32: return convert_to<From, float>(pool, source, destination);
-    case DType::f64: return convert_to<From, double>(pool, source, destination);
-    case DType::bf16: return convert_to<From, Bf16>(pool, source, destination);
+    case DType::f32:
+      return convert_to<From, float>(pool, source, destination);
+    case DType::f64:
+      return convert_to<From, double>(pool, source, destination);
+    case DType::bf16:
+      return convert_to<From, Bf16>(pool, source, destination);
     default:
       DSTRAIN_CHECK(false, std::string("convert: cannot write ") + dtype_name(destination.dtype()));
   }
@@ -118,12 +121,18 @@ void expect_same_size(const Tensor& a, const Tensor& b, const char* op) {
 
 void CpuOps::fill(Stream&, const Tensor& x, double value) {
   switch (x.dtype()) {
-    case DType::f32: return fill_with(pool_, x, static_cast<float>(value));
-    case DType::f64: return fill_with(pool_, x, value);
-    case DType::bf16: return fill_with(pool_, x, Bf16::from(value));
-    case DType::i32: return fill_with(pool_, x, static_cast<int32_t>(value));
-    case DType::i64: return fill_with(pool_, x, static_cast<int64_t>(value));
-    case DType::u8: return fill_with(pool_, x, static_cast<uint8_t>(value));
+    case DType::f32:
+      return fill_with(pool_, x, static_cast<float>(value));
+    case DType::f64:
+      return fill_with(pool_, x, value);
+    case DType::bf16:
+      return fill_with(pool_, x, Bf16::from(value));
+    case DType::i32:
+      return fill_with(pool_, x, static_cast<int32_t>(value));
+    case DType::i64:
+      return fill_with(pool_, x, static_cast<int64_t>(value));
+    case DType::u8:
+      return fill_with(pool_, x, static_cast<uint8_t>(value));
   }
 }
 
@@ -146,9 +155,12 @@ void CpuOps::add(Stream&, const Tensor& a, const Tensor& b, const Tensor& out) {
 void CpuOps::convert(Stream&, const Tensor& source, const Tensor& destination) {
   expect_same_size(source, destination, "convert");
   switch (source.dtype()) {
-    case DType::f32: return convert_from<float>(pool_, source, destination);
-    case DType::f64: return convert_from<double>(pool_, source, destination);
-    case DType::bf16: return convert_from<Bf16>(pool_, source, destination);
+    case DType::f32:
+      return convert_from<float>(pool_, source, destination);
+    case DType::f64:
+      return convert_from<double>(pool_, source, destination);
+    case DType::bf16:
+      return convert_from<Bf16>(pool_, source, destination);
     default:
       DSTRAIN_CHECK(false, std::string("convert: cannot read ") + dtype_name(source.dtype()));
   }

@@ -36,9 +36,9 @@ void CpuOps::embedding(Stream&, const Tensor& tokens_T, const Tensor& weight_VD,
   });
 }
 
-// A task owns a block of columns of every fourth row of the vocabulary and adds the tokens in ascending
-// order. Every fourth, because common tokens often have neighbouring numbers; columns, because a
-// single token may be most of the batch.
+// A task owns a block of columns of every fourth row of the vocabulary and adds the tokens in
+// ascending order. Every fourth, because common tokens often have neighbouring numbers; columns,
+// because a single token may be most of the batch.
 void CpuOps::embedding_backward(Stream& stream, const Tensor& tokens_T, const Tensor& dx_TD,
                                 int64_t vocab_begin, Accumulate accumulate,
                                 const Tensor& dweight_VD) {

@@ -17,7 +17,9 @@ namespace {
 constexpr int64_t kBlock = 2048;
 
 // Exponentials cost about as much as four plain elements.
-int64_t loss_rows_per_task(int64_t V) { return rows_per_task(4 * V); }
+int64_t loss_rows_per_task(int64_t V) {
+  return rows_per_task(4 * V);
+}
 
 template <class F>
 F largest(const F* x, int64_t n) {
@@ -40,13 +42,13 @@ struct RowStatistics {
       max = block_max;
     }
     const F shift = max == -std::numeric_limits<F>::infinity() ? F(0) : max;
-    sum_exp += static_cast<double>(
-        lane_sum<F>(n, [=](int64_t i) { return fast_exp(x[i] - shift); }));
+    sum_exp +=
+        static_cast<double>(lane_sum<F>(n, [=](int64_t i) { return fast_exp(x[i] - shift); }));
   }
 };
 
-// The target distribution of token t: calls use(index relative to vocab_begin, probability) for each
-// alternative, whether its logit is held here or not.
+// The target distribution of token t: calls use(index relative to vocab_begin, probability) for
+// each alternative, whether its logit is held here or not.
 template <class F, class Use>
 void for_each_target(const CrossEntropyTargets& targets, int64_t t, int64_t vocab_begin,
                      const Use& use) {

@@ -2,8 +2,8 @@
 // T tokens, K experts per token, E experts, R = T*K routed rows, D columns.
 #include <cstring>
 
-#include "core/backend/cpu_expert_count.h"
 #include "core/backend/cpu_ops.h"
+#include "core/backend/cpu_routing.h"
 
 namespace dstrain {
 namespace {
@@ -36,8 +36,8 @@ void add_four_to(const F* a, const F* b, const F* c, const F* e, int64_t n, F* o
 }
 
 int32_t checked_row(int32_t index, int64_t rows, const char* op) {
-  DSTRAIN_CHECK(index >= 0 && index < rows, std::string(op) + ": row " + std::to_string(index) +
-                                                " of " + std::to_string(rows));
+  DSTRAIN_CHECK(index >= 0 && index < rows,
+                std::string(op) + ": row " + std::to_string(index) + " of " + std::to_string(rows));
   return index;
 }
 
@@ -102,7 +102,9 @@ void CpuOps::combine_rows(Stream&, const Tensor& y_RD, const Tensor& row_of_slot
           std::memcpy(out, row<F>(addend_TD, t), static_cast<size_t>(D) * sizeof(F));
         }
         const int32_t* const rows = row<int32_t>(row_of_slot_TK, t);
-        const auto y = [&](int64_t k) { return row<F>(y_RD, checked_row(rows[k], R, "combine_rows")); };
+        const auto y = [&](int64_t k) {
+          return row<F>(y_RD, checked_row(rows[k], R, "combine_rows"));
+        };
         int64_t k = 0;
         for (; k + 4 <= K; k += 4) add_four_to(y(k), y(k + 1), y(k + 2), y(k + 3), D, out);
         for (; k < K; ++k) add_to(y(k), D, out);

@@ -70,7 +70,11 @@ struct MlaShape {
   int64_t T, H, Q, P, N, W;  // N = Q - P, the part of a head without position
 
   MlaShape(const Tensor& k_THQ, const Tensor& v_THW, const RopeTable& rope)
-      : T(k_THQ.size(0)), H(k_THQ.size(1)), Q(k_THQ.size(2)), P(2 * rope.cos_PR.size(1)), N(Q - P),
+      : T(k_THQ.size(0)),
+        H(k_THQ.size(1)),
+        Q(k_THQ.size(2)),
+        P(2 * rope.cos_PR.size(1)),
+        N(Q - P),
         W(v_THW.size(2)) {}
 };
 
@@ -78,7 +82,10 @@ struct GqaShape {
   int64_t T, G, Q, queries;  // queries: query heads of one group
 
   GqaShape(const Tensor& q_THQ, const Tensor& k_TGQ)
-      : T(q_THQ.size(0)), G(k_TGQ.size(1)), Q(q_THQ.size(2)), queries(q_THQ.size(1) / G) {}
+      : T(q_THQ.size(0)),
+        G(k_TGQ.size(1)),
+        Q(q_THQ.size(2)),
+        queries(G > 0 ? q_THQ.size(1) / G : 0) {}
 };
 
 void expect_gqa(const GqaShape& shape, const Tensor& qkv_TX, const Tensor& q_THQ,
@@ -90,9 +97,9 @@ void expect_gqa(const GqaShape& shape, const Tensor& qkv_TX, const Tensor& q_THQ
   DSTRAIN_CHECK(2 * rope.cos_PR.size(1) == Q, "gqa_qkv rotates whole heads of " +
                                                   std::to_string(Q) + ", the rotary table is " +
                                                   rope.cos_PR.describe());
-  DSTRAIN_CHECK(qkv_TX.row_numel() == G * (queries + 2) * Q && qkv_TX.size(0) == T &&
-                    qkv_TX.dtype() == dtype,
-                "gqa_qkv: qkv_TX is " + qkv_TX.describe() + " and q_THQ " + q_THQ.describe());
+  DSTRAIN_CHECK(
+      qkv_TX.row_numel() == G * (queries + 2) * Q && qkv_TX.size(0) == T && qkv_TX.dtype() == dtype,
+      "gqa_qkv: qkv_TX is " + qkv_TX.describe() + " and q_THQ " + q_THQ.describe());
   expect_strided(q_THQ, "gqa_qkv: q_THQ", dtype, {T, G * queries, Q});
   expect_strided(k_TGQ, "gqa_qkv: k_TGQ", dtype, {T, G, Q});
   expect_strided(v_TGW, "gqa_qkv: v_TGW", dtype, {T, G, Q});
@@ -100,9 +107,9 @@ void expect_gqa(const GqaShape& shape, const Tensor& qkv_TX, const Tensor& q_THQ
 
 }  // namespace
 
-void CpuOps::mla_qkv(Stream&, const Tensor& q_THQ, const Tensor& k_rope_TP,
-                     const Tensor& kv_b_THX, const RopeTable& rope, const Tensor& positions_T,
-                     const Tensor& k_THQ, const Tensor& v_THW) {
+void CpuOps::mla_qkv(Stream&, const Tensor& q_THQ, const Tensor& k_rope_TP, const Tensor& kv_b_THX,
+                     const RopeTable& rope, const Tensor& positions_T, const Tensor& k_THQ,
+                     const Tensor& v_THW) {
   const DType dtype = k_THQ.dtype();
   const auto [T, H, Q, P, N, W] = MlaShape(k_THQ, v_THW, rope);
   expect_rope(rope, positions_T, dtype, T, Q);

@@ -3,19 +3,19 @@
 //   choice c = s + bias;  a group's score is its best or the sum of its two best c;
 //   the best K of c among the experts of the best groups are chosen;
 //   weight_k = scale * s_k / (sum of chosen s + 1e-20), or scale * s_k if not normalised.
-// T tokens, E experts, K experts per token. A NaN counts as -infinity when choosing, so that indices
-// stay in range and distinct.
+// T tokens, E experts, K experts per token. A NaN counts as -infinity when choosing, so that
+// indices stay in range and distinct.
 #include <limits>
 
 #include "core/backend/cpu_ops.h"
+#include "core/backend/cpu_routing.h"
 #include "core/backend/simd_math.h"
 
 namespace dstrain {
 namespace {
 
-constexpr double kTiny = 1e-20;  // keeps sums of scores from being divisors of zero
-
-// The largest values offered so far, in descending order; of equal ones the first offered stands first.
+// The largest values offered so far, in descending order; of equal ones the first offered stands
+// first.
 template <class F>
 class BestList {
  public:
@@ -117,12 +117,12 @@ void choose_experts(const RouterParams& params, int64_t E, const ChoiceScratch<F
 }
 
 template <class F>
-void weigh_row(const RouterParams& params, const F* scores_E, const int32_t* indices_K,
+void weigh_row(const RouterParams& params, const F* scores_E, int64_t E, const int32_t* indices_K,
                F* weights_K) {
   const int64_t K = params.experts_per_token;
   F sum = 0;
-  for (int64_t k = 0; k < K; ++k) sum += scores_E[indices_K[k]];
-  const F divisor = params.normalize ? sum + static_cast<F>(kTiny) : F(1);
+  for (int64_t k = 0; k < K; ++k) sum += scores_E[checked_expert(indices_K[k], E)];
+  const F divisor = params.normalize ? sum + static_cast<F>(kTinyScore) : F(1);
   for (int64_t k = 0; k < K; ++k) {
     weights_K[k] = scores_E[indices_K[k]] / divisor * static_cast<F>(params.scale);
   }
@@ -138,7 +138,7 @@ void weigh_row_backward(const RouterParams& params, const F* scores_E, const int
     for (int64_t k = 0; k < K; ++k) dscores_E[indices_K[k]] += scale * dweights_K[k];
     return;
   }
-  F sum = static_cast<F>(kTiny), dot = 0;
+  F sum = static_cast<F>(kTinyScore), dot = 0;
   for (int64_t k = 0; k < K; ++k) {
     sum += scores_E[indices_K[k]];
     dot += scores_E[indices_K[k]] * dweights_K[k];
@@ -152,7 +152,7 @@ void weigh_row_backward(const RouterParams& params, const F* scores_E, const int
 // dscores = d/d(scores) of sum_e coeff_e scores_e / sum(scores).
 template <class F>
 void balance_row_backward(const F* scores_E, const F* coeff_E, int64_t E, F* dscores_E) {
-  const F sum = lane_sum<F>(E, [=](int64_t e) { return scores_E[e]; }) + static_cast<F>(kTiny);
+  const F sum = lane_sum<F>(E, [=](int64_t e) { return scores_E[e]; }) + static_cast<F>(kTinyScore);
   const F dot = lane_sum<F>(E, [=](int64_t e) { return scores_E[e] * coeff_E[e]; });
   const F mean = dot / sum, inverse = 1 / sum;
 #pragma omp simd
@@ -177,8 +177,7 @@ void score_row_backward(RouterScoring scoring, const F* scores_E, const F* dscor
 void expect_router(const RouterParams& params, int64_t E, const char* op) {
   const int64_t groups = params.groups, kept = params.groups_per_token;
   DSTRAIN_CHECK(groups >= 1 && E % groups == 0 && kept >= 1 && kept <= groups &&
-                    params.experts_per_token >= 1 &&
-                    params.experts_per_token <= E / groups * kept,
+                    params.experts_per_token >= 1 && params.experts_per_token <= E / groups * kept,
                 std::string(op) + ": " + std::to_string(params.experts_per_token) + " of " +
                     std::to_string(E) + " experts cannot be chosen from " + std::to_string(kept) +
                     " of " + std::to_string(groups) + " groups");
@@ -211,7 +210,7 @@ void CpuOps::router_topk(Stream&, const Tensor& logits_TE, const Tensor& bias_E,
         }
         int32_t* const indices = row<int32_t>(indices_TK, t);
         choose_experts(params, E, scratch, indices);
-        weigh_row(params, scores, indices, row<F>(weights_TK, t));
+        weigh_row(params, scores, E, indices, row<F>(weights_TK, t));
       }
     });
   });
@@ -230,7 +229,7 @@ void CpuOps::router_weights(Stream&, const Tensor& logits_TE, const RouterParams
     pool_.run_ranges(T, rows_per_task(4 * E), [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {
         score_row(params.scoring, row<F>(logits_TE, t), E, row<F>(scores_TE, t));
-        weigh_row(params, row<F>(scores_TE, t), row<int32_t>(indices_TK, t),
+        weigh_row(params, row<F>(scores_TE, t), E, row<int32_t>(indices_TK, t),
                   row<F>(weights_TK, t));
       }
     });

@@ -18,7 +18,8 @@ bool has_shape(const Tensor& tensor, std::initializer_list<int64_t> shape) {
 
 void expect_strided(const Tensor& tensor, const char* name, DType dtype,
                     std::initializer_list<int64_t> shape) {
-  if (tensor.dtype() == dtype && has_shape(tensor, shape)) [[likely]] return;
+  if (tensor.dtype() == dtype && has_shape(tensor, shape)) [[likely]]
+    return;
   const Tensor wanted(nullptr, dtype, shape);
   DSTRAIN_CHECK(false, std::string(name) + " is " + tensor.describe() + " where " +
                            wanted.describe() + " belongs");

@@ -1,5 +1,5 @@
-// What the files cpu_ops_*.cpp share: the choice of the element type, checks of arguments, the cut of
-// rows into tasks, and sums whose order depends on the problem's size only.
+// What the files cpu_ops_*.cpp share: the choice of the element type, checks of arguments, the cut
+// of rows into tasks, and sums whose order depends on the problem's size only.
 #pragma once
 
 #include <algorithm>
@@ -44,8 +44,8 @@ inline int64_t rows_per_task(int64_t row_elements) {
   return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, row_elements));
 }
 
-// Memory for the partial results of a reduction in two phases. All threads see it; it is valid until
-// the op returns.
+// Memory for the partial results of a reduction in two phases. All threads see it; it is valid
+// until the op returns.
 class Workspace {
  public:
   static constexpr int64_t kBytes = int64_t{4} << 20;
@@ -70,8 +70,7 @@ class Workspace {
 struct RowChunks {
   int64_t count = 0, length = 0, rows = 0;
 
-  RowChunks(int64_t rows_, int64_t partial_bytes, int64_t min_rows)
-      : rows(rows_) {
+  RowChunks(int64_t rows_, int64_t partial_bytes, int64_t min_rows) : rows(rows_) {
     const int64_t room = Workspace::kBytes / std::max<int64_t>(1, partial_bytes);
     const int64_t most = std::clamp<int64_t>(room, 1, 64);
     length = std::max(min_rows, (rows + most - 1) / most);
@@ -107,8 +106,8 @@ void sum_partials(ThreadPool& pool, const F* partials, int64_t count, int64_t st
   });
 }
 
-// term(0) + ... + term(n - 1) in type S, as 64 interleaved sums that are then added in pairs: fast in
-// SIMD registers, and the error grows with n / 64 instead of n.
+// term(0) + ... + term(n - 1) in type S, as 64 interleaved sums that are then added in pairs: fast
+// in SIMD registers, and the error grows with n / 64 instead of n.
 template <class S, class Term>
 S lane_sum(int64_t n, const Term& term) {
   constexpr int64_t kLanes = 64;
@@ -125,10 +124,11 @@ S lane_sum(int64_t n, const Term& term) {
   for (int64_t j = 0; j < 32; ++j) lanes[j] += lanes[j + 32];
 #pragma omp simd
   for (int64_t j = 0; j < 16; ++j) lanes[j] += lanes[j + 16];
-  S sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t j = 0; j < 16; ++j) sum += lanes[j];
-  return sum;
+#pragma omp simd
+  for (int64_t j = 0; j < 8; ++j) lanes[j] += lanes[j + 8];
+#pragma omp simd
+  for (int64_t j = 0; j < 4; ++j) lanes[j] += lanes[j + 4];
+  return (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]);
 }
 
 }  // namespace dstrain

@@ -38,7 +38,9 @@ inline float fast_exp(float x) {
   return mantissa * scale1 * scale2;
 }
 
-inline double fast_exp(double x) { return std::exp(x); }
+inline double fast_exp(double x) {
+  return std::exp(x);
+}
 
 template <class F>
 inline F sigmoid(F x) {

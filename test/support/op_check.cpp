@@ -23,7 +23,9 @@ int64_t product(const std::vector<int64_t>& shape) {
   return n;
 }
 
-float bf16_to_float(uint16_t bits) { return std::bit_cast<float>(uint32_t{bits} << 16); }
+float bf16_to_float(uint16_t bits) {
+  return std::bit_cast<float>(uint32_t{bits} << 16);
+}
 
 // Tries the neighbours of the truncated value instead of doing arithmetic on bits, so that it is
 // independent of the code under test.
@@ -51,8 +53,8 @@ struct Errors {
 Errors measure(const HostTensor& candidate, const HostTensor& reference, bool zero_allowed) {
   Errors errors;
   if (candidate.numel() != reference.numel()) {
-    errors.refusal = "sizes differ: " + candidate.view().describe() + " and " +
-                     reference.view().describe();
+    errors.refusal =
+        "sizes differ: " + candidate.view().describe() + " and " + reference.view().describe();
     return errors;
   }
   double error_squares = 0, reference_squares = 0;
@@ -88,23 +90,27 @@ Verdict judge(const HostTensor& candidate, const HostTensor& reference, double l
     const bool zero = errors.largest == 0 && errors.largest_reference == 0;
     return {zero, zero ? "zero as expected" : "not zero at " + std::to_string(errors.worst)};
   }
-  const bool ok = errors.relative_l2 <= limit &&
-                  errors.largest <= 4 * limit * errors.largest_reference;
+  const bool ok =
+      errors.relative_l2 <= limit && errors.largest <= 4 * limit * errors.largest_reference;
   char text[256];
-  std::snprintf(text, sizeof text,
-                "relative L2 error %.3g, largest error %.3g at %lld (%.9g, reference %.9g) where the "
-                "limits are %.3g and %.3g",
-                errors.relative_l2, errors.largest, static_cast<long long>(errors.worst),
-                candidate.get(errors.worst), reference.get(errors.worst), limit,
-                4 * limit * errors.largest_reference);
+  std::snprintf(
+      text, sizeof text,
+      "relative L2 error %.3g, largest error %.3g at %lld (%.9g, reference %.9g) where the "
+      "limits are %.3g and %.3g",
+      errors.relative_l2, errors.largest, static_cast<long long>(errors.worst),
+      candidate.get(errors.worst), reference.get(errors.worst), limit,
+      4 * limit * errors.largest_reference);
   return {ok, text};
 }
 
 double unit_roundoff(DType dtype) {
   switch (dtype) {
-    case DType::f64: return 0x1p-53;
-    case DType::bf16: return 0x1p-8;
-    default: return 0x1p-24;
+    case DType::f64:
+      return 0x1p-53;
+    case DType::bf16:
+      return 0x1p-8;
+    default:
+      return 0x1p-24;
   }
 }
 
@@ -122,7 +128,9 @@ double weighted_outputs(const Bound& bound, const Bound& initial,
 }  // namespace
 
 HostTensor::HostTensor(DType dtype, std::vector<int64_t> shape)
-    : dtype_(dtype), shape_(std::move(shape)), numel_(product(shape_)),
+    : dtype_(dtype),
+      shape_(std::move(shape)),
+      numel_(product(shape_)),
       memory_(static_cast<size_t>(numel_ * dtype_bytes(dtype))) {}
 
 HostTensor::HostTensor(DType dtype, std::vector<int64_t> shape, const std::vector<double>& values)
@@ -143,12 +151,18 @@ double HostTensor::get(int64_t i) const {
     return value;
   };
   switch (dtype_) {
-    case DType::f32: return static_cast<double>(load(float{}));
-    case DType::f64: return load(double{});
-    case DType::bf16: return static_cast<double>(bf16_to_float(load(uint16_t{})));
-    case DType::i32: return load(int32_t{});
-    case DType::i64: return static_cast<double>(load(int64_t{}));
-    case DType::u8: return load(uint8_t{});
+    case DType::f32:
+      return static_cast<double>(load(float{}));
+    case DType::f64:
+      return load(double{});
+    case DType::bf16:
+      return static_cast<double>(bf16_to_float(load(uint16_t{})));
+    case DType::i32:
+      return load(int32_t{});
+    case DType::i64:
+      return static_cast<double>(load(int64_t{}));
+    case DType::u8:
+      return load(uint8_t{});
   }
   return 0;
 }
@@ -158,12 +172,18 @@ void HostTensor::set(int64_t i, double value) {
   std::byte* at = memory_.data() + i * dtype_bytes(dtype_);
   const auto store = [at](auto stored) { std::memcpy(at, &stored, sizeof stored); };
   switch (dtype_) {
-    case DType::f32: return store(static_cast<float>(value));
-    case DType::f64: return store(value);
-    case DType::bf16: return store(nearest_bf16(value));
-    case DType::i32: return store(static_cast<int32_t>(value));
-    case DType::i64: return store(static_cast<int64_t>(value));
-    case DType::u8: return store(static_cast<uint8_t>(value));
+    case DType::f32:
+      return store(static_cast<float>(value));
+    case DType::f64:
+      return store(value);
+    case DType::bf16:
+      return store(nearest_bf16(value));
+    case DType::i32:
+      return store(static_cast<int32_t>(value));
+    case DType::i64:
+      return store(static_cast<int64_t>(value));
+    case DType::u8:
+      return store(static_cast<uint8_t>(value));
   }
 }
 
@@ -177,14 +197,16 @@ bool HostTensor::same_bits(const HostTensor& other) const {
   return dtype_ == other.dtype_ && shape_ == other.shape_ && memory_ == other.memory_;
 }
 
-std::ostream& operator<<(std::ostream& out, const Verdict& verdict) { return out << verdict.text; }
+std::ostream& operator<<(std::ostream& out, const Verdict& verdict) {
+  return out << verdict.text;
+}
 
 Verdict compare(const HostTensor& candidate, const HostTensor& reference,
                 const Tolerance& tolerance) {
   const double u = unit_roundoff(candidate.dtype());
   const double u_sum = candidate.dtype() == DType::f64 ? u : unit_roundoff(DType::f32);
-  const double limit = (1 + tolerance.roundings) * u +
-                       u_sum * std::sqrt(static_cast<double>(tolerance.sum_length));
+  const double limit =
+      (1 + tolerance.roundings) * u + u_sum * std::sqrt(static_cast<double>(tolerance.sum_length));
   return judge(candidate, reference, limit, tolerance.expect_exact_zero);
 }
 
@@ -223,8 +245,8 @@ Slot OpCase::integers(std::vector<int64_t> shape, int64_t low, int64_t high) {
   std::vector<double> drawn(static_cast<size_t>(product(shape)));
   const double span = static_cast<double>(high - low);
   for (size_t i = 0; i < drawn.size(); ++i) {
-    drawn[i] = static_cast<double>(low) +
-               std::floor(span * random_uniform(seed_, entries_.size(), i));
+    drawn[i] =
+        static_cast<double>(low) + std::floor(span * random_uniform(seed_, entries_.size(), i));
   }
   return fixed(DType::i32, std::move(shape), std::move(drawn));
 }

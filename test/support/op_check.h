@@ -1,8 +1,8 @@
 // Checks for numerical operations: tensors with memory of their own, the one tolerance rule, one op
 // run in f32 and f64 on one to three threads, and gradients against central differences.
 //
-// A test describes its tensors once in an OpCase and its op calls in bodies; the element type and the
-// number of threads are the harness's to choose:
+// A test describes its tensors once in an OpCase and its op calls in bodies; the element type and
+// the number of threads are the harness's to choose:
 //
 //   OpCase c(/*seed=*/7);
 //   const Slot x = c.normal({T, D}), y = c.output({T, D});
@@ -56,16 +56,17 @@ struct Verdict {
 };
 std::ostream& operator<<(std::ostream& out, const Verdict& verdict);
 
-// The tolerance rule of the project: relative L2 error <= (1 + roundings) u + u_sum sqrt(sum_length),
-// and the largest error <= 4 times that times the largest reference value. u is the unit roundoff of
-// the candidate's type, u_sum that of f32 (of f64 for f64).
+// The tolerance rule of the project: relative L2 error <= (1 + roundings) u + u_sum
+// sqrt(sum_length), and the largest error <= 4 times that times the largest reference value. u is
+// the unit roundoff of the candidate's type, u_sum that of f32 (of f64 for f64).
 struct Tolerance {
-  int64_t sum_length = 1;  // terms of the longest sum behind an element
-  double roundings = 0;    // further roundings to the candidate's type on the path
+  int64_t sum_length = 1;          // terms of the longest sum behind an element
+  double roundings = 0;            // further roundings to the candidate's type on the path
   bool expect_exact_zero = false;  // the reference is all zero and the candidate must be, too
 };
 // Refuses different sizes, non-finite values on either side, and a reference of zeros alone.
-Verdict compare(const HostTensor& candidate, const HostTensor& reference, const Tolerance& tolerance);
+Verdict compare(const HostTensor& candidate, const HostTensor& reference,
+                const Tolerance& tolerance);
 // Relative L2 error <= limit and largest error <= 4 limit times the largest reference value.
 Verdict compare_within(const HostTensor& candidate, const HostTensor& reference, double limit);
 
@@ -90,8 +91,8 @@ class Bound {
 
 using OpBody = std::function<void(Ops&, Stream&, const Bound&)>;
 
-// The tensors of a test. "Of type F" means f32 or f64, as the run chooses. Random values are numbers
-// that f32 represents, so that both runs see the same inputs.
+// The tensors of a test. "Of type F" means f32 or f64, as the run chooses. Random values are
+// numbers that f32 represents, so that both runs see the same inputs.
 class OpCase {
  public:
   explicit OpCase(uint64_t seed) : seed_(seed) {}
@@ -128,8 +129,8 @@ struct Expectation {
   Slot slot;
   Tolerance tolerance;
 };
-// f32 against f64 by the tolerance rule for the slots listed, and the same bits of every slot with 1,
-// 2 and 3 threads in both types. Reports through Catch. Returns the f64 run.
+// f32 against f64 by the tolerance rule for the slots listed, and the same bits of every slot with
+// 1, 2 and 3 threads in both types. Reports through Catch. Returns the f64 run.
 Bound check_op(const OpCase& op_case, const OpBody& body,
                const std::vector<Expectation>& expectations);
 
@@ -137,9 +138,10 @@ Bound check_op(const OpCase& op_case, const OpBody& body,
 struct GradientPair {
   Slot value, gradient;
 };
-// In f64: `forward`, then `backward` on the same tensors. The initial contents of each output's gradient
-// slot weight that output in a scalar loss; the final contents of each input's gradient slot must be
-// the derivative of this loss by central differences, for every element. A slot may be both (in place).
+// In f64: `forward`, then `backward` on the same tensors. The initial contents of each output's
+// gradient slot weight that output in a scalar loss; the final contents of each input's gradient
+// slot must be the derivative of this loss by central differences, for every element. A slot may be
+// both (in place).
 Verdict check_gradient(const OpCase& op_case, const OpBody& forward, const OpBody& backward,
                        const std::vector<GradientPair>& outputs,
                        const std::vector<GradientPair>& inputs, double limit = 1e-7);

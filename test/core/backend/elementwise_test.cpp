@@ -12,9 +12,8 @@ TEST_CASE("fill: every type, and only the columns of a strided view", "[ops]") {
        {DType::f32, DType::f64, DType::bf16, DType::i32, DType::i64, DType::u8}) {
     OpCase c(81);
     const Slot x = c.fixed(dtype, {40000}, std::vector<double>(40000, 1));
-    const Bound b = run_op(c, DType::f32, 2, [&](Ops& ops, Stream& s, const Bound& t) {
-      ops.fill(s, t[x], 7);
-    });
+    const Bound b = run_op(c, DType::f32, 2,
+                           [&](Ops& ops, Stream& s, const Bound& t) { ops.fill(s, t[x], 7); });
     CHECK(b.at(x).values() == std::vector<double>(40000, 7));
   }
   OpCase c(82);
@@ -41,24 +40,39 @@ TEST_CASE("add: into a third tensor, in place, strided", "[ops]") {
   }
 
   OpCase strided(84);
-  const Slot x = strided.values({2, 3}, {1, 2, 3, 4, 5, 6}), y = strided.values({2, 2}, {1, 1, 1, 1});
+  const Slot x = strided.values({2, 3}, {1, 2, 3, 4, 5, 6}),
+             y = strided.values({2, 2}, {1, 1, 1, 1});
   const Bound e = run_op(strided, DType::f32, 1, [&](Ops& ops, Stream& s, const Bound& t) {
     ops.add(s, t[x].columns(1, 3), t[y], t[x].columns(1, 3));
   });
   CHECK(e.at(x).values() == std::vector<double>{1, 3, 4, 4, 6, 7});
-  CHECK_THROWS_WITH(run_op(strided, DType::f32, 1, [&](Ops& ops, Stream& s, const Bound& t) {
-                      ops.add(s, t[x], t[y], t[x]);
-                    }),
-                    Catch::Contains("add: shapes differ, f32[2, 2] and f32[2, 3]"));
+  CHECK_THROWS_WITH(
+      run_op(strided, DType::f32, 1,
+             [&](Ops& ops, Stream& s, const Bound& t) { ops.add(s, t[x], t[y], t[x]); }),
+      Catch::Contains("add: shapes differ, f32[2, 2] and f32[2, 3]"));
 }
 
 TEST_CASE("convert: all pairs of types, bf16 to the nearest even", "[ops]") {
   const double inf = std::numeric_limits<double>::infinity();
-  // 1 + 2^-8 lies between two bf16 numbers; so does 1 + 3 * 2^-8, whose even neighbour is above. The
-  // f64 value just above the first tie must not be rounded down through f32. 3.4e38 exceeds bf16.
-  std::vector<double> values{0, -0.0, 1, -2.5, 1 + 0x1p-8, 1 + 3 * 0x1p-8, 1 + 0x1p-8 + 0x1p-40,
-                             -(1 + 0x1p-8 + 0x1p-40), 1 + 0x1p-8 - 0x1p-40, 3.4e38, -3.4e38, 1e-40,
-                             inf, -inf, 0x1p-140, 3.38953139e38};
+  // 1 + 2^-8 lies between two bf16 numbers; so does 1 + 3 * 2^-8, whose even neighbour is above.
+  // The f64 value just above the first tie must not be rounded down through f32. 3.4e38 exceeds
+  // bf16.
+  std::vector<double> values{0,
+                             -0.0,
+                             1,
+                             -2.5,
+                             1 + 0x1p-8,
+                             1 + 3 * 0x1p-8,
+                             1 + 0x1p-8 + 0x1p-40,
+                             -(1 + 0x1p-8 + 0x1p-40),
+                             1 + 0x1p-8 - 0x1p-40,
+                             3.4e38,
+                             -3.4e38,
+                             1e-40,
+                             inf,
+                             -inf,
+                             0x1p-140,
+                             3.38953139e38};
   for (uint64_t i = 0; i < 3000; ++i) {
     values.push_back(random_normal(85, 0, i) * std::pow(10, 4 * random_normal(85, 1, i)));
   }
@@ -88,10 +102,10 @@ TEST_CASE("convert: NaN stays NaN, strided rows, sizes must agree", "[ops]") {
   });
   CHECK(std::isnan(b.at(y).get(0)));
   CHECK(b.at(y).get(2) == 3);
-  CHECK_THROWS_WITH(run_op(c, DType::f32, 1, [&](Ops& ops, Stream& s, const Bound& t) {
-                      ops.convert(s, t[x], t[y]);
-                    }),
-                    Catch::Contains("convert: shapes differ"));
+  CHECK_THROWS_WITH(
+      run_op(c, DType::f32, 1,
+             [&](Ops& ops, Stream& s, const Bound& t) { ops.convert(s, t[x], t[y]); }),
+      Catch::Contains("convert: shapes differ"));
 }
 
 TEST_CASE("bias: f32 agrees with f64, gradient, accumulation", "[ops]") {
@@ -127,15 +141,14 @@ TEST_CASE("fill_normal depends on the global index only", "[ops]") {
   OpCase c(89);
   const Slot whole = c.output({outer * global * inner}), part = c.output({outer, extent, inner});
   const Slot flat = c.output({outer * global * inner});
-  const Bound b = check_op(c,
-                           [&](Ops& ops, Stream& s, const Bound& t) {
-                             ops.fill_normal(s, t[whole], 5, 6, 0.25, {outer, global, 0, global, inner});
-                             ops.fill_normal(s, t[part], 5, 6, 0.25,
-                                             {outer, global, begin, extent, inner});
-                             ops.fill_normal(s, t[flat], 5, 6, 0.25,
-                                             {1, 1, 0, 1, outer * global * inner});
-                           },
-                           {{whole, {}}});
+  const Bound b =
+      check_op(c,
+               [&](Ops& ops, Stream& s, const Bound& t) {
+                 ops.fill_normal(s, t[whole], 5, 6, 0.25, {outer, global, 0, global, inner});
+                 ops.fill_normal(s, t[part], 5, 6, 0.25, {outer, global, begin, extent, inner});
+                 ops.fill_normal(s, t[flat], 5, 6, 0.25, {1, 1, 0, 1, outer * global * inner});
+               },
+               {{whole, {}}});
   CHECK(b.at(whole).same_bits(b.at(flat)));
   for (int64_t i = 0; i < outer * global * inner; ++i) {
     CHECK(b.at(whole).get(i) == 0.25 * random_normal(5, 6, static_cast<uint64_t>(i)));

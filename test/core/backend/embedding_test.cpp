@@ -16,15 +16,16 @@ TEST_CASE("embedding: f32 agrees with f64, both ways, and threads do not matter"
   const Slot tokens = c.fixed(DType::i32, {T}, numbers), weight = c.normal({V, D});
   const Slot x = c.output({T, D}), dx = c.normal({T, D}), dweight = c.normal({V, D});
   const Bound before = c.bind(DType::f64);
-  const Bound b = check_op(c,
-                           [&](Ops& ops, Stream& s, const Bound& t) {
-                             ops.embedding(s, t[tokens], t[weight], 3, t[x]);
-                             ops.embedding_backward(s, t[tokens], t[dx], 3, accumulate, t[dweight]);
-                           },
-                           {{x, {}},
-                            {dweight, {.sum_length = T + 1,
-                                       .expect_exact_zero =
-                                           T == 0 && accumulate == Accumulate::overwrite}}});
+  const Bound b =
+      check_op(c,
+               [&](Ops& ops, Stream& s, const Bound& t) {
+                 ops.embedding(s, t[tokens], t[weight], 3, t[x]);
+                 ops.embedding_backward(s, t[tokens], t[dx], 3, accumulate, t[dweight]);
+               },
+               {{x, {}},
+                {dweight,
+                 {.sum_length = T + 1,
+                  .expect_exact_zero = T == 0 && accumulate == Accumulate::overwrite}}});
   HostTensor expected_x(DType::f64, {T, D}), expected(DType::f64, {V, D});
   if (accumulate == Accumulate::add) expected = before.at(dweight);
   for (int64_t i = 0; i < T * D; ++i) {
@@ -44,7 +45,9 @@ TEST_CASE("embedding: gradient, and a fault turns the check red", "[ops]") {
   const auto check = [&](int64_t vocab_begin) {
     return check_gradient(
         c,
-        [&](Ops& ops, Stream& s, const Bound& b) { ops.embedding(s, b[tokens], b[weight], 0, b[x]); },
+        [&](Ops& ops, Stream& s, const Bound& b) {
+          ops.embedding(s, b[tokens], b[weight], 0, b[x]);
+        },
         [&](Ops& ops, Stream& s, const Bound& b) {
           ops.embedding_backward(s, b[tokens], b[dx], vocab_begin, Accumulate::overwrite,
                                  b[dweight]);
@@ -59,9 +62,10 @@ TEST_CASE("embedding: shapes that do not fit are named", "[ops]") {
   OpCase c(63);
   const Slot tokens = c.fixed(DType::i32, {2}, {0, 1}), weight = c.normal({4, 3});
   const Slot x = c.output({3, 3});
-  CHECK_THROWS_WITH(run_op(c, DType::f32, 1, [&](Ops& ops, Stream& s, const Bound& b) {
-                      ops.embedding(s, b[tokens], b[weight], 0, b[x]);
-                    }),
+  CHECK_THROWS_WITH(run_op(c, DType::f32, 1,
+                           [&](Ops& ops, Stream& s, const Bound& b) {
+                             ops.embedding(s, b[tokens], b[weight], 0, b[x]);
+                           }),
                     Catch::Contains("embedding: tokens i32[2], weight f32[4, 3], x f32[3, 3]"));
 }
 

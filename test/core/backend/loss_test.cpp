@@ -50,7 +50,9 @@ struct LossCase {
 // Loss of token t by the definition.
 double token_loss(const LossCase& l, const Bound& b, int64_t t) {
   double sum = 0, max = -kInf;
-  const auto logit = [&](double v) { return b.at(l.logits).get(t * l.V + static_cast<int64_t>(v)); };
+  const auto logit = [&](double v) {
+    return b.at(l.logits).get(t * l.V + static_cast<int64_t>(v));
+  };
   for (int64_t v = 0; v < l.V; ++v) max = std::max(max, b.at(l.logits).get(t * l.V + v));
   for (int64_t v = 0; v < l.V; ++v) sum += std::exp(b.at(l.logits).get(t * l.V + v) - max);
   const double lse = max + std::log(sum);
@@ -68,8 +70,8 @@ double token_loss(const LossCase& l, const Bound& b, int64_t t) {
 }  // namespace
 
 TEST_CASE("cross entropy: f32 agrees with f64 and threads do not matter", "[ops]") {
-  const auto [T, V] = GENERATE(table<int64_t, int64_t>(
-      {{0, 5}, {1, 2}, {7, 100}, {1500, 33}, {64, 4096}, {3, 6001}}));
+  const auto [T, V] = GENERATE(
+      table<int64_t, int64_t>({{0, 5}, {1, 2}, {7, 100}, {1500, 33}, {64, 4096}, {3, 6001}}));
   const bool soft = GENERATE(false, true);
   CAPTURE(T, V, soft);
   // A single token's loss must not cancel to nearly nothing.
@@ -102,8 +104,8 @@ TEST_CASE("cross entropy: gradients, and a fault turns the check red", "[ops]") 
   const int64_t T = 6, V = 9;
   LossCase l(T, V, soft);
   l.hard = l.c.fixed(DType::i32, {T}, {3, 0, -1, 8, 5, 5});
-  // dlogits replace the logits, so that they are copied out of them; the weight of each token's loss is
-  // loss_scale * factor.
+  // dlogits replace the logits, so that they are copied out of them; the weight of each token's
+  // loss is loss_scale * factor.
   const Slot dlogits = l.c.output({T, V});
   const Slot weight = l.c.values({T}, std::vector<double>(T, l.scalars.loss_scale * l.factor));
   const auto forward = [&](Ops& ops, Stream& s, const Bound& b) { l.forward(ops, s, b); };
@@ -126,7 +128,8 @@ TEST_CASE("cross entropy: slices of the vocabulary join to the whole", "[ops]") 
   const int64_t T = 20, V = 50, cut = 21;
   LossCase l(T, V, soft);
   const Slot max2 = l.c.output({T}), sum2 = l.c.output({T}), target2 = l.c.output({T});
-  const Slot joint = l.c.output({T}), lse2 = l.c.output({T}), loss2 = l.c.fixed(DType::f64, {1}, {0});
+  const Slot joint = l.c.output({T}), lse2 = l.c.output({T}),
+             loss2 = l.c.fixed(DType::f64, {1}, {0});
   const Slot whole = l.c.output({T, V});
   const Bound b = run_op(l.c, DType::f64, 2, [&](Ops& ops, Stream& s, const Bound& t) {
     ops.convert(s, t[l.logits], t[whole]);
@@ -190,7 +193,8 @@ TEST_CASE("cross entropy: a slice without finite logits adds nothing", "[ops]") 
   CHECK(b.at(target).get(0) == 0);
 }
 
-TEST_CASE("cross entropy: an ignored token has no loss and no gradient even if it is NaN", "[ops]") {
+TEST_CASE("cross entropy: an ignored token has no loss and no gradient even if it is NaN",
+          "[ops]") {
   OpCase c(55);
   const Slot logits = c.values({1, 2}, {std::nan(""), 1}), hard = c.fixed(DType::i32, {1}, {-1});
   const Slot max = c.output({1}), sum = c.output({1}), target = c.output({1}), lse = c.output({1});
@@ -210,9 +214,9 @@ TEST_CASE("cross entropy: both kinds of target at once are refused", "[ops]") {
   const LossCase l(2, 3, false);
   CHECK_THROWS_WITH(run_op(l.c, DType::f32, 1,
                            [&](Ops& ops, Stream& s, const Bound& b) {
-                             ops.cross_entropy_stats(
-                                 s, b[l.logits], {b[l.hard], b[l.soft_index], b[l.soft_prob]}, 0,
-                                 b[l.max], b[l.sum_exp], b[l.target]);
+                             ops.cross_entropy_stats(s, b[l.logits],
+                                                     {b[l.hard], b[l.soft_index], b[l.soft_prob]},
+                                                     0, b[l.max], b[l.sum_exp], b[l.target]);
                            }),
                     Catch::Contains("either hard or soft targets"));
 }

@@ -94,16 +94,15 @@ TEST_CASE("check_gradient: a wrong factor, sign or element turns it red") {
     for (int i = 0; i < 20; ++i) b[y].data<double>()[i] = std::pow(b[x].data<double>()[i], 3);
   };
   const auto check = [&](double factor, int64_t wrong_element) {
-    return check_gradient(
-        c, forward,
-        [&](Ops&, Stream&, const Bound& b) {
-          for (int i = 0; i < 20; ++i) {
-            const double slope = 3 * std::pow(b[x].data<double>()[i], 2);
-            b[dx].data<double>()[i] = factor * slope * b[dy].data<double>()[i];
-          }
-          if (wrong_element >= 0) b[dx].data<double>()[wrong_element] += 1e-5;
-        },
-        {{y, dy}}, {{x, dx}});
+    return check_gradient(c, forward,
+                          [&](Ops&, Stream&, const Bound& b) {
+                            for (int i = 0; i < 20; ++i) {
+                              const double slope = 3 * std::pow(b[x].data<double>()[i], 2);
+                              b[dx].data<double>()[i] = factor * slope * b[dy].data<double>()[i];
+                            }
+                            if (wrong_element >= 0) b[dx].data<double>()[wrong_element] += 1e-5;
+                          },
+                          {{y, dy}}, {{x, dx}});
   };
   CHECK(check(1, -1));
   CHECK_FALSE(check(1.00001, -1));

@@ -35,9 +35,10 @@ TEST_CASE("adamw: f32 agrees with f64, and the formula holds", "[ops]") {
   const AdamCase a(n);
   const auto body = [&](Ops& ops, Stream& s, const Bound& b) { a.step(ops, s, b); };
   const Bound before = a.c.bind(DType::f64);
-  const Bound b = check_op(a.c, body, {{a.param, {.roundings = 4}},
-                                       {a.exp_avg, {.roundings = 4}},
-                                       {a.exp_avg_sq, {.roundings = 4}}});
+  const Bound b = check_op(a.c, body,
+                           {{a.param, {.roundings = 4}},
+                            {a.exp_avg, {.roundings = 4}},
+                            {a.exp_avg_sq, {.roundings = 4}}});
   for (int64_t i = 0; i < std::min<int64_t>(n, 50); ++i) {
     const double g = before.at(a.grad).get(i) * a.scalars.grad_scale;
     const double m = 0.9 * before.at(a.exp_avg).get(i) + 0.1 * g;
@@ -63,8 +64,8 @@ TEST_CASE("adamw: a step that is not finite changes nothing", "[ops]") {
   AdamCase a(100);
   a.scalars.finite = 0;
   const Bound before = a.c.bind(DType::f32);
-  const Bound b = run_op(a.c, DType::f32, 1,
-                         [&](Ops& ops, Stream& s, const Bound& t) { a.step(ops, s, t); });
+  const Bound b =
+      run_op(a.c, DType::f32, 1, [&](Ops& ops, Stream& s, const Bound& t) { a.step(ops, s, t); });
   for (const Slot slot : {a.param, a.exp_avg, a.exp_avg_sq}) {
     CHECK(b.at(slot).same_bits(before.at(slot)));
   }
@@ -78,8 +79,8 @@ TEST_CASE("adamw: gradients of zero keep moments of zero and only decay", "[ops]
   a.exp_avg_sq = a.c.values({3}, zeros);
   a.param = a.c.values({3}, {1, -2, 0});
   a.params.eps = 0.25;
-  const Bound b = run_op(a.c, DType::f64, 1,
-                         [&](Ops& ops, Stream& s, const Bound& t) { a.step(ops, s, t); });
+  const Bound b =
+      run_op(a.c, DType::f64, 1, [&](Ops& ops, Stream& s, const Bound& t) { a.step(ops, s, t); });
   const double keep = 1 - a.scalars.lr * a.params.weight_decay;
   CHECK(b.at(a.param).values() == std::vector<double>{keep, -2 * keep, 0});
 }
@@ -128,9 +129,9 @@ TEST_CASE("clip_scale", "[ops]") {
 TEST_CASE("adamw: ranges of different length are refused", "[ops]") {
   AdamCase a(4);
   a.grad = a.c.normal({3});
-  CHECK_THROWS_WITH(run_op(a.c, DType::f32, 1,
-                           [&](Ops& ops, Stream& s, const Bound& b) { a.step(ops, s, b); }),
-                    Catch::Contains("adamw: grad is f32[3] where 4 contiguous f32 belong"));
+  CHECK_THROWS_WITH(
+      run_op(a.c, DType::f32, 1, [&](Ops& ops, Stream& s, const Bound& b) { a.step(ops, s, b); }),
+      Catch::Contains("adamw: grad is f32[3] where 4 contiguous f32 belong"));
 }
 
 }  // namespace dstrain::test

@@ -32,13 +32,12 @@ struct SortCase {
 }  // namespace
 
 TEST_CASE("sort_by_expert is a stable sort", "[ops]") {
-  const auto [T, K, E] = GENERATE(
-      table<int64_t, int64_t, int64_t>({{0, 2, 3}, {1, 1, 1}, {5, 3, 40}, {9001, 4, 16}}));
+  const auto [T, K, E] =
+      GENERATE(table<int64_t, int64_t, int64_t>({{0, 2, 3}, {1, 1, 1}, {5, 3, 40}, {9001, 4, 16}}));
   CAPTURE(T, K, E);
   const SortCase z(T, K, E);
-  const Bound b = check_op(
-      z.c, [&](Ops& ops, Stream& s, const Bound& t) { z.sort(ops, s, t); },
-      {{z.row_weight, {.expect_exact_zero = T == 0}}});
+  const Bound b = check_op(z.c, [&](Ops& ops, Stream& s, const Bound& t) { z.sort(ops, s, t); },
+                           {{z.row_weight, {.expect_exact_zero = T == 0}}});
   std::vector<int64_t> order(static_cast<size_t>(T * K));
   for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<int64_t>(i);
   std::stable_sort(order.begin(), order.end(), [&](int64_t x, int64_t y) {
@@ -133,13 +132,15 @@ TEST_CASE("permutations refuse rows out of range", "[ops]") {
   OpCase c(44);
   const Slot x = c.normal({3, 2}), index = c.fixed(DType::i32, {1}, {3}), y = c.output({1, 2});
   const Slot slots = c.fixed(DType::i32, {1, 2}, {0, -1});
-  CHECK_THROWS_WITH(run_op(c, DType::f32, 1, [&](Ops& ops, Stream& s, const Bound& b) {
-                      ops.gather_rows(s, b[x], b[index], b[y]);
-                    }),
+  CHECK_THROWS_WITH(run_op(c, DType::f32, 1,
+                           [&](Ops& ops, Stream& s, const Bound& b) {
+                             ops.gather_rows(s, b[x], b[index], b[y]);
+                           }),
                     Catch::Contains("gather_rows: row 3 of 3"));
-  CHECK_THROWS_WITH(run_op(c, DType::f32, 1, [&](Ops& ops, Stream& s, const Bound& b) {
-                      ops.combine_rows(s, b[x], b[slots], Tensor(), b[y]);
-                    }),
+  CHECK_THROWS_WITH(run_op(c, DType::f32, 1,
+                           [&](Ops& ops, Stream& s, const Bound& b) {
+                             ops.combine_rows(s, b[x], b[slots], Tensor(), b[y]);
+                           }),
                     Catch::Contains("combine_rows: row -1 of 3"));
 }
 

@@ -80,8 +80,12 @@ struct RouterCase {
 }  // namespace
 
 TEST_CASE("router: f32 agrees with f64 and threads do not matter", "[ops]") {
-  const auto [T, E, groups, kept, K] = GENERATE(table<int64_t, int64_t, int64_t, int64_t, int64_t>(
-      {{0, 4, 1, 1, 2}, {1, 1, 1, 1, 1}, {3, 6, 3, 2, 3}, {512, 16, 1, 1, 4}, {300, 256, 8, 4, 8}}));
+  const auto [T, E, groups, kept, K] =
+      GENERATE(table<int64_t, int64_t, int64_t, int64_t, int64_t>({{0, 4, 1, 1, 2},
+                                                                   {1, 1, 1, 1, 1},
+                                                                   {3, 6, 3, 2, 3},
+                                                                   {512, 16, 1, 1, 4},
+                                                                   {300, 256, 8, 4, 8}}));
   const bool v3 = GENERATE(true, false);
   CAPTURE(T, E, groups, kept, K, v3);
   const RouterCase r(T, E, v3 ? v3_params(groups, kept, K) : v2_params(groups, kept, K));
@@ -89,8 +93,9 @@ TEST_CASE("router: f32 agrees with f64 and threads do not matter", "[ops]") {
     r.forward(ops, s, b);
     r.backward(ops, s, b, true);
   };
-  check_op(r.c, body, {{r.scores, {.sum_length = E, .roundings = 4}},
-                       {r.weights, {.sum_length = E, .roundings = 6}}});
+  check_op(r.c, body,
+           {{r.scores, {.sum_length = E, .roundings = 4}},
+            {r.weights, {.sum_length = E, .roundings = 6}}});
   // d(softmax) of a single expert is zero.
   if (E > 1) check_op(r.c, body, {{r.dlogits, {.sum_length = E, .roundings = 12}}});
   const Bound reference = run_op(r.c, DType::f64, 1, body);
@@ -106,7 +111,8 @@ TEST_CASE("router_topk: the choice by sorting, with many ties", "[ops]") {
   const RouterParams params = v3 ? v3_params(groups, kept, K) : v2_params(groups, kept, K);
   RouterCase r(T, E, params);
   std::vector<double> coarse;  // three different logits: equal experts and equal groups abound
-  for (int64_t i = 0; i < T * E; ++i) coarse.push_back(static_cast<double>((i * i / 7 + i) % 3) - 1);
+  for (int64_t i = 0; i < T * E; ++i)
+    coarse.push_back(static_cast<double>((i * i / 7 + i) % 3) - 1);
   r.logits = r.c.values({T, E}, coarse);
   std::vector<double> bias;
   for (int64_t e = 0; e < E; ++e) bias.push_back(static_cast<double>(e % 3) * 0.25);
@@ -136,7 +142,8 @@ TEST_CASE("router: scores", "[ops]") {
   RouterCase r(1, 3, v2_params(1, 1, 1));
   r.logits = r.c.values({1, 3}, {1, 2, -1});
   const double sum = std::exp(1.0) + std::exp(2.0) + std::exp(-1.0);
-  Bound b = run_op(r.c, DType::f64, 1, [&](Ops& o, Stream& s, const Bound& t) { r.forward(o, s, t); });
+  Bound b =
+      run_op(r.c, DType::f64, 1, [&](Ops& o, Stream& s, const Bound& t) { r.forward(o, s, t); });
   CHECK(b.at(r.scores).get(2) == Approx(std::exp(-1.0) / sum));
   r.params = v3_params(1, 1, 1);
   b = run_op(r.c, DType::f64, 1, [&](Ops& o, Stream& s, const Bound& t) { r.forward(o, s, t); });
@@ -156,8 +163,8 @@ TEST_CASE("router_topk: NaN and infinite logits give distinct indices in range",
     logits[24 + i] = i == 3 ? inf : -inf;
   }
   r.logits = r.c.values({4, 8}, logits);
-  const Bound b = run_op(r.c, DType::f32, 1,
-                         [&](Ops& o, Stream& s, const Bound& t) { r.forward(o, s, t); });
+  const Bound b =
+      run_op(r.c, DType::f32, 1, [&](Ops& o, Stream& s, const Bound& t) { r.forward(o, s, t); });
   for (int64_t t = 0; t < 4; ++t) {
     std::vector<double> row;
     for (int64_t k = 0; k < 3; ++k) row.push_back(b.at(r.indices).get(3 * t + k));
@@ -208,13 +215,13 @@ TEST_CASE("balance: statistics of each sequence", "[ops]") {
   // 5 sequences of 260 tokens exceed one chunk of tokens.
   const int64_t S = 5, n = 260, E = 6, K = 2;
   const RouterCase r(S * n, E, v3_params(1, 1, K), S);
-  const Bound b = check_op(r.c,
-                           [&](Ops& ops, Stream& s, const Bound& t) {
-                             r.forward(ops, s, t);
-                             ops.balance_statistics(s, t[r.scores], t[r.indices], t[r.load],
-                                                    t[r.prob]);
-                           },
-                           {{r.load, {}}, {r.prob, {.sum_length = n, .roundings = 4}}});
+  const Bound b =
+      check_op(r.c,
+               [&](Ops& ops, Stream& s, const Bound& t) {
+                 r.forward(ops, s, t);
+                 ops.balance_statistics(s, t[r.scores], t[r.indices], t[r.load], t[r.prob]);
+               },
+               {{r.load, {}}, {r.prob, {.sum_length = n, .roundings = 4}}});
   std::vector<double> load(S * E), prob(S * E);
   for (int64_t t = 0; t < S * n; ++t) {
     double sum = 0;
@@ -223,7 +230,8 @@ TEST_CASE("balance: statistics of each sequence", "[ops]") {
       prob[static_cast<size_t>(t / n * E + e)] += b.at(r.scores).get(t * E + e) / sum;
     }
     for (int64_t k = 0; k < K; ++k) {
-      load[static_cast<size_t>(t / n * E) + static_cast<size_t>(b.at(r.indices).get(t * K + k))] += 1;
+      load[static_cast<size_t>(t / n * E) + static_cast<size_t>(b.at(r.indices).get(t * K + k))] +=
+          1;
     }
   }
   CHECK(b.at(r.load).values() == load);
@@ -290,6 +298,18 @@ TEST_CASE("router_bias_update: towards the mean by the sign, not in a skipped st
   CHECK(check_op(c, body, {{bias, {}}}).at(bias).values() == moved);
   scalars.finite = 0;
   CHECK(run_op(c, DType::f32, 1, body).at(bias).values() == still);
+}
+
+TEST_CASE("router_weights: a recorded index out of range is refused", "[ops]") {
+  const int64_t index = GENERATE(-1, 8);
+  RouterCase r(1, 8, v3_params(1, 1, 1));
+  r.indices = r.c.fixed(DType::i32, {1, 1}, {static_cast<double>(index)});
+  CHECK_THROWS_WITH(run_op(r.c, DType::f32, 1,
+                           [&](Ops& ops, Stream& s, const Bound& b) {
+                             ops.router_weights(s, b[r.logits], r.params, b[r.indices], b[r.scores],
+                                                b[r.weights]);
+                           }),
+                    Catch::Contains("is not in [0, 8)"));
 }
 
 TEST_CASE("router: settings that cannot choose K experts are refused", "[ops]") {

@@ -1,4 +1,5 @@
-// How often each expert was chosen, per run of slots: what counting and sorting by expert share.
+// What the operations on routing share: a check of expert numbers, and how often each expert was
+// chosen per run of slots.
 #pragma once
 
 #include <algorithm>
@@ -8,7 +9,19 @@
 
 namespace dstrain {
 
-// Counts i32 choices (any shape, contiguous) in the workspace. Throws if an index is not in [0, experts).
+// Keeps a sum of scores from being a divisor of zero.
+constexpr double kTinyScore = 1e-20;
+
+// An index that came from a recording of another run may be anything.
+inline int32_t checked_expert(int32_t index, int64_t experts) {
+  DSTRAIN_CHECK(
+      index >= 0 && index < experts,
+      "expert index " + std::to_string(index) + " is not in [0, " + std::to_string(experts) + ")");
+  return index;
+}
+
+// Counts i32 choices (any shape, contiguous) in the workspace. Throws if an index is not in [0,
+// experts).
 class ExpertCounts {
  public:
   ExpertCounts(ThreadPool& pool, const Workspace& workspace, const Tensor& indices, int64_t experts)
@@ -23,10 +36,7 @@ class ExpertCounts {
       int32_t* const counts = of_chunk(chunk);
       std::fill(counts, counts + experts, 0);
       for (int64_t i = runs_.begin(chunk); i < runs_.end(chunk); ++i) {
-        DSTRAIN_CHECK(chosen[i] >= 0 && chosen[i] < experts,
-                      "expert index " + std::to_string(chosen[i]) + " is not in [0, " +
-                          std::to_string(experts) + ")");
-        ++counts[chosen[i]];
+        ++counts[checked_expert(chosen[i], experts)];
       }
     });
   }
