@@ -49,7 +49,8 @@ std::string failing_rows(const ReferenceReport& report) {
 }  // namespace
 
 TEST_CASE("reference_check: models agree with transformers in every recompute mode", "[parity]") {
-  const std::string name = GENERATE("deepseek_v3_tiny", "llama_tiny");
+  const std::string name = GENERATE("deepseek_v3_tiny", "deepseek_v3_odd", "deepseek_v2_yarn",
+                                    "llama_tiny", "llama_yarn_bias");
   const Recompute recompute = GENERATE(Recompute::none, Recompute::selective, Recompute::full);
   CAPTURE(name, static_cast<int>(recompute));
   const auto backend = make_cpu_backend(2);
@@ -77,6 +78,10 @@ TEST_CASE("reference_check: another model than the reference's is noticed", "[pa
       Change{"deepseek_v3_tiny", "\"topk_group\": 1", "\"topk_group\": 2"},
       Change{"deepseek_v3_tiny", "\"norm_topk_prob\": true", "\"norm_topk_prob\": false"},
       Change{"deepseek_v3_tiny", "\"rope_interleave\": true", "\"rope_interleave\": false"},
+      Change{"deepseek_v2_yarn", "group_limited_greedy", "greedy"},
+      Change{"deepseek_v2_yarn", "\"mscale_all_dim\": 0.707", "\"mscale_all_dim\": 0.72"},
+      Change{"deepseek_v3_odd", "\"factor\": 8.0", "\"factor\": 8.1"},
+      Change{"llama_yarn_bias", "\"beta_fast\": 4", "\"beta_fast\": 7"},
       Change{"llama_tiny", "\"rms_norm_eps\": 1e-06", "\"rms_norm_eps\": 2e-05"},
       Change{"llama_tiny", "\"rope_theta\": 10000.0", "\"rope_theta\": 10010.0"});
   CAPTURE(change.to);
