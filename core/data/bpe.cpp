@@ -37,9 +37,13 @@ constexpr std::array<int16_t, kByteCharStop> kCharBytes = [] {
   return bytes;
 }();
 
-size_t table_slots(size_t entries) { return std::bit_ceil(entries * 2 + 2); }
+size_t table_slots(size_t entries) {
+  return std::bit_ceil(entries * 2 + 2);
+}
 
-uint64_t hash_text(std::string_view text) { return XXH3_64bits(text.data(), text.size()); }
+uint64_t hash_text(std::string_view text) {
+  return XXH3_64bits(text.data(), text.size());
+}
 
 }  // namespace
 

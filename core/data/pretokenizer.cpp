@@ -11,7 +11,7 @@ namespace {
 std::unique_ptr<PatternMatcher> make_split_matcher(const SplitSpec& split,
                                                    const std::string& where) {
   if (split.literal) {
-    if (split.pattern.empty()) throw DataError(where + ": the text to split at is empty.");
+    if (split.pattern.empty()) throw DataError(where + ": the text to split at is empty");
     return make_literal_matcher(split.pattern);
   }
   if (auto scanner = make_scanner(split.pattern)) return scanner;
@@ -185,8 +185,9 @@ PretokenizerSpec pretokenizer_preset(const std::string& name) {
     add(kDeepSeekCjkPattern);
     add(kDeepSeekTextPattern);
   } else {
-    throw UsageError(fmt::format(
-        "Unknown tokenizer pattern '{}'; known are gpt2, llama3, qwen2 and deepseek_v3.", name));
+    throw UsageError(
+        fmt::format("unknown tokenizer pattern '{}'; known are gpt2, llama3, qwen2 and deepseek_v3",
+                    printable(name)));
   }
   return spec;
 }

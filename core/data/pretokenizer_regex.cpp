@@ -62,8 +62,8 @@ class Translator {
     at_ += count;
   }
   [[noreturn]] void refuse(const std::string& what) const {
-    throw DataError(fmt::format("{}: {} at offset {} of the pattern '{}' is not supported.", where_,
-                                what, at_, pattern_));
+    throw DataError(fmt::format("{}: {} at offset {} of the pattern '{}' is not supported", where_,
+                                what, at_, printable(pattern_)));
   }
 
   void escape(bool in_class) {
@@ -71,7 +71,7 @@ class Translator {
     const auto letter = static_cast<unsigned char>(c | 0x20);
     const bool is_letter = letter >= 'a' && letter <= 'z';
     if (at_ + 1 >= pattern_.size()) refuse("a backslash");
-    if (!is_letter && !(c >= '0' && c <= '9')) return copy(2);  // a character that stands for itself
+    if (!is_letter && !(c >= '0' && c <= '9')) return copy(2);  // stands for itself
     if (!is_letter && (in_class || c == '0')) refuse("a numeric escape");
     const std::string word = kWordClass;
     switch (c) {
@@ -94,8 +94,22 @@ class Translator {
       case 'p':
       case 'P':
         return peek(2) == '{' ? copy_braced() : copy(2);
-      case 'd': case 'D': case 'n': case 't': case 'r': case 'f': case 'a':
-      case 'e': case '1': case '2': case '3': case '4': case '5': case '6': case '7': case '8':
+      case 'd':
+      case 'D':
+      case 'n':
+      case 't':
+      case 'r':
+      case 'f':
+      case 'a':
+      case 'e':
+      case '1':
+      case '2':
+      case '3':
+      case '4':
+      case '5':
+      case '6':
+      case '7':
+      case '8':
       case '9':
         return copy(2);
       default:
@@ -227,7 +241,9 @@ std::string error_text(int code) {
   return reinterpret_cast<const char*>(text);
 }
 
-PCRE2_SPTR bytes(const char* text) { return reinterpret_cast<PCRE2_SPTR>(text); }
+PCRE2_SPTR bytes(const char* text) {
+  return reinterpret_cast<PCRE2_SPTR>(text);
+}
 
 struct RegexScratch : PatternScratch {
   MatchData data;
@@ -240,7 +256,7 @@ class RegexMatcher : public PatternMatcher {
   RegexMatcher(const std::string& pattern, const std::string& where)
       : pattern_(pattern), where_(where) {
     if (pattern.size() > kMaxPatternBytes)
-      throw DataError(fmt::format("{}: the pattern has {} bytes; at most {} are allowed.", where,
+      throw DataError(fmt::format("{}: the pattern has {} bytes; at most {} are allowed", where,
                                   pattern.size(), kMaxPatternBytes));
     const std::string translated = Translator(pattern_, where_).translate();
     const CompileContext context(pcre2_compile_context_create(nullptr));
@@ -253,8 +269,9 @@ class RegexMatcher : public PatternMatcher {
     code_.reset(pcre2_compile(bytes(translated.data()), translated.size(), kOptions, &error,
                               &offset, context.get()));
     if (code_ == nullptr)
-      throw DataError(fmt::format("{}: the pattern '{}' is not usable: {} (offset {} of '{}').",
-                                  where_, pattern_, error_text(error), offset, translated));
+      throw DataError(fmt::format("{}: the pattern '{}' is not usable: {} (offset {} of '{}')",
+                                  where_, printable(pattern_), error_text(error), offset,
+                                  printable(translated)));
     pcre2_jit_compile(code_.get(), PCRE2_JIT_COMPLETE);  // without it PCRE2 interprets
   }
 
@@ -280,9 +297,9 @@ class RegexMatcher : public PatternMatcher {
     if (rc == PCRE2_ERROR_NOMATCH) return false;
     if (rc < 0)
       throw DataError(fmt::format(
-          "{}: the pattern '{}' gave up at byte {} of a text of {} bytes: {}. The pattern "
-          "backtracks too much for this text; use a simpler pattern.",
-          where_, pattern_, start, text.size(), error_text(rc)));
+          "{}: the pattern '{}' gave up at byte {} of a text of {} bytes ({}); it backtracks too "
+          "much, use a simpler one",
+          where_, printable(pattern_), start, text.size(), error_text(rc)));
     const PCRE2_SIZE* borders = pcre2_get_ovector_pointer(mine.data.get());
     match = {text.data() + borders[0], text.data() + borders[1]};
     return true;

@@ -16,13 +16,19 @@ namespace {
 
 constexpr int64_t kMaxFileBytes = int64_t{1} << 30;
 
-constexpr const char* kBosNames[] = {"<｜begin▁of▁sentence｜>", "<|begin_of_text|>",
-                                     "<|begin_of_sentence|>",   "<|startoftext|>",
-                                     "<|bos|>",                 "<bos>",
+constexpr const char* kBosNames[] = {"<｜begin▁of▁sentence｜>",
+                                     "<|begin_of_text|>",
+                                     "<|begin_of_sentence|>",
+                                     "<|startoftext|>",
+                                     "<|bos|>",
+                                     "<bos>",
                                      "<s>"};
-constexpr const char* kEosNames[] = {"<｜end▁of▁sentence｜>", "<|end_of_text|>",
-                                     "<|end_of_sentence|>",   "<|endoftext|>",
-                                     "<|eos|>",               "<eos>",
+constexpr const char* kEosNames[] = {"<｜end▁of▁sentence｜>",
+                                     "<|end_of_text|>",
+                                     "<|end_of_sentence|>",
+                                     "<|endoftext|>",
+                                     "<|eos|>",
+                                     "<eos>",
                                      "</s>"};
 
 }  // namespace
@@ -96,9 +102,7 @@ struct Tokenizer::Impl {
 
 struct TokenEncoder::State : PieceSink {
   State(const Tokenizer::Impl& tokenizer_in, bool with_cache)
-      : tokenizer(tokenizer_in),
-        pieces(tokenizer.pretokenizer.make_scratch()),
-        bpe(with_cache) {}
+      : tokenizer(tokenizer_in), pieces(tokenizer.pretokenizer.make_scratch()), bpe(with_cache) {}
 
   void append(std::string_view text, std::vector<int32_t>& ids, bool add_special) {
     out = &ids;
@@ -196,7 +200,9 @@ std::string Tokenizer::decode(std::span<const int32_t> ids, bool skip_special) c
   return std::string(replace_invalid_utf8(bytes, buffer, count));
 }
 
-int64_t Tokenizer::vocab_size() const { return static_cast<int64_t>(impl_->tokens.size()); }
+int64_t Tokenizer::vocab_size() const {
+  return static_cast<int64_t>(impl_->tokens.size());
+}
 
 std::optional<int32_t> Tokenizer::token_to_id(const std::string& token) const {
   const auto found = impl_->ids.find(token);
@@ -213,12 +219,22 @@ bool Tokenizer::is_special(int32_t id) const {
   return token != nullptr && token->special;
 }
 
-std::optional<int32_t> Tokenizer::bos_id() const { return impl_->find_special(kBosNames); }
-std::optional<int32_t> Tokenizer::eos_id() const { return impl_->find_special(kEosNames); }
+std::optional<int32_t> Tokenizer::bos_id() const {
+  return impl_->find_special(kBosNames);
+}
+std::optional<int32_t> Tokenizer::eos_id() const {
+  return impl_->find_special(kEosNames);
+}
 
-const TokenizerSpec& Tokenizer::spec() const { return impl_->spec; }
-std::string Tokenizer::to_json() const { return write_tokenizer_json(impl_->spec); }
+const TokenizerSpec& Tokenizer::spec() const {
+  return impl_->spec;
+}
+std::string Tokenizer::to_json() const {
+  return write_tokenizer_json(impl_->spec);
+}
 
-void Tokenizer::save(const std::string& path) const { write_file_atomic(path, to_json()); }
+void Tokenizer::save(const std::string& path) const {
+  write_file_atomic(path, to_json());
+}
 
 }  // namespace dstrain

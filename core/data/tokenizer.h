@@ -1,4 +1,5 @@
-// Byte-level BPE tokenizer that reads and writes Hugging Face tokenizer.json and gives the same ids.
+// Byte-level BPE tokenizer that reads and writes Hugging Face tokenizer.json and gives the same
+// ids as Hugging Face tokenizers.
 //
 // Text goes through: invalid UTF-8 replaced; added tokens cut out; NFC if the file asks for it;
 // pre-tokenizer; BPE; on request the template's special tokens.

@@ -13,7 +13,9 @@ namespace dstrain {
 // Immutable after construction; const calls are thread-safe.
 class AddedTokenFinder {
  public:
-  void add(const AddedToken& token, std::string_view content);  // of equal contents the first counts
+  // Matches `content`, which is the token's own or its normalized form. Of equal ones the first
+  // counts.
+  void add(const AddedToken& token, std::string_view content);
   bool empty() const { return tokens_.empty(); }
 
   // Calls on_text(view) and on_token(id) for the parts of text in order. Leftmost matches win, of

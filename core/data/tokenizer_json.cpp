@@ -12,6 +12,7 @@
 
 #include "core/base/error.h"
 #include "core/base/log.h"
+#include "core/data/unicode.h"
 
 namespace dstrain {
 namespace {
@@ -28,8 +29,8 @@ class Node {
 
   template <class... Args>
   [[noreturn]] void fail(fmt::format_string<Args...> format, Args&&... args) const {
-    throw DataError(fmt::format("{}: {} {}.", file_, path_,
-                                fmt::format(format, std::forward<Args>(args)...)));
+    throw DataError(
+        fmt::format("{}: {} {}", file_, path_, fmt::format(format, std::forward<Args>(args)...)));
   }
 
   bool missing() const { return value_ == nullptr; }
@@ -42,7 +43,7 @@ class Node {
     require(json::value_t::object, "an object");
     for (const auto& [key, unused] : value_->items())
       if (std::find(known.begin(), known.end(), key) == known.end())
-        fail("has the key '{}', which is not supported", key);
+        fail("has the key '{}', which is not supported", printable(key));
     return *this;
   }
   const Node& array() const {
@@ -51,9 +52,9 @@ class Node {
   }
   const json& items() const { return *value_; }
 
-  Node operator[](const char* key) const {
+  Node operator[](const std::string& key) const {
     const auto found = value_->find(key);
-    return {found == value_->end() ? nullptr : &*found, path_ + "." + key, file_};
+    return {found == value_->end() ? nullptr : &*found, path_ + "." + printable(key), file_};
   }
   Node operator[](size_t index) const {
     return {&(*value_)[index], fmt::format("{}[{}]", path_, index), file_};
@@ -84,11 +85,7 @@ class Node {
     if (!empty() && value_->dump() != allowed) fail("is {}, which is not supported", shown());
   }
 
-  std::string shown() const {
-    std::string text = value_->dump(-1, ' ', true);
-    if (text.size() > 60) text = text.substr(0, 57) + "...";
-    return text;
-  }
+  std::string shown() const { return printable(value_->dump(), 60); }
 
  private:
   void require(json::value_t type, const char* name) const {
@@ -106,7 +103,7 @@ json parse_strict(std::string_view text, const std::string& file) {
   std::vector<std::unordered_set<size_t>> keys;  // hashes
   const auto check = [&](int depth, json::parse_event_t event, json& value) {
     if (depth > kMaxDepth)
-      throw DataError(fmt::format("{}: nested deeper than {} levels.", file, kMaxDepth));
+      throw DataError(fmt::format("{}: nested deeper than {} levels", file, kMaxDepth));
     if (event == json::parse_event_t::object_start) {
       keys.emplace_back();
     } else if (event == json::parse_event_t::object_end) {
@@ -114,19 +111,21 @@ json parse_strict(std::string_view text, const std::string& file) {
     } else if (event == json::parse_event_t::key) {
       const auto& key = value.get_ref<const std::string&>();
       if (!keys.back().insert(std::hash<std::string>()(key)).second)
-        throw DataError(fmt::format("{}: the key '{}' appears twice in one object.", file, key));
+        throw DataError(
+            fmt::format("{}: the key '{}' appears twice in one object", file, printable(key)));
     }
     return true;
   };
   try {
     return json::parse(text, check);
   } catch (const json::parse_error& error) {
-    const std::string what = error.what();
-    const size_t detail = what.find(": ");
-    throw DataError(fmt::format("{}: not valid JSON at byte {}: {}.", file, error.byte,
-                                detail == what.npos ? what : what.substr(detail + 2)));
+    std::string what = error.what();
+    what = what.substr(0, what.find("; last read"));
+    if (const size_t detail = what.find(": "); detail != what.npos) what = what.substr(detail + 2);
+    throw DataError(
+        fmt::format("{}: not valid JSON at byte {}: {}", file, error.byte, printable(what)));
   } catch (const json::exception& error) {
-    throw DataError(fmt::format("{}: not valid JSON: {}.", file, error.what()));
+    throw DataError(fmt::format("{}: not valid JSON: {}", file, printable(error.what())));
   }
 }
 
@@ -140,8 +139,8 @@ TokenIds read_vocab(const Node& node, BpeSpec& spec) {
   for (const auto& [token, value] : node.items().items()) {
     const bool fits = value.is_number_unsigned() && value.get<uint64_t>() <= kMaxTokenId;
     if (!fits)
-      node.fail("has the id {} for the token '{}'; ids are 0 to {}", value.dump(), token,
-                kMaxTokenId);
+      node.fail("has the id {} for the token '{}'; ids are 0 to {}", printable(value.dump(), 60),
+                printable(token), kMaxTokenId);
     if (token.empty()) node.fail("has an empty token");
     spec.vocab.emplace_back(token, value.get<int32_t>());
   }
@@ -151,7 +150,7 @@ TokenIds read_vocab(const Node& node, BpeSpec& spec) {
   for (size_t i = 0; i < spec.vocab.size(); ++i) {
     if (i > 0 && spec.vocab[i - 1].second == spec.vocab[i].second)
       node.fail("gives the id {} to '{}' and to '{}'", spec.vocab[i].second,
-                spec.vocab[i - 1].first, spec.vocab[i].first);
+                printable(spec.vocab[i - 1].first), printable(spec.vocab[i].first));
     ids.emplace(spec.vocab[i].first, spec.vocab[i].second);
   }
   return ids;
@@ -183,7 +182,7 @@ void read_merges(const Node& node, const TokenIds& ids, BpeSpec& spec) {
     const auto find = [&](std::string_view token, int32_t& id) {
       const auto found = ids.find(token);
       if (found == ids.end())
-        node[i].fail("needs the token '{}', which $.model.vocab does not have", token);
+        node[i].fail("needs the token '{}', which $.model.vocab does not have", printable(token));
       id = found->second;
     };
     find(left, merge.left);
@@ -210,11 +209,10 @@ TokenIds read_model(const Node& node, const std::string& file, BpeSpec& spec) {
   if (const Node unk = node["unk_token"]; !unk.empty()) {
     spec.unk_token = unk.string();
     if (!ids.contains(*spec.unk_token))
-      unk.fail("is '{}', which $.model.vocab does not have", *spec.unk_token);
+      unk.fail("is '{}', which $.model.vocab does not have", printable(*spec.unk_token));
   }
   read_merges(node["merges"], ids, spec);
-  if (spec.vocab.empty())
-    throw DataError(fmt::format("{}: $.model.vocab has no tokens.", file));
+  if (spec.vocab.empty()) throw DataError(fmt::format("{}: $.model.vocab has no tokens", file));
   return ids;
 }
 
@@ -239,16 +237,16 @@ std::vector<AddedToken> read_added_tokens(const Node& node, const TokenIds& voca
     token.normalized = item["normalized"].boolean();
     if (token.content.empty()) item["content"].fail("is empty");
     if (!seen.insert(token.content).second)
-      item["content"].fail("is '{}' a second time", token.content);
+      item["content"].fail("is '{}' a second time", printable(token.content));
     // Hugging Face tokenizers ignores the number and assigns ids by this rule.
     const auto in_vocab = vocab.find(token.content);
     const int32_t expected = in_vocab != vocab.end() ? in_vocab->second : next_id;
+    if (token.id != expected && in_vocab != vocab.end())
+      item["id"].fail("is {}, but $.model.vocab gives '{}' the id {}", token.id,
+                      printable(token.content), expected);
     if (token.id != expected)
-      item["id"].fail("is {}, but {}", token.id,
-                      in_vocab != vocab.end()
-                          ? fmt::format("$.model.vocab gives '{}' the id {}", token.content, expected)
-                          : fmt::format("the next free id is {}; Hugging Face tokenizers would use "
-                                        "that one", expected));
+      item["id"].fail("is {}, but Hugging Face tokenizers would give '{}' the next free id, {}",
+                      token.id, printable(token.content), expected);
     next_id = std::max(next_id, token.id + 1);
     tokens.push_back(std::move(token));
   }
@@ -264,7 +262,7 @@ bool read_normalizer(const Node& node) {
     node.object({"type"});
     return true;
   }
-  if (type != "Sequence") node.fail("is {}; only NFC is supported", type);
+  if (type != "Sequence") node.fail("is {}; only NFC is supported", printable(type));
   const Node list = node.object({"type", "normalizers"})["normalizers"].array();
   bool nfc = false;
   for (size_t i = 0; i < list.size(); ++i) nfc |= read_normalizer(list[i]);
@@ -317,7 +315,7 @@ void read_pretokenizer(const Node& node, PretokenizerSpec& spec, bool& done) {
                        .trim_offsets = node["trim_offsets"].boolean_or(true)};
     done = true;
   } else {
-    node.fail("is {}; supported are Sequence, Split, Digits and ByteLevel", type);
+    node.fail("is {}; supported are Sequence, Split, Digits and ByteLevel", printable(type));
   }
 }
 
@@ -332,12 +330,14 @@ TemplateSpec read_template(const Node& node) {
     const Node part = parts[i].object({"SpecialToken", "Sequence"});
     if (part.size() != 1) part.fail("must have one key, SpecialToken or Sequence");
     if (!part["Sequence"].missing()) {
+      const Node id = part["Sequence"].object({"id", "type_id"})["id"];
+      if (id.string() != "A") id.fail("is {}; a single text is A", id.shown());
       if (after_text) part.fail("is the text a second time");
       after_text = true;
       continue;
     }
     TemplateSpec::Token token{part["SpecialToken"].object({"id", "type_id"})["id"].string(), {}};
-    const Node entry = specials[token.content.c_str()].object({"id", "ids", "tokens"});
+    const Node entry = specials[token.content].object({"id", "ids", "tokens"});
     const Node ids = entry["ids"].array();
     for (size_t k = 0; k < ids.size(); ++k) token.ids.push_back(ids[k].token_id());
     (after_text ? result.suffix : result.prefix).push_back(std::move(token));
@@ -358,7 +358,7 @@ void read_post_processor(const Node& node, std::optional<TemplateSpec>& result) 
   } else if (type == "ByteLevel") {  // sets offsets only
     node.object({"type", "add_prefix_space", "trim_offsets", "use_regex"});
   } else {
-    node.fail("is {}; supported are Sequence, ByteLevel and TemplateProcessing", type);
+    node.fail("is {}; supported are Sequence, ByteLevel and TemplateProcessing", printable(type));
   }
 }
 
@@ -368,9 +368,9 @@ bool read_decoder(const Node& node) {
   if (type == "Sequence") {
     const Node list = node.object({"type", "decoders"})["decoders"].array();
     if (list.size() != 1) list.fail("must hold ByteLevel and nothing else");
-    return read_decoder(list[size_t{0}]);
+    return read_decoder(list[0]);
   }
-  if (type != "ByteLevel") node.fail("is {}; only ByteLevel is supported", type);
+  if (type != "ByteLevel") node.fail("is {}; only ByteLevel is supported", printable(type));
   node.object({"type", "add_prefix_space", "trim_offsets", "use_regex"});
   return true;
 }
@@ -384,7 +384,7 @@ TokenizerSpec parse_tokenizer_json(std::string_view text, const std::string& nam
                "post_processor", "decoder", "model"});
   root["version"].must_be_unset("\"1.0\"");
   for (const char* key : {"truncation", "padding"})
-    if (!root[key].empty()) log_warning("{}: $.{} is ignored; text is never cut.", name, key);
+    if (!root[key].empty()) log_warning("{}: $.{} is ignored; text is never cut", name, key);
 
   TokenizerSpec spec;
   const TokenIds vocab = read_model(root["model"], name, spec.model);

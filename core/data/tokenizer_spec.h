@@ -41,7 +41,7 @@ struct DigitsSpec {
 // The step to bytes; always the last one.
 struct ByteLevelSpec {
   bool add_prefix_space = false;
-  bool use_regex = true;  // cut with the GPT-2 pattern
+  bool use_regex = true;     // cut with the GPT-2 pattern
   bool trim_offsets = true;  // kept for saving; has no influence on ids
 };
 

@@ -21,8 +21,8 @@ struct Pair {
 };
 struct PairHash {
   size_t operator()(const Pair& p) const {
-    const uint64_t key = uint64_t{static_cast<uint32_t>(p.left)} << 32 |
-                         static_cast<uint32_t>(p.right);
+    const uint64_t key =
+        uint64_t{static_cast<uint32_t>(p.left)} << 32 | static_cast<uint32_t>(p.right);
     const uint64_t mixed = key * 0x9E3779B97F4A7C15;
     return mixed ^ mixed >> 32;
   }
@@ -136,8 +136,8 @@ class MergeFinder {
   }
 
   void merge(const Pair& pair, const WordList& where) {
-    const std::string text = tokens_[static_cast<size_t>(pair.left)] +
-                             tokens_[static_cast<size_t>(pair.right)];
+    const std::string text =
+        tokens_[static_cast<size_t>(pair.left)] + tokens_[static_cast<size_t>(pair.right)];
     const auto [place, is_new] = ids_.try_emplace(text, static_cast<int32_t>(tokens_.size()));
     if (is_new) tokens_.push_back(text);
     const int32_t result = place->second;
@@ -200,21 +200,21 @@ std::vector<std::string> first_tokens(const BpeTrainOptions& options) {
 void check_options(const BpeTrainOptions& options) {
   std::unordered_set<std::string> seen;
   for (const std::string& token : options.special_tokens) {
-    if (token.empty()) throw UsageError("A special token is empty.");
+    if (token.empty()) throw UsageError("a special token is empty");
     if (valid_utf8_prefix(token) != token.size())
-      throw UsageError(fmt::format("The special token '{}' is not valid UTF-8.", token));
+      throw UsageError(fmt::format("the special token '{}' is not valid UTF-8", printable(token)));
     if (const auto bytes = byte_level_decode(token); bytes && bytes->size() == 1)
       throw UsageError(fmt::format(
-          "The special token '{}' is a single character, which stands for a byte; use a longer one.",
+          "the special token '{}' is one character, which stands for a byte; use a longer one",
           token));
     if (!seen.insert(token).second)
-      throw UsageError(fmt::format("The special token '{}' is given twice.", token));
+      throw UsageError(fmt::format("the special token '{}' is given twice", printable(token)));
   }
   const auto least = static_cast<int64_t>(256 + options.special_tokens.size());
   if (options.vocab_size < least || options.vocab_size > int64_t{kMaxTokenId} + 1)
     throw UsageError(fmt::format(
-        "The vocabulary size {} is out of range: at least {} (256 bytes and {} special tokens), at "
-        "most {}.",
+        "the vocabulary size {} is out of range: at least {} (256 bytes and {} special tokens), at "
+        "most {}",
         options.vocab_size, least, options.special_tokens.size(), int64_t{kMaxTokenId} + 1));
 }
 
@@ -223,7 +223,7 @@ void check_options(const BpeTrainOptions& options) {
 TokenizerSpec train_bpe(const BpeTrainOptions& options, BpeTrainReport& report) {
   check_options(options);
   const WordCounts words = count_words(options, report);
-  if (words.empty()) throw DataError("The inputs hold no text to train a tokenizer on.");
+  if (words.empty()) throw DataError("the inputs hold no text to train a tokenizer on");
   DSTRAIN_CHECK(words.size() < INT32_MAX, "more than 2^31 distinct words");
 
   MergeFinder finder(words, first_tokens(options));
@@ -231,9 +231,8 @@ TokenizerSpec train_bpe(const BpeTrainOptions& options, BpeTrainReport& report) 
 
   TokenizerSpec spec;
   for (size_t i = 0; i < options.special_tokens.size(); ++i)
-    spec.added_tokens.push_back({.id = static_cast<int32_t>(i),
-                                 .content = options.special_tokens[i],
-                                 .special = true});
+    spec.added_tokens.push_back(
+        {.id = static_cast<int32_t>(i), .content = options.special_tokens[i], .special = true});
   spec.pretokenizer = pretokenizer_preset(options.pattern);
   spec.nfc = options.pattern == "qwen2";
   for (size_t id = 0; id < finder.tokens().size(); ++id)

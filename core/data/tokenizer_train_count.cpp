@@ -228,8 +228,10 @@ bool ends_without_space(std::string_view text) {
 }
 
 Splitter make_splitter(const BpeTrainOptions& options) {
-  Splitter splitter{Pretokenizer(pretokenizer_preset(options.pattern), options.pattern), {},
-                    options.pattern == "qwen2", options.field};
+  Splitter splitter{Pretokenizer(pretokenizer_preset(options.pattern), options.pattern),
+                    {},
+                    options.pattern == "qwen2",
+                    options.field};
   for (const std::string& content : options.special_tokens)
     splitter.specials.add(AddedToken{}, content);
   return splitter;

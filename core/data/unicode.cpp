@@ -76,6 +76,28 @@ void append_utf8(char32_t c, std::string& out) {
   }
 }
 
+std::string printable(std::string_view text, size_t max_bytes) {
+  const bool too_long = text.size() > max_bytes;
+  if (too_long) {
+    // Cut at a character's border.
+    while (max_bytes > 0 && (static_cast<unsigned char>(text[max_bytes]) & 0xC0) == 0x80)
+      --max_bytes;
+    text = text.substr(0, max_bytes);
+  }
+  std::string buffer, out;
+  int64_t replaced = 0;
+  for (const char c : replace_invalid_utf8(text, buffer, replaced)) {
+    const auto byte = static_cast<unsigned char>(c);
+    if (byte >= 0x20 && byte != 0x7F) {
+      out.push_back(c);
+    } else {
+      constexpr char kHex[] = "0123456789ABCDEF";
+      out.append("\\x").append({kHex[byte >> 4], kHex[byte & 15]});
+    }
+  }
+  return too_long ? out + "..." : out;
+}
+
 size_t valid_utf8_prefix(std::string_view text) {
   const auto* begin = reinterpret_cast<const unsigned char*>(text.data());
   const auto* end = begin + text.size();

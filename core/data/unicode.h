@@ -11,19 +11,21 @@
 namespace dstrain {
 
 // Bits of char_classes(). General categories are those of Unicode 16.
-inline constexpr uint8_t kLetter = 1;      // \p{L}
-inline constexpr uint8_t kMark = 2;        // \p{M}
-inline constexpr uint8_t kNumber = 4;      // \p{N}
-inline constexpr uint8_t kPunct = 8;       // \p{P}
-inline constexpr uint8_t kSymbol = 16;     // \p{S}
-inline constexpr uint8_t kSpace = 32;      // White_Space, the \s of the patterns
-inline constexpr uint8_t kWord = 64;       // \w: alphabetic, mark, decimal digit, connector, joiner
+inline constexpr uint8_t kLetter = 1;   // \p{L}
+inline constexpr uint8_t kMark = 2;     // \p{M}
+inline constexpr uint8_t kNumber = 4;   // \p{N}
+inline constexpr uint8_t kPunct = 8;    // \p{P}
+inline constexpr uint8_t kSymbol = 16;  // \p{S}
+inline constexpr uint8_t kSpace = 32;   // White_Space, the \s of the patterns
+inline constexpr uint8_t kWord = 64;    // \w: alphabetic, mark, decimal digit, connector, joiner
 inline constexpr uint8_t kNfcActive = 128;  // NFC may change it or join it to what precedes it
 
 // One byte of the bits above per code point below kCodePointCount.
 inline constexpr char32_t kCodePointCount = 0x110000;
 const uint8_t* char_class_table();
-inline uint8_t char_classes(char32_t code_point) { return char_class_table()[code_point]; }
+inline uint8_t char_classes(char32_t code_point) {
+  return char_class_table()[code_point];
+}
 
 // The character at p of valid UTF-8, and its length in bytes.
 struct Utf8Char {
@@ -46,6 +48,10 @@ inline const char* previous_utf8(const char* p) {
 }
 
 void append_utf8(char32_t code_point, std::string& out);
+
+// Text for an error message: control characters as \xHH, invalid UTF-8 as U+FFFD, and "..." in
+// place of what exceeds max_bytes.
+std::string printable(std::string_view text, size_t max_bytes = 100);
 
 // Length of the longest valid prefix of text, in bytes.
 size_t valid_utf8_prefix(std::string_view text);

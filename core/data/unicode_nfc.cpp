@@ -66,8 +66,8 @@ void decompose(char32_t c, std::vector<Mark>& out) {
 char32_t compose_pair(char32_t a, char32_t b) {
   if (a >= kLeadBase && a < kLeadBase + kLeads && b >= kVowelBase && b < kVowelBase + kVowels)
     return kSyllableBase + ((a - kLeadBase) * kVowels + (b - kVowelBase)) * kTails;
-  const bool open_syllable = a >= kSyllableBase && a < kSyllableBase + kSyllables &&
-                             (a - kSyllableBase) % kTails == 0;
+  const bool open_syllable =
+      a >= kSyllableBase && a < kSyllableBase + kSyllables && (a - kSyllableBase) % kTails == 0;
   if (open_syllable && b > kTailBase && b < kTailBase + kTails) return a + (b - kTailBase);
   const auto found = tables().compose.find(uint64_t{a} << 32 | b);
   return found == tables().compose.end() ? 0 : found->second;
