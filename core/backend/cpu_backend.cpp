@@ -79,6 +79,7 @@ const char* compiled_instruction_set() {
 std::unique_ptr<Backend> make_cpu_backend(int threads, MatmulLog* log) {
   DSTRAIN_CHECK(threads >= 0, "a CPU back end has at least one thread");
   check_instruction_set();
+  keep_gemm_single_threaded();
   return std::make_unique<CpuBackend>(threads == 0 ? available_cores() : threads, log);
 }
 

@@ -11,8 +11,8 @@ namespace dstrain {
 
 class MatmulLog;
 
-// threads counts the calling thread; 0 takes the cores that this process may use. Every matrix product
-// is added to `log`, if there is one; it outlives the back end.
+// threads counts the calling thread; 0 takes the cores that this process may use. Every matrix
+// product is added to `log`, if there is one; it outlives the back end.
 std::unique_ptr<Backend> make_cpu_backend(int threads, MatmulLog* log = nullptr);
 
 // Cores in this process's affinity mask, limited by the container's quota; at least 1.
@@ -22,8 +22,8 @@ int available_cores();
 int64_t available_memory_bytes();
 // "oneDNN 2.6.3", or the CBLAS in use.
 std::string matmul_library();
-// "avx512", "avx2", "sse2": what this binary was compiled for. Throws RuntimeFailure, a sentence, if the
-// processor lacks it.
+// "avx512", "avx2", "sse2": what this binary was compiled for. Throws RuntimeFailure, a sentence,
+// if the processor lacks it.
 std::string check_instruction_set();
 
 }  // namespace dstrain

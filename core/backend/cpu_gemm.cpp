@@ -10,6 +10,7 @@
 #include <oneapi/dnnl/dnnl.h>
 #else
 #include <cblas.h>
+extern "C" void openblas_set_num_threads(int threads) __attribute__((weak));
 #endif
 
 namespace dstrain {
@@ -106,6 +107,12 @@ std::string gemm_library() {
          std::to_string(v->patch);
 #else
   return "CBLAS";
+#endif
+}
+
+void keep_gemm_single_threaded() {
+#ifndef DSTRAIN_HAVE_DNNL
+  if (openblas_set_num_threads) openblas_set_num_threads(1);
 #endif
 }
 

@@ -23,6 +23,10 @@ void gemm(Trans ta, Trans tb, int64_t m, int64_t n, int64_t k, double alpha, con
 // "oneDNN 2.6.3", or "CBLAS".
 std::string gemm_library();
 
+// Tells an OpenBLAS behind CBLAS to stay in the thread that calls it. oneDNN asks OpenMP instead,
+// which each thread of a pool answers for itself.
+void keep_gemm_single_threaded();
+
 // A product c[m,n] = op(a) op(b) over k.
 struct ProductShape {
   Trans ta = Trans::no, tb = Trans::no;
