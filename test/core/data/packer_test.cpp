@@ -182,6 +182,19 @@ TEST_CASE("packer: epochs, sources and seeds have orders of their own") {
   CHECK(base != first_tokens(1, 0, 1));
 }
 
+TEST_CASE("packer: the samples of one long document come in random order too") {
+  const TempFolder temp;
+  const TokenDataset dataset = test::make_dataset(temp / "set", test::counted_documents({5000}));
+  PackOptions options;
+  options.seq_len = 10;
+  const EpochOrder order(dataset, options, 0, 0);
+  int64_t neighbours = 0;
+  for (int64_t k = 1; k < order.num_samples(); ++k)
+    neighbours += pack(dataset, order, options, k).tokens[0] ==
+                  pack(dataset, order, options, k - 1).tokens[0] + options.seq_len;
+  CHECK(neighbours < 10);  // 1 expected of 499
+}
+
 TEST_CASE("packer: empty Megatron documents are stepped over") {
   const TempFolder temp;
   TokenDatasetParts parts;
