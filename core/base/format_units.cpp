@@ -43,7 +43,7 @@ std::string format_bytes(int64_t bytes) {
 std::string format_count(double count) {
   static constexpr const char* kUnits[] = {"", "k", "M", "B", "T"};
   if (!std::isfinite(count)) return "n/a";
-  if (count < 0) return "-" + format_count(-count);
+  if (count < 0) return fmt::format("-{}", format_count(-count));
   const Scaled scaled = scale(count, 1000.0, static_cast<int>(std::size(kUnits)) - 1);
   const bool whole = scaled.power == 0 && scaled.value == std::floor(scaled.value);
   return three_digits(scaled.value, whole) + kUnits[scaled.power];
