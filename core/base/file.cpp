@@ -174,7 +174,7 @@ void create_folders(const std::string& path) {
   if (path.empty() || is_folder(path)) return;
   const std::string parent = parent_folder(path);
   if (parent != path) create_folders(parent);
-  if (::mkdir(path.c_str(), 0777) == 0) return;
+  if (::mkdir(path.c_str(), 0777) == 0) return flush_folder(parent);
   const int error_number = errno;
   if (error_number == EEXIST && is_folder(path)) return;  // another process was faster
   throw_errno("cannot create the folder", path, error_number);

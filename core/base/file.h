@@ -67,7 +67,7 @@ bool is_folder(const std::string& path);    // follows links
 
 // Makes names created, renamed or removed in the folder survive a power cut.
 void flush_folder(const std::string& path);
-// mkdir -p, mode 0777 less the umask.
+// mkdir -p, mode 0777 less the umask; the new names survive a power cut.
 void create_folders(const std::string& path);
 
 // The whole file; DataError above max_bytes, before anything is allocated.

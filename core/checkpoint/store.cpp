@@ -178,4 +178,13 @@ std::vector<std::string> CheckpointStore::remove_leftovers(const RunLock&) {
   return removed;
 }
 
+void CheckpointStore::remove_all(const RunLock&) {
+  const std::vector<StoredCheckpoint> checkpoints = list().checkpoints;
+  for (const StoredCheckpoint& checkpoint : checkpoints)
+    if (!holds_only_checkpoint_files(checkpoint.path))
+      throw StorageError("'" + checkpoint.path +
+                         "' holds files that are not this program's; move them away");
+  for (const StoredCheckpoint& checkpoint : checkpoints) retire(checkpoint);
+}
+
 }  // namespace dstrain

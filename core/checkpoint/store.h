@@ -90,6 +90,9 @@ class CheckpointStore {
   RetentionReport apply_retention();
   // Removes what dead processes left. The lock proves that no save is under way.
   std::vector<std::string> remove_leftovers(const RunLock& lock);
+  // Deletes every checkpoint: the user asked for a new start. StorageError, and nothing goes, if
+  // one of them holds files that are not ours.
+  void remove_all(const RunLock& lock);
 
  private:
   bool is_verified(const std::string& path);

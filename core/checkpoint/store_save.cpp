@@ -75,7 +75,12 @@ std::string publish(const std::string& temporary, const std::string& final_path,
   const std::string replaced =
       join_path(parent_folder(final_path), temporary_name(step, TemporaryKind::deleted));
   rename_folder(final_path, replaced);
-  rename_folder(temporary, final_path);
+  try {
+    rename_folder(temporary, final_path);
+  } catch (...) {
+    rename_folder(replaced, final_path);
+    throw;
+  }
   return replaced;
 }
 
@@ -101,12 +106,12 @@ SaveAttempt CheckpointStore::begin(int64_t step) {
   SaveAttempt attempt{step, join_path(folder_, temporary_name(step, TemporaryKind::tmp))};
   if (::mkdir(attempt.folder.c_str(), 0777) != 0)
     throw_errno("cannot create the folder", attempt.folder, errno);
-  DSTRAIN_FAILPOINT("save.after_folder");
   return attempt;
 }
 
 ShardInfo CheckpointStore::write_shard(const SaveAttempt& attempt, int64_t rank,
                                        std::span<const StateTensor> tensors) const {
+  DSTRAIN_FAILPOINT("save.after_folder");
   ShardInfo shard;
   shard.file.name = shard_file_name(rank);
   const std::vector<const StateTensor*> order = file_order(tensors);

@@ -6,6 +6,8 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <cstdio>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
@@ -160,6 +162,12 @@ inline int run_in_child(const std::function<int()>& body) {
   int status = 0;
   REQUIRE(::waitpid(pid, &status, 0) == pid);
   return status;
+}
+
+// The line by which scripts/test.sh counts a test as skipped.
+inline void report_skipped(const std::string& reason) {
+  const std::string name = Catch::getResultCapture().getCurrentTestName();
+  std::printf("SKIPPED: %s: %s\n", name.c_str(), reason.c_str());
 }
 
 inline int exit_code(int status) {

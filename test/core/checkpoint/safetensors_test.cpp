@@ -1,5 +1,7 @@
 #include "core/checkpoint/safetensors.h"
 
+#include <fmt/format.h>
+
 #include <cmath>
 #include <limits>
 
@@ -240,8 +242,8 @@ TEST_CASE("safetensors: a hundred thousand tensors", "[safetensors]") {
   const ScratchFolder folder;
   std::string header = "{";
   for (int i = 0; i < 100000; ++i) {
-    const std::string at = std::to_string(i), end = std::to_string(i + 1);
-    header += (i == 0 ? "" : ",") + entry("t." + at, "U8", "[1]", "[" + at + "," + end + "]");
+    if (i > 0) header += ',';
+    header += entry(fmt::format("t.{}", i), "U8", "[1]", fmt::format("[{},{}]", i, i + 1));
   }
   write_bytes(folder / "many.safetensors", file_of(header + "}", 100000));
   const SafetensorsReader reader(folder / "many.safetensors");

@@ -1,0 +1,142 @@
+#include "core/checkpoint/async_saver.h"
+
+#include <chrono>
+#include <cstring>
+#include <exception>
+
+#include "core/base/error.h"
+#include "core/checkpoint/failpoint.h"
+
+namespace dstrain {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+constexpr int64_t kSnapshotAlignment = 64;
+
+int64_t aligned(int64_t bytes) {
+  return (bytes + kSnapshotAlignment - 1) / kSnapshotAlignment * kSnapshotAlignment;
+}
+
+double seconds_since(Clock::time_point begin) {
+  return std::chrono::duration<double>(Clock::now() - begin).count();
+}
+
+}  // namespace
+
+AsyncSaver::AsyncSaver(CheckpointStore& store, std::span<std::byte> snapshot, Copy copy)
+    : store_(store), snapshot_(snapshot), copy_(std::move(copy)) {
+  if (!copy_)
+    copy_ = [](void* dst, const void* src, int64_t bytes) {
+      std::memcpy(dst, src, static_cast<size_t>(bytes));
+    };
+  if (!snapshot_.empty()) thread_ = std::thread([this] { writer_loop(); });
+}
+
+AsyncSaver::~AsyncSaver() {
+  {
+    const std::lock_guard lock(mutex_);
+    stopping_ = true;
+  }
+  changed_.notify_all();
+  if (thread_.joinable()) thread_.join();
+}
+
+int64_t AsyncSaver::snapshot_bytes(std::span<const StateTensor> tensors) {
+  int64_t sum = 0;
+  for (const StateTensor& tensor : tensors) sum += aligned(tensor.bytes());
+  return sum;
+}
+
+void AsyncSaver::request(const CheckpointMeta& meta, std::span<const StateTensor> tensors) {
+  start(meta.step, tensors, [this, meta](std::span<const StateTensor> state, SaveResult& result) {
+    result.path = store_.save(meta, state);
+  });
+}
+
+void AsyncSaver::request_shard(const SaveAttempt& attempt, int64_t rank,
+                               std::span<const StateTensor> tensors) {
+  start(attempt.step, tensors,
+        [this, attempt, rank](std::span<const StateTensor> state, SaveResult& result) {
+          result.shard = store_.write_shard(attempt, rank, state);
+        });
+}
+
+void AsyncSaver::start(int64_t step, std::span<const StateTensor> tensors, Job job) {
+  const Clock::time_point begin = Clock::now();
+  wait();
+  const auto run = [step, job = std::move(job)](std::span<const StateTensor> state) {
+    SaveResult result;
+    result.step = step;
+    const Clock::time_point write_begin = Clock::now();
+    try {
+      DSTRAIN_FAILPOINT("snapshot.before_write");
+      for (const StateTensor& tensor : state) result.bytes += tensor.bytes();
+      job(state, result);
+      result.ok = true;
+    } catch (const std::exception& error) {
+      result.error = error.what();
+    }
+    result.seconds = seconds_since(write_begin);
+    return result;
+  };
+  if (snapshot_.empty()) {
+    results_.push_back(run(tensors));
+  } else {
+    DSTRAIN_FAILPOINT("snapshot.before_copy");
+    auto state = take_snapshot(tensors);
+    DSTRAIN_FAILPOINT("snapshot.after_copy");
+    const std::lock_guard lock(mutex_);
+    pending_ = [run, state = std::move(state)] { return run(state); };
+    changed_.notify_all();
+  }
+  stall_seconds_ += seconds_since(begin);
+}
+
+std::vector<StateTensor> AsyncSaver::take_snapshot(std::span<const StateTensor> tensors) {
+  DSTRAIN_CHECK(snapshot_bytes(tensors) <= static_cast<int64_t>(snapshot_.size()),
+                "the snapshot buffer is smaller than the state");
+  std::vector<StateTensor> copies(tensors.begin(), tensors.end());
+  std::byte* at = snapshot_.data();
+  for (StateTensor& tensor : copies) {
+    const int64_t bytes = tensor.bytes();
+    if (bytes > 0) copy_(at, tensor.data, bytes);
+    tensor.data = at;
+    at += aligned(bytes);
+  }
+  return copies;
+}
+
+bool AsyncSaver::busy() const {
+  const std::lock_guard lock(mutex_);
+  return static_cast<bool>(pending_);
+}
+
+void AsyncSaver::wait() {
+  std::unique_lock lock(mutex_);
+  changed_.wait(lock, [this] { return !pending_; });
+}
+
+std::optional<SaveResult> AsyncSaver::poll() {
+  const std::lock_guard lock(mutex_);
+  if (results_.empty()) return std::nullopt;
+  SaveResult result = std::move(results_.front());
+  results_.pop_front();
+  return result;
+}
+
+void AsyncSaver::writer_loop() {
+  std::unique_lock lock(mutex_);
+  while (true) {
+    changed_.wait(lock, [this] { return pending_ || stopping_; });
+    if (!pending_) return;
+    lock.unlock();
+    SaveResult result = pending_();  // only this thread clears it, and start() waits until then
+    lock.lock();
+    results_.push_back(std::move(result));
+    pending_ = nullptr;
+    changed_.notify_all();
+  }
+}
+
+}  // namespace dstrain

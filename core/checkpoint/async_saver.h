@@ -1,0 +1,78 @@
+// Saving beside training. request() copies the state into a snapshot and returns; one background
+// thread writes it. A crash in between equals no save. With an empty snapshot, request() writes
+// straight from the tensors and returns when that is done: the same calls, synchronous.
+#pragma once
+
+#include <condition_variable>
+#include <cstddef>
+#include <deque>
+#include <functional>
+#include <mutex>
+#include <optional>
+#include <span>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "core/checkpoint/store.h"
+
+namespace dstrain {
+
+struct SaveResult {
+  int64_t step = 0;
+  bool ok = false;
+  std::string error;   // one sentence, if not ok
+  double seconds = 0;  // writing, flushing, committing and retention
+  int64_t bytes = 0;   // of tensors
+  std::string path;    // of the checkpoint; empty after request_shard()
+  ShardInfo shard;     // after request_shard() only
+};
+
+// All calls come from one thread, the owner's. At most one save is under way: request() waits for
+// the one before, and that time is counted as stall. A save that fails is a result, no exception.
+class AsyncSaver {
+ public:
+  // Copies to host memory and returns when done; the default is memcpy. Device memory needs its
+  // own.
+  using Copy = std::function<void(void* dst, const void* src, int64_t bytes)>;
+
+  // The store and the snapshot must outlive the saver; while busy() the store belongs to its
+  // thread.
+  AsyncSaver(CheckpointStore& store, std::span<std::byte> snapshot, Copy copy = {});
+  ~AsyncSaver();  // waits for the save under way
+
+  // Size that the snapshot needs for these tensors.
+  static int64_t snapshot_bytes(std::span<const StateTensor> tensors);
+
+  // A whole save by one process. The tensors may change as soon as this returns.
+  void request(const CheckpointMeta& meta, std::span<const StateTensor> tensors);
+  // This rank's part of a save by several; the owner commits with the ranks' results.
+  void request_shard(const SaveAttempt& attempt, int64_t rank,
+                     std::span<const StateTensor> tensors);
+
+  bool busy() const;
+  void wait();                       // until no save is under way
+  std::optional<SaveResult> poll();  // the oldest result not yet taken; does not wait
+  double stall_seconds() const { return stall_seconds_; }  // spent in request(), copies included
+
+ private:
+  using Job = std::function<void(std::span<const StateTensor>, SaveResult&)>;
+
+  void start(int64_t step, std::span<const StateTensor> tensors, Job job);
+  std::vector<StateTensor> take_snapshot(std::span<const StateTensor> tensors);
+  void writer_loop();
+
+  CheckpointStore& store_;
+  std::span<std::byte> snapshot_;
+  Copy copy_;
+  double stall_seconds_ = 0;
+
+  mutable std::mutex mutex_;
+  std::condition_variable changed_;
+  std::function<SaveResult()> pending_;  // set while a save waits for the thread or runs
+  bool stopping_ = false;
+  std::deque<SaveResult> results_;
+  std::thread thread_;  // last: it uses all of the above
+};
+
+}  // namespace dstrain
