@@ -4,6 +4,7 @@
 
 #include "apps/commands.h"
 #include "build_info.h"
+#include "core/backend/cpu_gemm.h"
 
 namespace dstrain {
 namespace {
@@ -15,6 +16,13 @@ constexpr const char* kRecommendedGpu =
 
 Json text_or_null(const std::string& text) {
   return text.empty() ? Json(nullptr) : Json(text);
+}
+
+// The library behind matrix products; null where that is a CBLAS.
+Json onednn_version() {
+  const std::string library = gemm_library();  // "oneDNN 2.6.3"
+  const std::string prefix = "oneDNN ";
+  return library.starts_with(prefix) ? Json(library.substr(prefix.size())) : Json(nullptr);
 }
 
 Json describe_build() {
@@ -31,7 +39,7 @@ Json describe_build() {
                           "exact resume from verified checkpoints",
                           "import from and export to Hugging Face folders"};
   // Versions that the build found; null for a library that it did without.
-  json["libraries"] = {{"onednn", text_or_null(DSTRAIN_ONEDNN_VERSION)},
+  json["libraries"] = {{"onednn", onednn_version()},
                        {"yaml-cpp", text_or_null(DSTRAIN_YAML_CPP_VERSION)},
                        {"spdlog", text_or_null(DSTRAIN_SPDLOG_VERSION)},
                        {"fmt", text_or_null(DSTRAIN_FMT_VERSION)},
