@@ -100,14 +100,20 @@ class Loader {
     context_.problems.add(node.location, path + " " + reason, std::move(hint));
   }
   void note_origin(const YamlNode& node, const std::string& path);
+  // Of the keys from `first` up to `last`, the text that follows all that begin with `first`.
+  void forget_origins(const std::string& first, const std::string& last) {
+    context_.origins.erase(context_.origins.lower_bound(first), context_.origins.lower_bound(last));
+  }
   void refuse_unknown_keys(const YamlNode& map, const std::string& path,
                            const std::vector<std::string>& known);
   template <class T>
   std::optional<T> parse(const YamlNode& node, const std::string& path,
                          Parsed<T> (*parser)(std::string_view));
   bool check_range(const YamlNode& node, const std::string& path, const Range& range, double value);
-  // The list or map that a command-line text stands for; other nodes are themselves.
-  std::optional<YamlNode> as_structure(const YamlNode& node, const std::string& path);
+  // The list or map that a command-line text stands for, kept in `storage`; other nodes are
+  // themselves. Null after a problem.
+  const YamlNode* as_structure(const YamlNode& node, const std::string& path,
+                               std::optional<YamlNode>& storage);
   template <class T>
   void load_element(const YamlNode& node, const std::string& path, T& value);
 
@@ -161,15 +167,16 @@ bool Loader::check_range(const YamlNode& node, const std::string& path, const Ra
   return false;
 }
 
-std::optional<YamlNode> Loader::as_structure(const YamlNode& node, const std::string& path) {
-  if (node.kind != Kind::argument) return node;
+const YamlNode* Loader::as_structure(const YamlNode& node, const std::string& path,
+                                     std::optional<YamlNode>& storage) {
+  if (node.kind != Kind::argument) return &node;
   Problems inner;
   SourceTexts scratch;
-  std::optional<YamlNode> parsed = parse_yaml(scratch.add_file(path, node.text), node.text, inner);
-  if (!parsed || !inner.empty()) {
+  storage = parse_yaml(scratch.add_file(path, node.text), node.text, inner);
+  if (!storage || !inner.empty()) {
     const Problem& first = inner.list().front();
     fail(node, path, "cannot be read: " + first.message, first.hint);
-    return std::nullopt;
+    return nullptr;
   }
   // Everything inside points to the argument.
   const auto relocate = [&](auto& self, YamlNode& child) -> void {
@@ -180,16 +187,19 @@ std::optional<YamlNode> Loader::as_structure(const YamlNode& node, const std::st
       self(self, entry.value);
     }
   };
-  relocate(relocate, *parsed);
-  return parsed;
+  relocate(relocate, *storage);
+  return &*storage;
 }
 
 template <FieldStruct S>
 void Loader::load(const YamlNode& node, const std::string& path, const Range& range, S& section) {
-  const std::optional<YamlNode> map = as_structure(node, path);
+  std::optional<YamlNode> storage;
+  const YamlNode* map = as_structure(node, path, storage);
   if (!map) return;
   if (map->kind == Kind::null && (path.empty() || range.accepts_null)) {
-    if (!path.empty()) section = S{};
+    if (path.empty()) return;
+    section = S{};
+    forget_origins(path + ".", path + "/");
     return;
   }
   const std::string name = path.empty() ? "the job file" : path;
@@ -216,7 +226,8 @@ void Loader::load_element(const YamlNode& node, const std::string& path, T& valu
 // A list replaces the one of lower layers; an element from the command line changes or appends one.
 template <class T>
 void Loader::load_list(const YamlNode& given, const std::string& path, std::vector<T>& list) {
-  const std::optional<YamlNode> node = as_structure(given, path);
+  std::optional<YamlNode> storage;
+  const YamlNode* node = as_structure(given, path, storage);
   if (!node) return;
   if (node->kind == Kind::element) {
     const int64_t size = static_cast<int64_t>(list.size());
@@ -226,8 +237,9 @@ void Loader::load_list(const YamlNode& given, const std::string& path, std::vect
                   fmt::format("has {} elements; index {} is beyond its end", size, node->index),
                   fmt::format("{}[{}] would append one", path, size));
     if (node->index == size) list.emplace_back();
-    return load_element(value, fmt::format("{}[{}]", path, node->index),
-                        list[static_cast<size_t>(node->index)]);
+    // What the element requires may follow with the next argument; validate() looks again.
+    return load(value, fmt::format("{}[{}]", path, node->index), any(),
+                list[static_cast<size_t>(node->index)]);
   }
   if (node->kind != Kind::list) {
     const std::string example = FieldStruct<T> ? "[{path: ..., weight: 1.0}]" : "[a, b]";
@@ -236,9 +248,7 @@ void Loader::load_list(const YamlNode& given, const std::string& path, std::vect
   if (node->items.size() > kMaxListItems)
     return fail(*node, path, fmt::format("has more than {} elements", kMaxListItems));
   list.clear();
-  // Keys from "path[" up to the next character belong to the elements of the list that goes.
-  context_.origins.erase(context_.origins.lower_bound(path + "["),
-                         context_.origins.lower_bound(path + "\\"));
+  forget_origins(path + "[", path + "\\");
   for (size_t i = 0; i < node->items.size(); ++i) {
     list.emplace_back();
     load_element(node->items[i], fmt::format("{}[{}]", path, i), list.back());
@@ -300,7 +310,8 @@ void Loader::load(const YamlNode& node, const std::string& path, const Range& ra
 
 void Loader::load(const YamlNode& given, const std::string& path, const Range& range,
                   std::pair<double, double>& value) {
-  const std::optional<YamlNode> node = as_structure(given, path);
+  std::optional<YamlNode> storage;
+  const YamlNode* node = as_structure(given, path, storage);
   if (!node) return;
   if (node->kind != Kind::list || node->items.size() != 2)
     return fail(*node, path, "expects a list of two numbers", "write it as [0.9, 0.95]");

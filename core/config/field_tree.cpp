@@ -263,6 +263,7 @@ std::string range_text(const Range& range) {
 std::string suggest_key(const FieldNode& root, const std::string& section_path,
                         const std::string& key) {
   if (key == "<<") return "YAML merge keys are not supported; `extends: other.yaml` at the top is";
+  if (key == "extends") return "extends stands at the top of a job file only";
   const FieldNode* section = section_path.empty() ? &root : find_field(root, section_path);
   if (!section) return {};
   if (section->type == FieldType::section_list) section = &section->prototype[0];

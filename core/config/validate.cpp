@@ -191,6 +191,14 @@ void check_data(const Config& c, Purpose purpose, Rules& rules) {
     rules.broken("train.micro_batch", fmt::format("write at most {}", max_tokens / c.data.seq_len),
                  "train.micro_batch ({}) x data.seq_len ({}) is more than 2^30 tokens at once",
                  c.train.micro_batch, c.data.seq_len);
+  const auto check_paths = [&](const char* list, const std::vector<DataSourceConfig>& sources) {
+    for (size_t i = 0; i < sources.size(); ++i)
+      if (sources[i].path.empty())
+        rules.broken(fmt::format("data.{}[{}].path", list, i),
+                     "name a dataset, or remove the element", "data.{}[{}] has no path", list, i);
+  };
+  check_paths("train", c.data.train);
+  check_paths("valid", c.data.valid);
   if (purpose != Purpose::train) return;
   if (c.data.train.empty())
     rules.broken(

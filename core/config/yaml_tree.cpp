@@ -130,6 +130,8 @@ std::pair<std::string, std::string> explain_parse_error(const std::string& messa
   if (message == YAML::ErrorMsg::UNKNOWN_TOKEN && !text.empty())
     return {fmt::format("a plain value cannot begin with {}", quote(text.substr(0, 1))),
             "quote it"};
+  if (message == YAML::ErrorMsg::EOF_IN_SCALAR)
+    return {"the file ends inside a quoted text", "close the quote"};
   if (message == YAML::ErrorMsg::END_OF_SEQ_FLOW || message == YAML::ErrorMsg::END_OF_MAP_FLOW)
     return {"a '[' or '{' is not closed, or a ',' is missing", "see this line and those above"};
   return {"not valid YAML: " + message,

@@ -110,6 +110,7 @@ TEST_CASE("bad yaml: broken syntax", "[config]") {
       {"run:\n  name: a: b\n", "2:10", "a ':' where no key can stand", "quote a value"},
       {"run:\n  name: \"abc\n", "2:9", "this quote is never closed", "end the text with \""},
       {"run:\n  name: 'it''s\n", "2:9", "this quote is never closed", "end the text with '"},
+      {"run: {name: \"abc", "1:17", "the file ends inside a quoted text", "close the quote"},
       {"run:\n  name: @x\n", "2:9", "a plain value cannot begin with '@'", "quote it"},
       {"run:\n  name: `x`\n", "2:9", "a plain value cannot begin with '`'", "quote it"},
       {"run:\n  name: \"\\q\"\n", "2:12", "unknown escape character", ""},

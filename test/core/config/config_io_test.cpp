@@ -106,7 +106,7 @@ TEST_CASE("config: quickstart.yaml loads", "[config]") {
   CHECK(loaded.config.model.q_lora_rank == 0);
   REQUIRE(loaded.config.data.train.size() == 1);
   CHECK(loaded.config.data.train[0].weight == 1.0);
-  CHECK(loaded.config.schedule.warmup == StepCount{5, true});
+  CHECK(loaded.config.schedule.warmup.percent);
 }
 
 TEST_CASE("config: the dump loads back to the same values", "[config]") {
@@ -221,6 +221,12 @@ TEST_CASE("config: a list replaces the one below it; its elements can be set alo
   CHECK(load_config(std::nullopt, {set("data.train", "[{path: p, weight: 0.5}]")})
             .config.data.train[0]
             .weight == 0.5);
+  // The parts of a new element may come in any order.
+  const Config built =
+      load_config(std::nullopt, {set("data.valid[0].weight", "2"), set("data.valid[0].path", "v")})
+          .config;
+  CHECK(built.data.valid.at(0).path == "v");
+  CHECK(built.data.valid.at(0).weight == 2);
   CHECK(load_config(std::nullopt, {set("data.train", "[]")}).config.data.train.empty());
 }
 
@@ -327,6 +333,14 @@ TEST_CASE("config: model.from takes a Hugging Face config.json below the job fil
   // The stamp of such a run does not read the folder again.
   std::filesystem::remove(json);
   CHECK(parse_config_text(dump_config(loaded.config), "stamp").model.vocab_size == 300);
+}
+
+TEST_CASE("config: null takes a section back to its defaults", "[config]") {
+  const LoadedConfig loaded = load_config(
+      std::nullopt, {set("model.preset", "v2-lite"), set("model.rope_scaling", "null")});
+  CHECK(loaded.config.model.rope_scaling.type == RopeType::none);
+  CHECK(loaded.origin("model.rope_scaling.type").text == "default");
+  CHECK(loaded.origin("model.hidden_size").text == "preset v2-lite");
 }
 
 TEST_CASE("config: overrides on top of a stamp", "[config]") {

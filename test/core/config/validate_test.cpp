@@ -72,6 +72,8 @@ TEST_CASE("validate: each broken rule names keys, values and a fix", "[config]")
       {{{"run.name", ""}, {"model.preset", ""}}, "run.name is missing", "add  run: {name: my-run}"},
       {{{"run.dir", ""}}, "run.dir is empty", "write '.'"},
       {{{"data.train", "[]"}}, "data.train is missing", "add  data: {train"},
+      {{{"data.valid[0].weight", "2"}}, "data.valid[0] has no path", "name a dataset"},
+      {{{"data.train[0].path", ""}}, "data.train[0] has no path", ""},
       {{{"model.vocab_size", "0"}},
        "the vocabulary is unknown",
        "set data.tokenizer or model.vocab_size"},
