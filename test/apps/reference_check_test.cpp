@@ -7,8 +7,9 @@
 
 #include "core/backend/cpu_backend.h"
 #include "core/base/error.h"
-#include "test/core/metrics/temp_folder.h"
+#include "core/base/file.h"
 #include "test/support/catch.h"
+#include "test/support/temp_folder.h"
 
 namespace dstrain {
 namespace {
@@ -26,17 +27,18 @@ class CopiedReference {
                                    std::filesystem::perm_options::add);
     }
   }
-  std::string path() const { return folder_.path(); }
-  std::string file(const std::string& name) const { return folder_.file(name); }
+  const std::string& path() const { return folder_.path(); }
+  std::string file(const std::string& name) const { return folder_ / name; }
+  std::string read(const std::string& name) const { return read_small_file(file(name), 1 << 24); }
   void replace(const std::string& name, const std::string& from, const std::string& to) const {
-    std::string text = read_text(file(name));
+    std::string text = read(name);
     const size_t at = text.find(from);
     REQUIRE(at != std::string::npos);
-    write_text(file(name), text.replace(at, from.size(), to));
+    write_file_atomic(file(name), text.replace(at, from.size(), to));
   }
 
  private:
-  TempFolder folder_;
+  test::TempFolder folder_;
 };
 
 std::string failing_rows(const ReferenceReport& report) {
@@ -95,10 +97,10 @@ TEST_CASE("reference_check: another model than the reference's is noticed", "[pa
 
 TEST_CASE("reference_check: a weight that is not a number fails every comparison", "[parity]") {
   const CopiedReference reference("llama_tiny");
-  std::string weights = read_text(reference.file("model.safetensors"));
+  std::string weights = reference.read("model.safetensors");
   const char nan[] = {0, 0, '\xc0', '\x7f'};
   weights.replace(weights.size() - sizeof nan, sizeof nan, nan, sizeof nan);
-  write_text(reference.file("model.safetensors"), weights);
+  write_file_atomic(reference.file("model.safetensors"), weights);
   const auto backend = make_cpu_backend(1);
   const ReferenceReport report = check_reference(*backend, reference.path());
   for (const ReferenceRow& row : report.rows) {
