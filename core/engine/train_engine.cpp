@@ -84,6 +84,7 @@ void TrainEngine::make_sums(Arena& arena) {
   sums_.balance_1 = Tensor(at + scalars + 16, DType::f64, {1});
   norm_1_ = Tensor(at + scalars + 24, DType::f64, {1});
   sums_.counts_LE = Tensor(at + scalars + 32, DType::i64, {L, E});
+  evaluation_1_ = arena.make(DType::f64, {1}, "evaluation loss");
   token_loss_T_ =
       arena.make(stat_dtype(options_.dtype), {options_.micro_batch * options_.seq_len}, "token losses");
 }
@@ -271,13 +272,14 @@ StepResult TrainEngine::read_result() {
 double TrainEngine::evaluate(const HostBatch& batch, double* token_loss_T) {
   upload(batch);
   Ops& ops = backend_.ops();
-  ops.fill(*stream_, sums_.loss_1, 0.0);
+  ops.fill(*stream_, evaluation_1_, 0.0);
   StepContext ctx = context(ops, *stream_, false);
+  ctx.sums.loss_1 = evaluation_1_;
   ctx.token_loss_T = token_loss_T ? token_loss_T_ : Tensor();
   model_.forward(ctx, state_);
   slot_.reset();
   double loss = 0;
-  backend_.copy(*stream_, host_sums_.raw(), sums_.loss_1.raw(), sizeof loss);
+  backend_.copy(*stream_, host_sums_.raw(), evaluation_1_.raw(), sizeof loss);
   stream_->synchronize();
   std::memcpy(&loss, host_sums_.raw(), sizeof loss);
   if (token_loss_T) read_floats(token_loss_T_, token_loss_T);

@@ -68,7 +68,8 @@ class TrainEngine {
   // The gradients of the step so far, with parameters no micro-batch touched set to zero; without update.
   void finish_gradients();
 
-  // Sum of token losses; token_loss_T (host, T, may be null) receives each token's.
+  // Sum of token losses; token_loss_T (host, T, may be null) receives each token's. Changes nothing
+  // that a step reads, also between its micro-batches.
   double evaluate(const HostBatch& batch, double* token_loss_T = nullptr);
   // Forward without loss, then logits of rows [begin, end) into host memory as float [rows, vocab].
   void logits(const HostBatch& batch, int64_t begin, int64_t end, std::vector<float>& out);
@@ -117,6 +118,7 @@ class TrainEngine {
 
   Tensor values_, grads_, exp_avg_, exp_avg_sq_, buffers_;
   Tensor norm_1_, token_loss_T_;
+  Tensor evaluation_1_;  // f64; apart from the sums, so that a step may be under way
   StepScalars* scalars_ = nullptr;
   StepSums sums_;
   Tensor sums_memory_;
