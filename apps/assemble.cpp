@@ -1,8 +1,12 @@
 #include "apps/assemble.h"
 
+#include <set>
+
 #include "core/backend/cpu_backend.h"
+#include "core/base/format_units.h"
 #include "core/base/log.h"
 #include "core/checkpoint/hf_format.h"
+#include "core/data/data_file.h"
 #include "core/data/tokenizer.h"
 #include "core/engine/parameter_io.h"
 
@@ -45,13 +49,7 @@ void resolve_vocab_size(Config& config) {
   config.model.vocab_size = Tokenizer::load(config.data.tokenizer).vocab_size();
 }
 
-std::string file_fingerprint(const std::string& path) {
-  constexpr int64_t kMaxBytes = int64_t{256} << 20;
-  const std::string bytes = read_small_file(path, kMaxBytes);
-  Xxh3Stream hash;
-  hash.update(bytes.data(), std::ssize(bytes));
-  return fmt::format("{:016x}", hash.value64());
-}
+std::string file_fingerprint(const std::string& path) { return fmt::format("{:016x}", hash_file(path)); }
 
 int64_t DataSet::tokens() const {
   int64_t n = 0;
@@ -74,14 +72,28 @@ int64_t DataSet::text_bytes() const {
   return n;
 }
 
-DataSet open_data(const std::vector<DataSourceConfig>& sources) {
+DataSet open_data(const std::vector<DataSourceConfig>& sources, const std::string& tokenizer) {
   DataSet set;
+  const uint64_t wanted = tokenizer.empty() ? 0 : hash_file(tokenizer);
   set.datasets.reserve(sources.size());
   for (const DataSourceConfig& source : sources) {
     set.datasets.push_back(TokenDataset::open(source.path));
     set.sources.push_back({&set.datasets.back(), source.weight});
+    const uint64_t built_with = set.datasets.back().tokenizer_fingerprint();
+    if (wanted != 0 && built_with != 0 && built_with != wanted)
+      throw DataError("'" + source.path + "' was built with another tokenizer than data.tokenizer '" + tokenizer +
+                      "': its ids stand for other tokens; build it again with this tokenizer, or name the one it "
+                      "was built with");
   }
   return set;
+}
+
+void require_memory(int64_t bytes) {
+  const int64_t available = available_memory_bytes();
+  if (available > 0 && bytes > available)
+    throw ConfigError(fmt::format("this needs {} of memory and {} are available; lower train.micro_batch or "
+                                  "data.seq_len, or set train.recompute to selective or full",
+                                  format_bytes(bytes), format_bytes(available)));
 }
 
 std::vector<StateTensor> state_tensors(TrainEngine& engine) {
@@ -102,9 +114,23 @@ std::vector<StateTensor> state_tensors(TrainEngine& engine) {
   return out;
 }
 
+// A parameter that only the checkpoint has would be dropped without a word; one that only the model has
+// is reported by the reader.
+static void check_all_used(const CheckpointReader& reader, const std::vector<StateTensor>& state) {
+  std::set<std::string> names;
+  for (const StateTensor& tensor : state) names.insert(tensor.name);
+  for (const ManifestTensor& stored : reader.manifest().tensors)
+    if (stored.name.starts_with("param.") && !names.contains(stored.name))
+      throw DataError(fmt::format("checkpoint '{}' holds '{}', for which this job's model has no place; its "
+                                  "configuration differs",
+                                  reader.path(), stored.name));
+}
+
 void load_state(TrainEngine& engine, CheckpointReader& reader, bool with_optimizer) {
+  const std::vector<StateTensor> state = state_tensors(engine);
+  check_all_used(reader, state);
   std::vector<char> host;
-  for (const StateTensor& tensor : state_tensors(engine)) {
+  for (const StateTensor& tensor : state) {
     if (!with_optimizer && !tensor.name.starts_with("param.")) continue;
     host.resize(static_cast<size_t>(tensor.bytes()));
     reader.read(tensor, host.data());

@@ -41,7 +41,11 @@ struct DataSet {
   int64_t documents() const;
   int64_t text_bytes() const;  // -1 if a source did not record it
 };
-DataSet open_data(const std::vector<DataSourceConfig>& sources);
+// DataError if one was built with another tokenizer than this file (empty: not checked).
+DataSet open_data(const std::vector<DataSourceConfig>& sources, const std::string& tokenizer);
+
+// ConfigError, with what to change, if the system has less memory available than this.
+void require_memory(int64_t bytes);
 
 // The state of a run as global tensors: "param.<name>", "adamw.exp_avg.<name>", "adamw.exp_avg_sq.<name>".
 // Pointers go to the engine's memory.

@@ -450,8 +450,8 @@ void Program::declare_hugging_face() {
   CLI::App* app = add_command(&root_, "export", "writes a Hugging Face folder from a checkpoint");
   add_text(app, "source", export_.source, "PATH", "run folder or checkpoint")->required();
   add_text(app, "--output", export_.output, "HF_DIR", "folder to write")->required();
-  add_choice<std::string>(app, "--dtype", export_.dtype, {{"bf16", "bf16"}, {"fp32", "fp32"}},
-                          "of the weights (default bf16)");
+  add_choice<std::string>(app, "--dtype", export_.dtype, {{"auto", "auto"}, {"bf16", "bf16"}, {"fp32", "fp32"}},
+                          "of the weights (default auto: as imported, else fp32)");
   app->add_flag("--overwrite", export_.overwrite, "replace an existing folder");
   makers_[app] = [this](const ScannedLine&) { return invoke("export", export_, cmd_export); };
 }

@@ -83,13 +83,11 @@ struct BenchResult {
   double flops = 0;  // of a step
   double loss = 0;
   int64_t plan_bytes = 0, private_before = 0, private_after = 0;
-  int64_t arena_used = 0;
 };
 
 BenchResult run_bench(const Config& config, int64_t steps) {
   BenchResult result;
   result.private_before = private_memory_bytes();
-  MatmulLog log;
   const int threads = static_cast<int>(config.run.threads > 0 ? config.run.threads : available_cores());
   const std::unique_ptr<Backend> backend = make_cpu_backend(threads);
   TrainEngine engine(*backend, config.model, engine_options(config, true));

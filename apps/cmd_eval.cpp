@@ -13,10 +13,16 @@ namespace {
 
 // The stamp of the checkpoint with --set applied, or the job file where one is given.
 Config config_for(const EvalOptions& options, const VerifiedCheckpoint& checkpoint) {
-  if (options.config.path) return load_config(options.config).config;
-  const Config stamp = parse_config_text(checkpoint.manifest.meta.config_yaml,
-                                         join_path(checkpoint.path, kManifestFileName));
-  return apply_overrides(stamp, options.config.overrides).config;
+  const auto load = [&] {
+    if (options.config.path) return load_config(options.config);
+    const Config stamp = parse_config_text(checkpoint.manifest.meta.config_yaml,
+                                           join_path(checkpoint.path, kManifestFileName));
+    return apply_overrides(stamp, options.config.overrides);
+  };
+  LoadedConfig loaded = load();
+  validate(loaded, Purpose::inspect);
+  if (!loaded.is_set("train.eval_batches")) loaded.config.train.eval_batches = 0;
+  return loaded.config;
 }
 
 void print(const EvalRecord& r, const std::string& checkpoint, bool json) {
@@ -47,9 +53,10 @@ int cmd_eval(const EvalOptions& options) {
   resolve_vocab_size(config);
   if (config.data.valid.empty())
     throw ConfigError("there is nothing to evaluate on; add --set 'data.valid=[{path: DATASET}]'");
-  const DataSet data = open_data(config.data.valid);
+  const DataSet data = open_data(config.data.valid, config.data.tokenizer);
   const std::unique_ptr<Backend> backend = make_backend(config);
   TrainEngine engine(*backend, config.model, engine_options(config, false));
+  require_memory(engine.memory_bytes() + evaluation_bytes(config));
   engine.allocate();
   CheckpointReader reader(checkpoint.path, checkpoint.manifest);
   load_state(engine, reader, false);

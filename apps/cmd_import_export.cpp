@@ -67,11 +67,9 @@ int cmd_import(const ImportOptions& options) {
   prepare_run_folder(paths.folder);
   const RunLock lock(paths.folder);
   CheckpointStore store(paths.checkpoints, config.checkpoint.keep);
-  if (path_exists(paths.checkpoints) && !store.list().checkpoints.empty()) {
-    if (!options.overwrite)
-      throw ConfigError("'" + paths.folder + "' already holds checkpoints; add --overwrite to delete them");
-    store.remove_all(lock);
-  }
+  const bool present = path_exists(paths.checkpoints) && !store.list().checkpoints.empty();
+  if (present && !options.overwrite)
+    throw ConfigError("'" + paths.folder + "' already holds checkpoints; add --overwrite to delete them");
   const std::unique_ptr<Backend> backend = make_backend(config);
   TrainEngine engine(*backend, config.model, engine_options(config, false));
   engine.allocate();
@@ -89,6 +87,7 @@ int cmd_import(const ImportOptions& options) {
                   {kTypeKey, stored_type_name(type)}};
   meta.config_yaml = dump_config(config);
   const std::vector<StateTensor> state = state_tensors(engine);
+  if (present) store.remove_all(lock);  // not before the new weights were read
   const std::string checkpoint = store.save(meta, state);
   copy_tokenizer(options.source, paths.folder);
   write_file_atomic(paths.config, dump_config(config));

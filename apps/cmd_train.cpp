@@ -39,6 +39,8 @@ int dry_run(const LoadedConfig& loaded, const std::vector<Unavailable>& missing,
 }  // namespace
 
 int cmd_train(const TrainOptions& options) {
+  if (options.resume && options.resume->empty())
+    throw UsageError("--resume is empty; give latest, none, or the path of a run or a checkpoint");
   LoadedConfig loaded = load_config(options.config);
   const char* term = std::getenv("TERM");
   const bool color = decide_color(options.color, 2, std::getenv("NO_COLOR"), term);
@@ -53,7 +55,7 @@ int cmd_train(const TrainOptions& options) {
   validate(loaded, Purpose::train);
   for (const std::string& warning : config_warnings(loaded.config)) log_warning("{}", warning);
   resolve_vocab_size(loaded.config);
-  install_signal_handlers();
+  handle_signals();
 
   const ConsoleMode mode = decide_console_mode(options.quiet, options.log_json, 2, term);
   LiveLine line(2, mode == ConsoleMode::live);

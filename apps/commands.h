@@ -125,7 +125,7 @@ int cmd_import(const ImportOptions& options);
 struct ExportOptions {
   std::string source;  // run folder or step folder
   std::string output;
-  std::string dtype = "bf16";  // bf16 or fp32
+  std::string dtype = "auto";  // auto (as imported, else fp32), bf16 or fp32
   bool overwrite = false;
 };
 int cmd_export(const ExportOptions& options);

@@ -10,6 +10,7 @@
 #include "core/base/error.h"
 #include "core/base/log.h"
 #include "core/base/progress.h"
+#include "core/checkpoint/failpoint.h"
 
 namespace {
 
@@ -26,6 +27,9 @@ int run(int argc, char** argv) {
     log.color = dstrain::decide_color(dstrain::ColorMode::automatic, /*fd=*/2,
                                       std::getenv("NO_COLOR"), std::getenv("TERM"));
     dstrain::init_log(log);
+#ifdef DSTRAIN_FAILPOINTS
+    if (const char* spec = std::getenv("DSTRAIN_FAILPOINT")) dstrain::configure_failpoints(spec);
+#endif
     return dstrain::parse_command_line({argv + (argc > 0), argv + argc}).run();
   } catch (const dstrain::ConfigProblems& e) {
     return fail(e.code(), "", e.what());  // a report with its own "error:" on each problem

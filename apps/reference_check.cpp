@@ -51,6 +51,11 @@ struct Difference {
   double max = 0;
 };
 
+// The larger of two errors; a NaN counts as the largest and stays.
+double worse(double error, double so_far) {
+  return std::isnan(so_far) || error <= so_far ? so_far : error;
+}
+
 Difference compare(const std::vector<float>& ours, const std::vector<float>& reference) {
   if (ours.size() != reference.size())
     throw DataError("the reference has " + std::to_string(reference.size()) + " elements where the model has " +
@@ -62,8 +67,7 @@ Difference compare(const std::vector<float>& ours, const std::vector<float>& ref
     sum += d * d;
     sum_reference += static_cast<double>(reference[i]) * reference[i];
     largest = std::max(largest, std::abs(static_cast<double>(reference[i])));
-    // Not max(): a NaN must come through.
-    if (!(std::abs(d) <= out.max)) out.max = std::abs(d);
+    out.max = worse(std::abs(d), out.max);
   }
   if (sum == 0 && sum_reference == 0) return out;
   out.relative_l2 = std::sqrt(sum / sum_reference);
@@ -72,9 +76,9 @@ Difference compare(const std::vector<float>& ours, const std::vector<float>& ref
 }
 
 void note(ReferenceRow& row, double value, const std::string& where) {
-  ++row.compared;
-  if (row.compared > 1 && value <= row.worst) return;
-  row.worst = value;
+  const double worst = worse(value, row.worst);
+  if (row.compared++ > 0 && (worst == row.worst || std::isnan(row.worst))) return;
+  row.worst = worst;
   row.where = where;
 }
 

@@ -1,56 +1,75 @@
 #include "apps/signals.h"
 
-#include <csignal>
+#include <pthread.h>
 #include <unistd.h>
+
+#include <atomic>
+#include <csignal>
+#include <initializer_list>
+#include <thread>
 
 namespace dstrain {
 namespace {
 
-// Signal handlers can reach nothing but globals of this type.
-volatile std::sig_atomic_t leave_signal = 0;
-volatile std::sig_atomic_t save_wanted = 0;
+constexpr std::initializer_list<int> kLeaveSignals = {SIGTERM, SIGINT, SIGHUP, SIGUSR2};
+constexpr int kSaveSignal = SIGUSR1;
 
-void on_leave(int signal) {
-  if (signal == SIGINT && leave_signal == SIGINT) _exit(128 + SIGINT);
-  leave_signal = signal;
+// Globals because signals belong to the process. The waiting thread writes, the trainer reads.
+std::atomic<int> leave_signal{0};
+std::atomic<bool> save_wanted{false};
+
+sigset_t awaited_signals() {
+  sigset_t set;
+  sigemptyset(&set);
+  for (const int signal : kLeaveSignals) sigaddset(&set, signal);
+  sigaddset(&set, kSaveSignal);
+  return set;
 }
 
-void on_save(int) { save_wanted = 1; }
-
-void handle(int signal, void (*handler)(int)) {
-  struct sigaction action = {};
-  action.sa_handler = handler;
-  action.sa_flags = SA_RESTART;
-  sigemptyset(&action.sa_mask);
-  sigaction(signal, &action, nullptr);
+[[noreturn]] void wait_for_signals() {
+  const sigset_t set = awaited_signals();
+  while (true) {
+    int signal = 0;
+    if (sigwait(&set, &signal) != 0) continue;
+    if (signal == kSaveSignal) {
+      save_wanted = true;
+      continue;
+    }
+    if (signal == SIGINT && leave_signal == SIGINT) _exit(128 + SIGINT);
+    leave_signal = signal;
+  }
 }
 
 }  // namespace
 
-void install_signal_handlers() {
-  handle(SIGTERM, on_leave);
-  handle(SIGINT, on_leave);
-  handle(SIGHUP, on_leave);
-  handle(SIGUSR2, on_leave);
-  handle(SIGUSR1, on_save);
-  handle(SIGPIPE, SIG_IGN);
-  handle(SIGXFSZ, SIG_IGN);
+// The signals stay blocked in every thread and one thread waits for them: no handler ever runs on a
+// thread that computes. The matrix kernels of oneDNN use the stack pointer for a buffer on the
+// heap, so that the frame of a handler would overwrite the heap.
+void handle_signals() {
+  std::signal(SIGPIPE, SIG_IGN);
+  std::signal(SIGXFSZ, SIG_IGN);
+  const sigset_t set = awaited_signals();
+  pthread_sigmask(SIG_BLOCK, &set, nullptr);
+  std::thread(wait_for_signals).detach();
 }
 
 std::string leave_requested() {
   switch (leave_signal) {
-    case 0: return "";
-    case SIGTERM: return "SIGTERM";
-    case SIGINT: return "SIGINT";
-    case SIGHUP: return "SIGHUP";
-    default: return "SIGUSR2";
+    case 0:
+      return "";
+    case SIGTERM:
+      return "SIGTERM";
+    case SIGINT:
+      return "SIGINT";
+    case SIGHUP:
+      return "SIGHUP";
+    default:
+      return "SIGUSR2";
   }
 }
 
 bool take_save_request() {
-  const bool wanted = save_wanted != 0;
-  save_wanted = 0;
-  return wanted;
+  return save_wanted.exchange(false);
 }
 
 }  // namespace dstrain

@@ -1,4 +1,5 @@
-// What the operating system asks of a run. Handlers only note the request; the trainer acts between steps.
+// What the operating system asks of a run. A thread of its own notes the request; the trainer acts
+// between steps.
 //   SIGTERM, SIGHUP, SIGUSR2   save a checkpoint and leave with exit code 75
 //   SIGINT                     the same; a second one ends the process at once
 //   SIGUSR1                    save a checkpoint and go on
@@ -8,9 +9,9 @@
 
 namespace dstrain {
 
-// Installs the handlers above for the whole process; SIGPIPE and SIGXFSZ become errors of the call that
-// meets them.
-void install_signal_handlers();
+// From now on the signals above only make the requests below, and SIGPIPE and SIGXFSZ become errors
+// of the call that meets them. To be called once, before any other thread is started.
+void handle_signals();
 
 // The name of the signal that asked to leave, or empty.
 std::string leave_requested();

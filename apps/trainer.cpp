@@ -38,15 +38,21 @@ std::map<std::string, std::string> data_fingerprints(const Config& config, const
 
 Trainer::Trainer(const Config& config, const TrainerOptions& options, MetricsHub& hub)
     : config_(config), paths_(config), hub_(hub) {
-  prepare_folder(options);
-  const std::optional<VerifiedCheckpoint> checkpoint = choose_checkpoint(options);
-  train_data_ = open_data(config_.data.train);
-  valid_data_ = open_data(config_.data.valid);
+  train_data_ = open_data(config_.data.train, config_.data.tokenizer);
+  valid_data_ = open_data(config_.data.valid, config_.data.tokenizer);
   fingerprints_ = data_fingerprints(config_, train_data_);
   backend_ = make_backend(config_);
   engine_ = std::make_unique<TrainEngine>(*backend_, config_.model, engine_options(config_, true));
   flops_per_token_ = model_cost(config_.model, config_.data.seq_len).flops_per_token;
   check_memory();
+  prepare_folder();
+  const std::optional<VerifiedCheckpoint> checkpoint = choose_checkpoint(options);
+  if (checkpoint && checkpoint->manifest.meta.step >= config_.train.steps) {
+    nothing_to_do_ = true;
+    log_info("nothing to do: {} is at step {} and train.steps is {}; raise train.steps to train on",
+             checkpoint->path, checkpoint->manifest.meta.step, config_.train.steps);
+    return;
+  }
   if (checkpoint) {
     resumed_from_ = newest_checkpoint_ = checkpoint->path;
     resumed_step_ = checkpoint->manifest.meta.step;
@@ -54,26 +60,25 @@ Trainer::Trainer(const Config& config, const TrainerOptions& options, MetricsHub
   hub_.on_start(startup_info());
   start_from(checkpoint);
   open_stream();
-  const std::optional<int64_t> resume_step = checkpoint ? std::optional(resumed_step_) : std::nullopt;
-  if (config_.metrics.jsonl) hub_.add(std::make_unique<JsonlSink>(paths_.metrics, resume_step));
-  if (config_.metrics.tensorboard)
-    hub_.add(std::make_unique<TensorBoardSink>(paths_.tensorboard, resume_step));
+  // Not before everything else was found good.
+  if (options.overwrite) store_->remove_all(*lock_);
+  open_records(checkpoint ? std::optional(resumed_step_) : std::nullopt);
   write_file_atomic(paths_.config, dump_config(config_));
 }
 
 Trainer::~Trainer() = default;
 
-void Trainer::prepare_folder(const TrainerOptions& options) {
+void Trainer::prepare_folder() {
   prepare_run_folder(paths_.folder);
   lock_.emplace(paths_.folder);
   store_.emplace(paths_.checkpoints, config_.checkpoint.keep);
   if (path_exists(paths_.checkpoints))
     for (const std::string& path : store_->remove_leftovers(*lock_))
       log_info("removed {}, which a save that did not end left behind", path);
-  if (options.overwrite) store_->remove_all(*lock_);
 }
 
 std::optional<VerifiedCheckpoint> Trainer::choose_checkpoint(const TrainerOptions& options) {
+  if (options.overwrite) return std::nullopt;
   const bool present = path_exists(paths_.checkpoints) && !store_->list().checkpoints.empty();
   if (options.resume.empty()) {
     if (present)
@@ -90,7 +95,11 @@ std::optional<VerifiedCheckpoint> Trainer::choose_checkpoint(const TrainerOption
                                     paths_.folder));
     return std::nullopt;
   }
-  if (options.resume != "latest") return find_checkpoint(options.resume);
+  if (options.resume != "latest") {
+    VerifiedCheckpoint chosen = find_checkpoint(options.resume);
+    warn_of_newer_checkpoints(chosen);
+    return chosen;
+  }
   if (!present) {
     log_info("no checkpoint in {}: starting from scratch", paths_.checkpoints);
     return std::nullopt;
@@ -98,12 +107,17 @@ std::optional<VerifiedCheckpoint> Trainer::choose_checkpoint(const TrainerOption
   return store_->latest([](const std::string& line) { log_warning("checkpoint rejected: {}", line); });
 }
 
+// Until this run has saved, they are what --resume latest would take.
+void Trainer::warn_of_newer_checkpoints(const VerifiedCheckpoint& chosen) const {
+  for (const StoredCheckpoint& stored : store_->list().checkpoints)
+    if (stored.step > chosen.manifest.meta.step)
+      log_warning("{} is newer than the checkpoint this run goes on from; --resume latest will prefer it "
+                  "until this run passes step {}",
+                  stored.path, stored.step);
+}
+
 void Trainer::check_memory() const {
-  const int64_t needed = startup_info().memory_total_bytes(), available = available_memory_bytes();
-  if (available > 0 && needed > available)
-    throw ConfigError(fmt::format("the run needs {} of memory and {} are available; lower train.micro_batch or "
-                                  "data.seq_len, or set train.recompute to selective or full",
-                                  format_bytes(needed), format_bytes(available)));
+  require_memory(startup_info().memory_total_bytes());
 }
 
 void Trainer::start_from(const std::optional<VerifiedCheckpoint>& checkpoint) {
@@ -125,7 +139,10 @@ void Trainer::restore(const VerifiedCheckpoint& checkpoint) {
   warn_of_changes(meta);
   engine_->initialize(static_cast<uint64_t>(config_.run.seed));
   CheckpointReader reader(checkpoint.path, checkpoint.manifest);
-  load_state(*engine_, reader, true);
+  // An imported model brings weights alone; its moments start at zero, as those of a new run do.
+  const bool with_moments = meta.step > 0;
+  if (!with_moments) log_info("{} holds weights without optimizer state: moments start at zero", checkpoint.path);
+  load_state(*engine_, reader, with_moments);
   auto counter = [&](const char* name) {
     const auto at = meta.counters.find(name);
     return at == meta.counters.end() ? int64_t{0} : at->second;
@@ -172,20 +189,45 @@ void Trainer::open_stream() {
                                           batch_memory_.bytes());
 }
 
+// Only once nothing else can fail: rewinding the files of an earlier attempt loses their last lines.
+void Trainer::open_records(std::optional<int64_t> resume_step) {
+  const StartupInfo info = startup_info();
+  const auto add = [&](std::unique_ptr<MetricsSink> sink) {
+    sink->on_start(info);
+    hub_.add(std::move(sink));
+  };
+  if (config_.metrics.jsonl) add(std::make_unique<JsonlSink>(paths_.metrics, resume_step));
+  if (config_.metrics.tensorboard)
+    add(std::make_unique<TensorBoardSink>(paths_.tensorboard, resume_step));
+}
+
 bool Trainer::due(int64_t every) const { return every > 0 && step_ % every == 0; }
 
 ExitCode Trainer::run() {
+  if (nothing_to_do_) return ExitCode::ok;
   started_ = Clock::now();
   std::string left_by;
   while (step_ < config_.train.steps) {
     hub_.on_step(train_step());
+    if (skipped_in_a_row_ >= config_.train.max_skipped_steps) {
+      saver_->wait();
+      report_saves();
+      throw RuntimeFailure(fmt::format(
+          "{} steps in a row had a gradient that is not finite, the last one step {}; nothing is saved over the "
+          "checkpoints before. Lower optimizer.lr or turn on optimizer.grad_clip, and go on with --resume latest",
+          skipped_in_a_row_, step_));
+    }
     report_saves();
     if (due(config_.train.eval_every)) evaluate();
     left_by = leave_requested();
     if (!left_by.empty()) break;
     const bool asked = take_save_request();
-    if (asked || due(config_.checkpoint.every)) request_save();
+    // A state that no gradient is finite at must not push good checkpoints out.
+    if (asked || (due(config_.checkpoint.every) && skipped_in_a_row_ == 0)) request_save();
   }
+  if (!left_by.empty())
+    log_info("{}: saving step {}, then leaving{}", left_by, step_,
+             left_by == "SIGINT" ? "; a second Ctrl-C leaves at once" : "");
   if (saved_step_ != step_) request_save();
   if (left_by.empty()) evaluate();
   finish_saves();
@@ -236,6 +278,7 @@ StepRecord Trainer::train_step() {
   if (record.skipped)
     log_warning("step {}: the gradient is not finite (loss {}); nothing was updated, {} steps skipped so far",
                 step_, result.loss, skipped_steps_);
+  skipped_in_a_row_ = record.skipped ? skipped_in_a_row_ + 1 : 0;
   if (valid_tokens == 0) log_warning("step {}: no token of the batch has a target", step_);
   step_seconds_ += seconds;
   step_tokens_ += record.tokens;
@@ -284,14 +327,16 @@ CheckpointMeta Trainer::checkpoint_meta() const {
 }
 
 void Trainer::request_save() {
+  const double before = saver_->stall_seconds();
   saver_->request(checkpoint_meta(), state_tensors(*engine_));
+  save_stall_ms_ = 1e3 * (saver_->stall_seconds() - before);
   saved_step_ = step_;
 }
 
 void Trainer::report_saves() {
   while (const std::optional<SaveResult> result = saver_->poll()) {
     CheckpointRecord record{result->step, result->seconds, result->bytes, result->ok, 0, result->error};
-    record.stall_ms = 1e3 * (saver_->stall_seconds() - last_stall_seconds_);
+    record.stall_ms = save_stall_ms_;
     hub_.on_checkpoint(record);
     if (result->ok) {
       failed_saves_ = 0;

@@ -19,11 +19,12 @@ struct TrainerOptions {
   bool overwrite = false;  // delete the checkpoints that are there
 };
 
-// Everything that has to hold before the first step is checked by the constructor: folder, data, memory.
+// Everything that has to hold before the first step is checked by the constructor: data, memory, folder.
 class Trainer {
  public:
   // The config is valid and available; `hub` outlives the trainer and has no sinks but the console yet:
-  // the file sinks are added here, where the resumed step is known.
+  // the file sinks are added here, where the resumed step is known. A checkpoint at or behind
+  // train.steps leaves nothing to do: nothing is allocated or written then, and run() returns at once.
   Trainer(const Config& config, const TrainerOptions& options, MetricsHub& hub);
   ~Trainer();
 
@@ -33,13 +34,15 @@ class Trainer {
  private:
   using Clock = std::chrono::steady_clock;
 
-  void prepare_folder(const TrainerOptions& options);
+  void prepare_folder();
   std::optional<VerifiedCheckpoint> choose_checkpoint(const TrainerOptions& options);
+  void warn_of_newer_checkpoints(const VerifiedCheckpoint& chosen) const;
   void check_memory() const;
   void start_from(const std::optional<VerifiedCheckpoint>& checkpoint);
   void restore(const VerifiedCheckpoint& checkpoint);
   void warn_of_changes(const CheckpointMeta& meta) const;
   void open_stream();
+  void open_records(std::optional<int64_t> resume_step);
 
   StepRecord train_step();
   double unweighted_balance_loss(double weighted) const;
@@ -67,12 +70,14 @@ class Trainer {
   std::optional<CheckpointStore> store_;
   std::unique_ptr<AsyncSaver> saver_;
 
+  bool nothing_to_do_ = false;
   int64_t step_ = 0;  // finished
   int64_t cursor_ = 0;
   std::vector<int64_t> skipped_samples_;
   int64_t total_tokens_ = 0, skipped_steps_ = 0;
   int64_t saved_step_ = -1, evaluated_step_ = -1, failed_saves_ = 0;
-  double last_stall_seconds_ = 0;
+  int64_t skipped_in_a_row_ = 0;
+  double last_stall_seconds_ = 0, save_stall_ms_ = 0;
   std::string resumed_from_, newest_checkpoint_;
   int64_t resumed_step_ = 0;
   // Of this process.

@@ -178,6 +178,7 @@ struct TrainConfig {
   int64_t eval_every = 0;    // steps; 0 = only at the end
   int64_t eval_batches = 0;  // 0 = all of data.valid
   int64_t log_every = 1;
+  int64_t max_skipped_steps = 10;  // in a row
 
   static void fields(auto& field, auto& c) {
     field("steps", c.steps, in_range(0, 1e12), "optimizer steps of the whole run");
@@ -193,6 +194,8 @@ struct TrainConfig {
           "global batches per evaluation; 0 reads all of data.valid");
     field("log_every", c.log_every, at_least(1),
           "steps between lines where the output is no terminal");
+    field("max_skipped_steps", c.max_skipped_steps, at_least(1),
+          "steps in a row without a finite gradient after which the run ends with an error");
   }
 };
 

@@ -263,8 +263,9 @@ StepResult TrainEngine::read_result() {
   result.grad_norm = scalars.grad_norm;
   result.finite = scalars.finite != 0;
   result.expert_counts_LE.resize(static_cast<size_t>(sums_.counts_LE.numel()));
-  std::memcpy(result.expert_counts_LE.data(), at + sizeof scalars + sizeof sums,
-              static_cast<size_t>(sums_.counts_LE.bytes()));
+  if (!result.expert_counts_LE.empty())
+    std::memcpy(result.expert_counts_LE.data(), at + sizeof scalars + sizeof sums,
+                static_cast<size_t>(sums_.counts_LE.bytes()));
   if (result.finite) ++updates_;
   return result;
 }

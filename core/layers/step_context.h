@@ -26,7 +26,7 @@ struct Batch {
 // Sums over the micro-batches of a step, in device memory; the trainer zeroes and reads them.
 struct StepSums {
   Tensor loss_1;     // f64: sum of token losses, next-token prediction
-  Tensor mtp_1;      // f64: the same of multi-token prediction, averaged over its modules
+  Tensor mtp_1;      // f64: the same of multi-token prediction, over all its modules
   Tensor balance_1;  // f64: sequence-wise balance loss, already a mean over the global batch
   Tensor counts_LE;  // i64: tokens per MoE layer and expert
 };

@@ -11,13 +11,15 @@ ModelCost model_cost(const ModelConfig& model, int64_t seq_len) {
   for (const Parameter& p : shapes.parameters().all()) {
     if (!p.spec.trainable) continue;
     const int64_t n = p.global_numel();
-    const int64_t active =
-        p.is_expert() ? n / model.n_routed_experts * model.num_experts_per_tok : n;
-    cost.parameters_total += n;
-    cost.parameters_active += active;
     const bool embedding_only =
         p.spec.name == "model.embed_tokens.weight" && !model.tie_word_embeddings;
-    if (p.spec.shape.size() >= 2 && !embedding_only) product_elements += static_cast<double>(active);
+    int64_t active = n;
+    if (p.is_expert()) active = n / model.n_routed_experts * model.num_experts_per_tok;
+    if (embedding_only) active = model.hidden_size;
+    cost.parameters_total += n;
+    cost.parameters_active += active;
+    const bool matrix = p.spec.init == Init::normal;  // not a gain, nor a bias by head
+    if (matrix && !embedding_only) product_elements += static_cast<double>(active);
   }
   // Each prediction module uses the head once more.
   const double mtp = static_cast<double>(model.num_nextn_predict_layers);

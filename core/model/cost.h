@@ -11,7 +11,7 @@ namespace dstrain {
 
 struct ModelCost {
   int64_t parameters_total = 0;   // trainable, multi-token prediction included
-  int64_t parameters_active = 0;  // used by one token (all but the unchosen experts)
+  int64_t parameters_active = 0;  // used by one token: its experts, one row of the embedding
   double flops_per_token = 0;     // forward and backward
 };
 

@@ -7,7 +7,7 @@
 namespace dstrain {
 
 double learning_rate(const ScheduleConfig& schedule, double peak, int64_t step, int64_t steps) {
-  const int64_t warmup = std::min(schedule.warmup.resolve(steps), steps);
+  const int64_t warmup = schedule.warmup.resolve(steps);
   if (step <= warmup) return peak * static_cast<double>(step) / static_cast<double>(warmup);
   int64_t begin = warmup;
   if (schedule.name == ScheduleName::constant) return peak;

@@ -8,8 +8,8 @@
 
 namespace dstrain {
 
-// For step 1..steps (the first update is step 1). Warm-up reaches the peak at its last step; the last
-// step of the run uses min_lr_ratio * peak.
+// For step 1..steps (the first update is step 1). Warm-up reaches the peak at its last step, or
+// not at all if it is longer than the run; the last step of the run uses min_lr_ratio * peak.
 double learning_rate(const ScheduleConfig& schedule, double peak, int64_t step, int64_t steps);
 
 }  // namespace dstrain

@@ -1,5 +1,6 @@
 // attention and attention_backward against the plain softmax in double, f64, threads and
 // differences.
+#include <array>
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -178,8 +179,9 @@ TEST_CASE("attention gradients agree with differences", "[core][ops]") {
 }
 
 TEST_CASE("attention gradients: a planted fault is noticed", "[core][ops]") {
+  const size_t which = GENERATE(0u, 1u, 2u);
   const Attention a(53, small(1));
-  const Slot faulty = GENERATE_COPY(a.dq, a.dk, a.dv);
+  const Slot faulty = std::array{a.dq, a.dk, a.dv}[which];
   const auto backward = [&](Ops& ops, Stream& s, const Bound& t) {
     a.backward()(ops, s, t);
     t[faulty].data<double>()[11] += 1e-5;

@@ -201,7 +201,7 @@ TEST_CASE("config: layers override each other in order and leave their origin", 
   CHECK(dump_config(parse_config_text(loaded.resolved_yaml(), "resolved")) == dump_config(c));
 }
 
-TEST_CASE("config: a list replaces the one below it; its elements can be set alone", "[config]") {
+TEST_CASE("config: a list replaces the one below it, its elements can be set alone", "[config]") {
   const JobFolder folder;
   folder.write("base.yaml", "data: {train: [{path: a, weight: 2}, {path: b}]}\n");
   const std::string job =
