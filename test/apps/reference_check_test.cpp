@@ -76,7 +76,8 @@ TEST_CASE("reference_check: another model than the reference's is noticed", "[pa
     const char *folder, *from, *to;
   };
   const Change change = GENERATE(
-      Change{"deepseek_v3_tiny", "\"routed_scaling_factor\": 2.5", "\"routed_scaling_factor\": 2.499"},
+      Change{"deepseek_v3_tiny", "\"routed_scaling_factor\": 2.5",
+             "\"routed_scaling_factor\": 2.499"},
       Change{"deepseek_v3_tiny", "\"topk_group\": 1", "\"topk_group\": 2"},
       Change{"deepseek_v3_tiny", "\"norm_topk_prob\": true", "\"norm_topk_prob\": false"},
       Change{"deepseek_v3_tiny", "\"rope_interleave\": true", "\"rope_interleave\": false"},
@@ -129,7 +130,8 @@ TEST_CASE("reference_check: what is no reference is an error that says why", "[p
   }
   SECTION("no gradient for a parameter") {
     reference.replace("reference.safetensors", "grad.model.norm.weight", "grad.model.norm.weighT");
-    CHECK_THROWS_WITH(check_reference(*backend, reference.path()), Catch::Contains("model.norm.weight"));
+    CHECK_THROWS_WITH(check_reference(*backend, reference.path()),
+                      Catch::Contains("model.norm.weight"));
   }
 }
 

@@ -49,7 +49,8 @@ class GradientCheck {
  public:
   GradientCheck(Backend& backend, const ModelConfig& model, const std::vector<TinyBatch>& batches,
                 Recompute recompute)
-      : model_(model), batches_(batches),
+      : model_(model),
+        batches_(batches),
         engine_(backend, model, tiny_options(batches, DType::f64, recompute)) {
     engine_.allocate();
     engine_.initialize(5);
@@ -78,7 +79,8 @@ class GradientCheck {
   void add_slope(const Parameter& p, const char* name, const std::vector<double>& direction,
                  const std::vector<double>& gradient) {
     SlopeError slope{p.spec.name, name, dot(gradient, direction), slope_of_loss(p, direction), 0};
-    // A random slope may be small by cancellation; its expected size is |gradient| / sqrt(elements).
+    // A random slope may be small by cancellation; its expected size is |gradient| /
+    // sqrt(elements).
     const double expected = norm(gradient) / std::sqrt(static_cast<double>(p.numel()));
     slope.relative = std::abs(slope.from_gradient - slope.from_losses) /
                      std::max(expected, std::abs(slope.from_gradient));
@@ -160,7 +162,8 @@ double GradientCheckResult::worst() const {
 const SlopeError& GradientCheckResult::worst_of(const std::string& parameter) const {
   const SlopeError* worst = nullptr;
   for (const SlopeError& slope : slopes)
-    if (slope.parameter == parameter && (!worst || !(slope.relative <= worst->relative))) worst = &slope;
+    if (slope.parameter == parameter && (!worst || !(slope.relative <= worst->relative)))
+      worst = &slope;
   DSTRAIN_CHECK(worst != nullptr, "no parameter " + parameter);
   return *worst;
 }
@@ -175,9 +178,10 @@ std::string GradientCheckResult::report() const {
   if (bad.size() > 8) bad.resize(8);
   for (const SlopeError& slope : bad) {
     char line[256];
-    std::snprintf(line, sizeof line, "%.3g  %s, %s direction: gradient says %.9g, losses say %.9g\n",
-                  slope.relative, slope.parameter.c_str(), slope.direction.c_str(),
-                  slope.from_gradient, slope.from_losses);
+    std::snprintf(line, sizeof line,
+                  "%.3g  %s, %s direction: gradient says %.9g, losses say %.9g\n", slope.relative,
+                  slope.parameter.c_str(), slope.direction.c_str(), slope.from_gradient,
+                  slope.from_losses);
     text += line;
   }
   return text;

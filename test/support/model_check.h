@@ -57,14 +57,14 @@ struct SlopeError {
   std::string parameter;
   std::string direction;  // "random" or "gradient"
   double from_gradient = 0, from_losses = 0;
-  double relative = 0;    // their difference over the size that such a slope has
+  double relative = 0;  // their difference over the size that such a slope has
 };
 
 struct GradientCheckResult {
   std::vector<SlopeError> slopes;
   double loss = 0;
-  double worst() const;         // NaN if any is
-  std::string report() const;   // the worst slopes above 1e-6
+  double worst() const;        // NaN if any is
+  std::string report() const;  // the worst slopes above 1e-6
   const SlopeError& worst_of(const std::string& parameter) const;
 };
 

@@ -180,9 +180,7 @@ class ForwardingOps : public Ops {
              const Tensor& param, const Tensor& exp_avg, const Tensor& exp_avg_sq) override {
     ops_.adamw(s, params, scalars, grad, param, exp_avg, exp_avg_sq);
   }
-  void fill(Stream& s, const Tensor& x, double value) override {
-    ops_.fill(s, x, value);
-  }
+  void fill(Stream& s, const Tensor& x, double value) override { ops_.fill(s, x, value); }
   void add(Stream& s, const Tensor& a, const Tensor& b, const Tensor& out) override {
     ops_.add(s, a, b, out);
   }

@@ -98,7 +98,8 @@ TinyBatch::TinyBatch(const ModelConfig& model, const BatchOptions& options)
     tokens.push_back(draw(kTokens, t, model.vocab_size));
     const bool ends = (t + 1) % seq_len_ == 0 || (options.packed && draw(kDocuments, t, 5) == 0);
     positions.push_back(static_cast<int32_t>(t - offsets_.back()));
-    const bool masked = random_uniform(options.seed, kMask, static_cast<uint64_t>(t)) < options.ignored;
+    const bool masked =
+        random_uniform(options.seed, kMask, static_cast<uint64_t>(t)) < options.ignored;
     const bool padded = t / seq_len_ >= sequences_ - options.padding;
     // Replaced by the next token below.
     targets.push_back(ends || masked || padded ? -1 : 0);
@@ -109,7 +110,7 @@ TinyBatch::TinyBatch(const ModelConfig& model, const BatchOptions& options)
 }
 
 HostBatch TinyBatch::host() const {
-  return {sequences_,      seq_len_,        tokens.data(), positions.data(),
+  return {sequences_,     seq_len_,        tokens.data(), positions.data(),
           targets.data(), offsets_.data(), num_segments()};
 }
 
@@ -129,7 +130,8 @@ TinyBatch TinyBatch::part(int64_t begin, int64_t end) const {
   out.sequences_ = end - begin;
   out.seq_len_ = seq_len_;
   for (const int32_t offset : offsets_)
-    if (offset >= first && offset <= last) out.offsets_.push_back(static_cast<int32_t>(offset - first));
+    if (offset >= first && offset <= last)
+      out.offsets_.push_back(static_cast<int32_t>(offset - first));
   return out;
 }
 

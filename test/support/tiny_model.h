@@ -1,5 +1,5 @@
-// Small models and batches for tests of whole models. Sizes are odd where the architecture allows it,
-// and weights are large enough that attention and routing are far from uniform.
+// Small models and batches for tests of whole models. Sizes are odd where the architecture allows
+// it, and weights are large enough that attention and routing are far from uniform.
 #pragma once
 
 #include <cstdint>
@@ -27,9 +27,9 @@ struct BatchOptions {
   uint64_t seed = 1;
   int64_t sequences = 2;
   int64_t seq_len = 12;
-  bool packed = false;     // several documents per sequence, which do not see each other
-  double ignored = 0;      // share of targets that are masked
-  int64_t padding = 0;     // last sequences without any target
+  bool packed = false;  // several documents per sequence, which do not see each other
+  double ignored = 0;   // share of targets that are masked
+  int64_t padding = 0;  // last sequences without any target
 };
 
 // Host memory of some sequences. Targets are the next token of the same document; the last of a
@@ -55,8 +55,8 @@ class TinyBatch {
   std::vector<int32_t> offsets_;
 };
 
-// Makes everything that initialises to a constant random: gains about 1, biases and the router's bias
-// about 0. Host memory only (CPU back end).
+// Makes everything that initialises to a constant random: gains about 1, biases and the router's
+// bias about 0. Host memory only (CPU back end).
 void randomize_constants(ParameterSet& parameters, uint64_t seed);
 
 // Engine options for these micro-batches of `sequences` sequences each.

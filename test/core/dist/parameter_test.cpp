@@ -120,7 +120,8 @@ TEST_CASE("ParameterSet: initial values are keyed by seed, name and element", "[
   CHECK(state_bytes(again) != state_bytes(engine));
 }
 
-TEST_CASE("LocalParamStore: the first contribution overwrites, what got none becomes zero", "[dist]") {
+TEST_CASE("LocalParamStore: the first contribution overwrites, what got none becomes zero",
+          "[dist]") {
   const auto backend = make_cpu_backend(1);
   const auto stream = backend->make_stream();
   ParameterSet set;
@@ -130,7 +131,8 @@ TEST_CASE("LocalParamStore: the first contribution overwrites, what got none bec
   fixed.trainable = false;
   const Parameter& buffer = set.declare(fixed);
   set.finish_layout();
-  std::vector<float> values(static_cast<size_t>(set.trainable_elements())), grads(values.size(), 7.0f);
+  std::vector<float> values(static_cast<size_t>(set.trainable_elements())),
+      grads(values.size(), 7.0f);
   std::vector<float> buffers(static_cast<size_t>(set.buffer_elements()));
   const int64_t N = set.trainable_elements();
   set.bind(Tensor(values.data(), DType::f32, {N}), Tensor(grads.data(), DType::f32, {N}),

@@ -34,10 +34,11 @@ Trained train(Backend& backend, const ModelConfig& model, Recompute recompute, i
   engine.initialize(3);
   Trained out;
   for (int step = 0; step < steps; ++step) {
-    const BatchOptions next{.seed = static_cast<uint64_t>(20 + step), .sequences = 4,
-                            .packed = true, .ignored = 0.2};
+    const BatchOptions next{
+        .seed = static_cast<uint64_t>(20 + step), .sequences = 4, .packed = true, .ignored = 0.2};
     const StepResult result = run_step(engine, TinyBatch(model, next).split(2), 0.01);
-    out.losses.insert(out.losses.end(), {result.loss, result.mtp_loss, result.balance_loss, result.grad_norm});
+    out.losses.insert(out.losses.end(),
+                      {result.loss, result.mtp_loss, result.balance_loss, result.grad_norm});
   }
   out.state = state_bytes(engine);
   return out;
@@ -96,7 +97,8 @@ TEST_CASE("TrainEngine: nothing depends on what memory held before", "[engine]")
   CHECK(a.state == b.state);
 }
 
-TEST_CASE("TrainEngine: the same bits in every recompute mode, with any threads, run to run", "[engine]") {
+TEST_CASE("TrainEngine: the same bits in every recompute mode, with any threads, run to run",
+          "[engine]") {
   const ModelConfig model = GENERATE(with_bias_updates(tiny_moe()), with_bias_updates(tiny_v2()),
                                      tiny_dense(), with_bias_updates(tiny_mtp()));
   CAPTURE(model.n_routed_experts, model.num_nextn_predict_layers);
@@ -141,7 +143,8 @@ TEST_CASE("TrainEngine: three micro-batches of one are one of three", "[engine]"
   const ModelConfig model = GENERATE(tiny_moe(), tiny_v2(), tiny_dense(), tiny_mtp());
   CAPTURE(model.n_routed_experts, model.num_nextn_predict_layers);
   const auto backend = make_cpu_backend(2);
-  const TinyBatch batch(model, {.seed = 6, .sequences = 3, .seq_len = 20, .packed = true, .ignored = 0.2});
+  const TinyBatch batch(model,
+                        {.seed = 6, .sequences = 3, .seq_len = 20, .packed = true, .ignored = 0.2});
   std::vector<std::vector<double>> gradients[2];
   StepResult first[2];
   double loss_20[2] = {};
@@ -178,7 +181,8 @@ TEST_CASE("TrainEngine: three micro-batches of one are one of three", "[engine]"
 }
 
 TEST_CASE("TrainEngine: evaluation changes nothing and agrees with training", "[engine]") {
-  const ModelConfig model = GENERATE(with_bias_updates(tiny_moe()), with_bias_updates(tiny_mtp()), tiny_dense());
+  const ModelConfig model =
+      GENERATE(with_bias_updates(tiny_moe()), with_bias_updates(tiny_mtp()), tiny_dense());
   const auto backend = make_cpu_backend(2);
   const TinyBatch batch(model, {.seed = 6, .sequences = 2, .packed = true, .ignored = 0.2});
   TrainEngine engine(*backend, model, tiny_options({batch}));
@@ -208,7 +212,8 @@ TEST_CASE("TrainEngine: evaluation changes nothing and agrees with training", "[
   CHECK(next.loss * static_cast<double>(batch.valid_tokens()) == Catch::Approx(sum).epsilon(1e-6));
   int64_t counted = 0;
   for (const int64_t c : next.expert_counts_LE) counted += c;
-  CHECK(counted == std::ssize(batch.tokens) * model.num_experts_per_tok * engine.model().num_moe_layers());
+  CHECK(counted ==
+        std::ssize(batch.tokens) * model.num_experts_per_tok * engine.model().num_moe_layers());
 
   // Between micro-batches, too, it leaves the gradients alone.
   engine.begin_step(0.01, batch.valid_tokens());
@@ -265,7 +270,8 @@ TEST_CASE("TrainEngine: a step that is not finite is skipped and not counted", "
   CHECK(engine.updates() == 2);
 }
 
-TEST_CASE("TrainEngine: sequences without targets add nothing to the loss or its gradient", "[engine]") {
+TEST_CASE("TrainEngine: sequences without targets add nothing to the loss or its gradient",
+          "[engine]") {
   ModelConfig model = GENERATE(tiny_moe(), tiny_dense(), tiny_mtp());
   model.aux_loss_alpha = 0;
   const auto backend = make_cpu_backend(1);
@@ -290,7 +296,8 @@ TEST_CASE("TrainEngine: sequences without targets add nothing to the loss or its
   CHECK(a.mtp_loss == Catch::Approx(b.mtp_loss).epsilon(1e-6));
 }
 
-TEST_CASE("TrainEngine: a batch without any target has no loss and changes only by decay", "[engine]") {
+TEST_CASE("TrainEngine: a batch without any target has no loss and changes only by decay",
+          "[engine]") {
   ModelConfig model = tiny_mtp();
   model.aux_loss_alpha = 0;
   const auto backend = make_cpu_backend(1);
@@ -329,8 +336,8 @@ TEST_CASE("TrainEngine: engines side by side do not disturb each other", "[engin
   for (int step = 0; step < 3; ++step) {
     std::vector<std::vector<TinyBatch>> batches;
     for (int i = 0; i < 2; ++i) {
-      const BatchOptions next{.seed = static_cast<uint64_t>(20 + step), .sequences = 4,
-                              .packed = true, .ignored = 0.2};
+      const BatchOptions next{
+          .seed = static_cast<uint64_t>(20 + step), .sequences = 4, .packed = true, .ignored = 0.2};
       const TinyBatch batch(models[i], next);
       batches.push_back(batch.split(2));
       engines[static_cast<size_t>(i)]->begin_step(0.01, batch.valid_tokens());
@@ -350,7 +357,8 @@ TEST_CASE("TrainEngine: a micro-batch of another shape is refused", "[engine]") 
   engine.allocate();
   engine.initialize(3);
   engine.begin_step(0, 1);
-  CHECK_THROWS_WITH(engine.accumulate(other.host()), Catch::Contains("does not fit the engine's shape"));
+  CHECK_THROWS_WITH(engine.accumulate(other.host()),
+                    Catch::Contains("does not fit the engine's shape"));
 }
 
 }  // namespace dstrain::test

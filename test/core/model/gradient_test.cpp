@@ -48,12 +48,14 @@ std::vector<Case> cases() {
       {"moe", tiny_moe(), plain, 2, Recompute::none},
       {"moe, packed documents", tiny_moe(), packed, 2, Recompute::full},
       {"moe, three micro-batches", tiny_moe(), three, 1, Recompute::selective},
-      {"moe, queries not compressed", mla_without_queries_compressed(), other, 2, Recompute::selective},
+      {"moe, queries not compressed", mla_without_queries_compressed(), other, 2,
+       Recompute::selective},
       {"v2", tiny_v2(), plain, 2, Recompute::selective},
       {"v2, three micro-batches", tiny_v2(), three, 1, Recompute::full},
       {"dense", tiny_dense(), packed, 2, Recompute::none},
       {"dense, three micro-batches", tiny_dense(), three, 1, Recompute::full},
-      {"dense, own head, one prediction module", dense_without_ties(), packed, 2, Recompute::selective},
+      {"dense, own head, one prediction module", dense_without_ties(), packed, 2,
+       Recompute::selective},
       {"two prediction modules", tiny_mtp(), other, 2, Recompute::none},
       {"two prediction modules, three micro-batches", tied_mtp(), three, 1, Recompute::full},
   };
@@ -102,8 +104,9 @@ struct SecondMicroBatchSkipped : ForwardingOps {
   using ForwardingOps::ForwardingOps;
   static constexpr const char* kSpoils = "model.embed_tokens.weight";
   static constexpr const char* kSpares = "model.layers.0.input_layernorm.weight";
-  void embedding_backward(Stream& s, const Tensor& tokens_T, const Tensor& dx_TD, int64_t vocab_begin,
-                          Accumulate accumulate, const Tensor& dweight_VD) override {
+  void embedding_backward(Stream& s, const Tensor& tokens_T, const Tensor& dx_TD,
+                          int64_t vocab_begin, Accumulate accumulate,
+                          const Tensor& dweight_VD) override {
     if (calls_++ % 3 != 1)
       ops_.embedding_backward(s, tokens_T, dx_TD, vocab_begin, accumulate, dweight_VD);
   }
@@ -114,9 +117,9 @@ struct PredictionWeightIgnored : ForwardingOps {
   using ForwardingOps::ForwardingOps;
   static constexpr const char* kSpoils = "model.layers.2.eh_proj.weight";
   static constexpr const char* kSpares = "model.norm.weight";
-  void cross_entropy_backward(Stream& s, const Tensor& logits_TV, const CrossEntropyTargets& targets,
-                              int64_t vocab_begin, const Tensor& lse_T, const StepScalars* scalars,
-                              double) override {
+  void cross_entropy_backward(Stream& s, const Tensor& logits_TV,
+                              const CrossEntropyTargets& targets, int64_t vocab_begin,
+                              const Tensor& lse_T, const StepScalars* scalars, double) override {
     ops_.cross_entropy_backward(s, logits_TV, targets, vocab_begin, lse_T, scalars, 1.0);
   }
 };

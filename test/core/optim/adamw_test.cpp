@@ -51,8 +51,9 @@ class Optimized {
     for (const Parameter& p : set_.all()) {
       const double scale = std::pow(10.0, static_cast<double>(stream++ % 3) - 2);
       for (int64_t i = 0; i < p.numel(); ++i)
-        set_element(p.grad, i, scale * random_normal(static_cast<uint64_t>(100 + t), stream,
-                                                     static_cast<uint64_t>(i)));
+        set_element(p.grad, i,
+                    scale * random_normal(static_cast<uint64_t>(100 + t), stream,
+                                          static_cast<uint64_t>(i)));
     }
   }
   void step(int64_t t) {
@@ -146,8 +147,8 @@ TEST_CASE("AdamW: ten steps agree with a reference in double", "[optim]") {
     ++index;
     // In f32 the subtraction from a weight of about 0.5 rounds to 3e-8; the update is about 0.05.
     CHECK(relative_l2(update, wanted) <= (dtype == DType::f32 ? 5e-6 : 1e-12));
-    const Tensor m(static_cast<char*>(optimized.exp_avg.raw()) + p.offset * dtype_bytes(dtype), dtype,
-                   {p.numel()});
+    const Tensor m(static_cast<char*>(optimized.exp_avg.raw()) + p.offset * dtype_bytes(dtype),
+                   dtype, {p.numel()});
     CHECK(relative_l2(elements(m), r.m) <= (dtype == DType::f32 ? 1e-6 : 1e-14));
   }
 }
@@ -168,9 +169,9 @@ TEST_CASE("AdamW: decay follows the group", "[optim]") {
 }
 
 TEST_CASE("AdamW: a gradient that is not finite leaves every bit of the state alone", "[optim]") {
-  const double bad = GENERATE(std::numeric_limits<double>::quiet_NaN(),
-                              std::numeric_limits<double>::infinity(),
-                              -std::numeric_limits<double>::infinity());
+  const double bad =
+      GENERATE(std::numeric_limits<double>::quiet_NaN(), std::numeric_limits<double>::infinity(),
+               -std::numeric_limits<double>::infinity());
   const OptimizerConfig config{OptimizerName::adamw, kLr, {0.9, 0.95}, 1e-8, 0.1, 1.0};
   Optimized optimized(config, DType::f32), other(config, DType::f32);
   for (Optimized* o : {&optimized, &other}) {

@@ -53,15 +53,16 @@ TEST_CASE("learning_rate: values by hand, peak 2", "[optim]") {
   SECTION("shares of the run") {
     check(schedule(ScheduleName::wsd, ten_percent, 0, {25, true}), 200,
           {{10, 1.0}, {20, 2.0}, {150, 2.0}, {175, 1.0}, {200, 0.0}});
-    check(schedule(ScheduleName::linear, {2.5, true}, 0), 100, {{1, 2.0 / 3}, {3, 2.0}, {100, 0.0}});
+    check(schedule(ScheduleName::linear, {2.5, true}, 0), 100,
+          {{1, 2.0 / 3}, {3, 2.0}, {100, 0.0}});
   }
   SECTION("a decay longer than what warm-up leaves begins after warm-up") {
     check(schedule(ScheduleName::wsd, ten, 0, {1000, false}), 20,
           {{10, 2.0}, {11, 1.8}, {15, 1.0}, {20, 0.0}});
   }
-  SECTION("warm-up as long as the run, or longer, reaches the peak at the end") {
-    check(schedule(ScheduleName::cosine, {1000, false}, 0.1), 4, {{1, 0.5}, {2, 1.0}, {4, 2.0}});
+  SECTION("warm-up as long as the run reaches the peak at the end, a longer one never") {
     check(schedule(ScheduleName::cosine, {100, true}, 0.1), 4, {{1, 0.5}, {4, 2.0}});
+    check(schedule(ScheduleName::cosine, {1000, false}, 0.1), 4, {{1, 0.002}, {4, 0.008}});
   }
   SECTION("one step") {
     check(schedule(ScheduleName::cosine, none, 0.1), 1, {{1, 0.2}});
