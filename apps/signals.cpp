@@ -18,16 +18,20 @@ constexpr int kSaveSignal = SIGUSR1;
 std::atomic<int> leave_signal{0};
 std::atomic<bool> save_wanted{false};
 
+// Without those that whoever started the program has it ignore, as nohup does with SIGHUP.
 sigset_t awaited_signals() {
   sigset_t set;
   sigemptyset(&set);
-  for (const int signal : kLeaveSignals) sigaddset(&set, signal);
   sigaddset(&set, kSaveSignal);
+  for (const int signal : kLeaveSignals) {
+    struct sigaction action;
+    if (sigaction(signal, nullptr, &action) == 0 && action.sa_handler != SIG_IGN)
+      sigaddset(&set, signal);
+  }
   return set;
 }
 
-[[noreturn]] void wait_for_signals() {
-  const sigset_t set = awaited_signals();
+[[noreturn]] void wait_for_signals(sigset_t set) {
   while (true) {
     int signal = 0;
     if (sigwait(&set, &signal) != 0) continue;
@@ -50,7 +54,7 @@ void handle_signals() {
   std::signal(SIGXFSZ, SIG_IGN);
   const sigset_t set = awaited_signals();
   pthread_sigmask(SIG_BLOCK, &set, nullptr);
-  std::thread(wait_for_signals).detach();
+  std::thread(wait_for_signals, set).detach();
 }
 
 std::string leave_requested() {

@@ -3,6 +3,7 @@
 //   SIGTERM, SIGHUP, SIGUSR2   save a checkpoint and leave with exit code 75
 //   SIGINT                     the same; a second one ends the process at once
 //   SIGUSR1                    save a checkpoint and go on
+// A signal to leave that was ignored when the program started, as SIGHUP is under nohup, stays so.
 #pragma once
 
 #include <string>

@@ -26,6 +26,16 @@ double seconds_between(std::chrono::steady_clock::time_point a, std::chrono::ste
   return std::chrono::duration<double>(b - a).count();
 }
 
+// As a shell reads it back.
+std::string shell_word(const std::string& text) {
+  constexpr const char* kPlain =
+      "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-+=./:,@%";
+  if (!text.empty() && text.find_first_not_of(kPlain) == std::string::npos) return text;
+  std::string quoted = "'";
+  for (const char c : text) c == '\'' ? void(quoted += "'\\''") : void(quoted += c);
+  return quoted + "'";
+}
+
 std::map<std::string, std::string> data_fingerprints(const Config& config, const DataSet& train) {
   std::map<std::string, std::string> out;
   if (!config.data.tokenizer.empty()) out["tokenizer"] = file_fingerprint(config.data.tokenizer);
@@ -396,12 +406,12 @@ RunSummary Trainer::summary(const std::string& outcome) const {
   if (config_.metrics.tensorboard) s.tensorboard = paths_.tensorboard;
   const std::string run = "deepseek-train ";
   if (outcome != "finished") {
-    s.next.push_back({"go on", run + "--config " + paths_.config + " --resume latest"});
+    s.next.push_back({"go on", run + "--config " + shell_word(paths_.config) + " --resume latest"});
     return s;
   }
-  s.next.push_back({"write text", run + "generate --run " + paths_.folder + " --prompt 'In the beginning'"});
-  s.next.push_back({"give it to Hugging Face", run + "export " + paths_.folder + " --output " +
-                                                  join_path(paths_.folder, "hf")});
+  s.next.push_back({"write text", run + "generate --run " + shell_word(paths_.folder) + " --prompt 'In the beginning'"});
+  s.next.push_back({"give it to Hugging Face", run + "export " + shell_word(paths_.folder) + " --output " +
+                                                  shell_word(join_path(paths_.folder, "hf"))});
   return s;
 }
 

@@ -4,6 +4,7 @@
 
 #include <unistd.h>
 
+#include <csignal>
 #include <cstring>
 #include <filesystem>
 #include <memory>
@@ -41,14 +42,6 @@ std::map<std::string, std::string> finished_state(const std::vector<std::string>
   const TinyJob job(settings);
   job.must_train();
   return trace_of(job).state;
-}
-
-// Somebody may be writing into it.
-void remove_folder(const std::string& path) {
-  for (int attempt = 0; attempt < 100 && fs::exists(path); ++attempt) {
-    std::error_code busy;
-    fs::remove_all(path, busy);
-  }
 }
 
 void lift_file_size_limit(pid_t pid) {
@@ -141,7 +134,9 @@ TEST_CASE("storage: a checkpoint folder that somebody removes is made again", "[
   launch.failpoint = "snapshot.before_write@5=sleep:400";
   RunningProgram program(launch);
   REQUIRE(program.wait_until([&] { return job.saved_steps().size() == 4; }));
-  remove_folder(whole_run ? job.run_folder() : job.checkpoints());
+  program.send(SIGSTOP);
+  fs::remove_all(whole_run ? job.run_folder() : job.checkpoints());
+  program.send(SIGCONT);
   const Finished end = program.wait();
   CAPTURE(whole_run, end.err);
   CHECK((end.code == 0 || end.code == kStorage));
@@ -153,9 +148,10 @@ TEST_CASE("run folder: a second run is refused and the first goes on", "[storage
   const std::vector<std::string> settings = {"train.steps=40", "checkpoint.every=1"};
   const TinyJob job(settings);
   Launch launch = job.launch();
-  launch.failpoint = "snapshot.before_write@4=sleep:600";
+  launch.failpoint = "snapshot.before_write@3=sleep:400";
   RunningProgram first(launch);
-  REQUIRE(first.wait_until([&] { return job.saved_steps().size() >= 2; }));
+  REQUIRE(first.wait_until([&] { return job.saved_steps().size() == 2; }));
+  first.send(SIGSTOP);
   char host[256] = {};
   REQUIRE(::gethostname(host, sizeof host - 1) == 0);
   for (const std::vector<std::string>& args :
@@ -166,6 +162,7 @@ TEST_CASE("run folder: a second run is refused and the first goes on", "[storage
     CHECK_THAT(second.err,
                Contains("is in use by process " + std::to_string(first.pid())) && Contains(host));
   }
+  first.send(SIGCONT);
   const Finished end = first.wait();
   INFO(end.err);
   CHECK(end.code == 0);

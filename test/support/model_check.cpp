@@ -4,7 +4,6 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
-#include <limits>
 
 #include "core/backend/cpu_backend.h"
 #include "core/base/rng.h"
@@ -155,15 +154,17 @@ int64_t CheckedBackend::touched(const Block& block) const {
 double GradientCheckResult::worst() const {
   double worst = 0;
   for (const SlopeError& slope : slopes)
-    if (!(slope.relative <= worst)) worst = slope.relative;
+    if (!(slope.relative <= worst) && !std::isnan(worst)) worst = slope.relative;
   return worst;
 }
 
 const SlopeError& GradientCheckResult::worst_of(const std::string& parameter) const {
   const SlopeError* worst = nullptr;
-  for (const SlopeError& slope : slopes)
-    if (slope.parameter == parameter && (!worst || !(slope.relative <= worst->relative)))
+  for (const SlopeError& slope : slopes) {
+    if (slope.parameter != parameter) continue;
+    if (!worst || (!(slope.relative <= worst->relative) && !std::isnan(worst->relative)))
       worst = &slope;
+  }
   DSTRAIN_CHECK(worst != nullptr, "no parameter " + parameter);
   return *worst;
 }

@@ -33,6 +33,7 @@ int open_for_child(const std::string& path, int flags) {
   if (::getppid() != parent) ::_exit(126);
   // The handlers of the test framework are not for the child.
   for (int signal = 1; signal < NSIG; ++signal) ::signal(signal, SIG_DFL);
+  for (const int signal : launch.ignored_signals) ::signal(signal, SIG_IGN);
   sigset_t none;
   sigemptyset(&none);
   ::sigprocmask(SIG_SETMASK, &none, nullptr);
