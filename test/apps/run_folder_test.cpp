@@ -8,6 +8,7 @@
 #include <cstring>
 #include <filesystem>
 #include <memory>
+#include <nlohmann/json.hpp>
 
 #include "core/base/error.h"
 #include "test/support/tiny_job.h"
@@ -252,7 +253,20 @@ TEST_CASE("run folder: unusual names work", "[storage]") {
       continue;
     }
     CHECK(finished.code == 0);
-    CHECK(fs::exists(job.folder() + "/" + dir + "/tiny/checkpoints/step-00000002/manifest.json"));
+    const std::string run = job.folder() + "/" + dir + "/tiny";
+    CHECK(fs::exists(run + "/checkpoints/step-00000002/manifest.json"));
+    // The command that the run proposes at its end, as a shell reads it.
+    const auto end = nlohmann::json::parse(lines_of(read_file(run + "/metrics.jsonl")).back());
+    std::string command = end["next"][0].get<std::string>();
+    CHECK_THAT(command, Catch::StartsWith("deepseek-train generate --run "));
+    command.replace(0, std::string("deepseek-train").size(), DSTRAIN_BINARY);
+    Launch shell;
+    shell.program = "/bin/sh";
+    shell.args = {"-c", command};
+    shell.folder = job.folder();
+    const Finished generated = run_program(shell);
+    INFO(command << "\n" << generated.err);
+    CHECK(generated.code == 0);
   }
 }
 

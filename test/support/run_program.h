@@ -21,7 +21,7 @@ struct Launch {
   std::string input;             // standard input, then its end
   std::optional<int> stdout_fd;  // a descriptor that becomes standard output
   std::optional<int> stderr_fd;
-  std::vector<int> ignored_signals;  // as nohup does
+  std::vector<int> ignored_signals;        // as nohup does
   std::optional<int64_t> file_size_limit;  // RLIMIT_FSIZE, bytes
   std::string program = DSTRAIN_BINARY;
 };
