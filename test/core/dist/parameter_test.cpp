@@ -2,6 +2,8 @@
 #include "core/dist/parameter.h"
 
 #include <algorithm>
+#include <set>
+#include <tuple>
 #include <vector>
 
 #include "core/backend/cpu_backend.h"
@@ -30,7 +32,9 @@ TEST_CASE("ParameterSet: models of every kind tile their flat range with groups"
   const ParameterSet& set = model.parameters();
 
   int64_t end = 0;
+  std::set<std::tuple<int, bool, bool>> kinds;
   for (const ParameterGroup& group : set.groups()) {
+    CHECK(kinds.insert({group.block, group.expert, group.weight_decay}).second);
     CHECK(group.begin == end);
     CHECK(group.end > group.begin);
     end = group.end;

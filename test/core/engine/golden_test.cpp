@@ -97,9 +97,9 @@ Curve read_curve(const std::string& path) {
   return curve;
 }
 
-// Processors with other instruction sets round differently; a fault is far larger. With routed experts a
-// tie that rounding decides sends one of the 144 tokens elsewhere, and the curves part by parts in a thousand
-// from there on: after `tight_steps` the bound allows for that.
+// Processors with other instruction sets round differently; a fault is far larger. With routed
+// experts a tie that rounding decides sends one of the 144 tokens elsewhere, and the curves part by
+// parts in a thousand from there on: after `tight_steps` the bound allows for that.
 void check_curve(const std::string& name, const ModelConfig& model, size_t tight_steps) {
   const std::string path = std::string(DSTRAIN_TEST_DATA "/golden/") + name;
   const Curve curve = train(model);
