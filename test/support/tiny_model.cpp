@@ -1,6 +1,8 @@
 #include "test/support/tiny_model.h"
 
 #include <algorithm>
+#include <cinttypes>
+#include <cstdio>
 
 #include "core/base/rng.h"
 
@@ -176,22 +178,31 @@ StepResult run_step(TrainEngine& engine, const std::vector<TinyBatch>& micro_bat
   return engine.finish_step();
 }
 
-std::string bytes_of(const Tensor& x) {
-  DSTRAIN_CHECK(x.contiguous(), "bytes of a strided tensor");
-  return {static_cast<const char*>(x.raw()), static_cast<size_t>(x.bytes())};
+std::string bits_of(const Tensor& x) {
+  DSTRAIN_CHECK(x.contiguous(), "bits of a strided tensor");
+  char text[20];
+  std::snprintf(text, sizeof text, "%016" PRIx64,
+                stream_id(static_cast<const char*>(x.raw()), static_cast<uint64_t>(x.bytes())));
+  return text;
 }
 
-std::string gradient_bytes(const ParameterSet& parameters) {
-  std::string bytes;
+std::string gradient_bits(const ParameterSet& parameters) {
+  std::string lines;
   for (const Parameter& p : parameters.all())
-    if (p.spec.trainable) bytes += bytes_of(p.grad);
-  return bytes;
+    if (p.spec.trainable) lines += p.spec.name + " " + bits_of(p.grad) + "\n";
+  return lines;
 }
 
-std::string state_bytes(TrainEngine& engine) {
-  std::string bytes;
-  for (const Parameter& p : engine.parameters().all()) bytes += bytes_of(p.value);
-  return bytes + bytes_of(engine.exp_avg()) + bytes_of(engine.exp_avg_sq());
+std::string state_bits(TrainEngine& engine) {
+  std::string lines;
+  for (const Parameter& p : engine.parameters().all()) {
+    lines += p.spec.name + " " + bits_of(p.value);
+    if (p.spec.trainable)
+      for (const Tensor& moment : {engine.exp_avg(), engine.exp_avg_sq()})
+        lines += " " + bits_of(moment.rows(p.offset, p.offset + p.numel()));
+    lines += "\n";
+  }
+  return lines;
 }
 
 double element(const Tensor& x, int64_t i) {

@@ -68,11 +68,11 @@ StepResult run_step(TrainEngine& engine, const std::vector<TinyBatch>& micro_bat
 // The gradients of one step, which finish_step() may follow.
 void run_gradients(TrainEngine& engine, const std::vector<TinyBatch>& micro_batches, double lr = 0);
 
-// Bytes of host tensors, for comparisons of bits.
-std::string bytes_of(const Tensor& x);
-std::string gradient_bytes(const ParameterSet& parameters);
-// Parameters, buffers and both moments.
-std::string state_bytes(TrainEngine& engine);
+// Hashes of host tensors, for comparisons of bits.
+std::string bits_of(const Tensor& x);
+std::string gradient_bits(const ParameterSet& parameters);  // a line per parameter
+// Parameters, buffers and both moments, likewise.
+std::string state_bits(TrainEngine& engine);
 double element(const Tensor& x, int64_t i);
 void set_element(const Tensor& x, int64_t i, double value);
 

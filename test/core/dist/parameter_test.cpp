@@ -119,9 +119,9 @@ TEST_CASE("ParameterSet: initial values are keyed by seed, name and element", "[
   TrainEngine again(*backend, model, tiny_options({batch}));
   again.allocate();
   again.initialize(42);
-  CHECK(state_bytes(again) == state_bytes(engine));
+  CHECK(state_bits(again) == state_bits(engine));
   again.initialize(43);
-  CHECK(state_bytes(again) != state_bytes(engine));
+  CHECK(state_bits(again) != state_bits(engine));
 }
 
 TEST_CASE("LocalParamStore: the first contribution overwrites, what got none becomes zero",

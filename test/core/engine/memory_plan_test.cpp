@@ -16,11 +16,13 @@ int64_t room(int64_t elements) {
   return (4 * elements + Arena::kAlignment - 1) / Arena::kAlignment * Arena::kAlignment;
 }
 
-int64_t planned_activations(const ModelConfig& model, Recompute recompute, int64_t T) {
+int64_t planned_activations(const ModelConfig& model, Recompute recompute, int64_t T,
+                            bool training = true) {
   const auto backend = make_cpu_backend(1);
   EngineOptions options;
   options.seq_len = T;
   options.recompute = recompute;
+  options.training = training;
   const TrainEngine engine(*backend, model, options);
   for (const MemoryOwner& owner : engine.memory())
     if (owner.name == "activations") return owner.bytes;
@@ -124,6 +126,15 @@ TEST_CASE("memory plan: what a prediction module keeps under full recomputation"
   CHECK(planned_activations(two, Recompute::full, T) -
             planned_activations(one, Recompute::full, T) ==
         joined + block + head);
+}
+
+TEST_CASE("memory plan: evaluation needs no more than full recomputation, in every mode",
+          "[engine]") {
+  const ModelConfig m = GENERATE(tiny_moe(), tiny_dense());
+  const int64_t least = planned_activations(m, Recompute::full, 50, false);
+  CHECK(planned_activations(m, Recompute::selective, 50, false) == least);
+  CHECK(planned_activations(m, Recompute::none, 50, false) == least);
+  CHECK(least <= planned_activations(m, Recompute::full, 50, true));
 }
 
 TEST_CASE("memory plan: parameters, gradients and moments by type", "[engine]") {

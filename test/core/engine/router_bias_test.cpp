@@ -82,9 +82,9 @@ TEST_CASE("router bias: speed 0 keeps what a checkpoint brought", "[engine]") {
   engine.initialize(3);
   randomize_constants(engine.parameters(), 4);
   const Parameter* bias = router_biases(engine).front();
-  const std::string before = bytes_of(bias->value);
+  const std::string before = bits_of(bias->value);
   run_step(engine, {batch}, 0.01);
-  CHECK(bytes_of(bias->value) == before);
+  CHECK(bits_of(bias->value) == before);
 }
 
 }  // namespace dstrain::test

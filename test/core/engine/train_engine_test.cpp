@@ -40,7 +40,7 @@ Trained train(Backend& backend, const ModelConfig& model, Recompute recompute, i
     out.losses.insert(out.losses.end(),
                       {result.loss, result.mtp_loss, result.balance_loss, result.grad_norm});
   }
-  out.state = state_bytes(engine);
+  out.state = state_bits(engine);
   return out;
 }
 
@@ -87,7 +87,7 @@ TEST_CASE("TrainEngine: every recompute mode has the same bits of gradients", "[
     engine.initialize(3);
     randomize_constants(engine.parameters(), 4);
     run_gradients(engine, batch.split(1));
-    gradients.push_back(gradient_bytes(engine.parameters()));
+    gradients.push_back(gradient_bits(engine.parameters()));
     for (const MemoryOwner& owner : engine.memory())
       if (owner.name == "activations") activation_bytes.push_back(owner.bytes);
   }
@@ -149,10 +149,10 @@ TEST_CASE("TrainEngine: evaluation changes nothing and agrees with training", "[
   engine.initialize(3);
   run_step(engine, {batch}, 0.01);
 
-  const std::string before = state_bytes(engine);
+  const std::string before = state_bits(engine);
   std::vector<double> token_loss(batch.tokens.size(), -1);
   const double sum = engine.evaluate(batch.host(), token_loss.data());
-  CHECK(state_bytes(engine) == before);
+  CHECK(state_bits(engine) == before);
   CHECK(engine.updates() == 1);
   CHECK(engine.evaluate(batch.host()) == sum);
   double tokens_sum = 0;
@@ -177,11 +177,11 @@ TEST_CASE("TrainEngine: evaluation changes nothing and agrees with training", "[
   // Between micro-batches, too, it leaves the gradients alone.
   engine.begin_step(0.01, batch.valid_tokens());
   engine.accumulate(batch.host());
-  const std::string gradients = gradient_bytes(engine.parameters());
+  const std::string gradients = gradient_bits(engine.parameters());
   std::vector<float> logits;
   engine.logits(batch.host(), 0, 3, logits);
   engine.evaluate(batch.host());
-  CHECK(gradient_bytes(engine.parameters()) == gradients);
+  CHECK(gradient_bits(engine.parameters()) == gradients);
 }
 
 TEST_CASE("TrainEngine: an evaluation inside a step leaves the step's sums alone", "[engine]") {
@@ -209,7 +209,7 @@ TEST_CASE("TrainEngine: a step that is not finite is skipped and not counted", "
   engine.allocate();
   engine.initialize(3);
   CHECK(run_step(engine, {batch}, 0.01).finite);
-  const std::string before = state_bytes(engine);
+  const std::string before = state_bits(engine);
 
   run_gradients(engine, {batch}, 0.01);
   const Parameter* norm = engine.parameters().find("model.norm.weight");
@@ -218,11 +218,11 @@ TEST_CASE("TrainEngine: a step that is not finite is skipped and not counted", "
   CHECK_FALSE(skipped.finite);
   CHECK(std::isfinite(skipped.loss));
   CHECK(engine.updates() == 1);
-  CHECK(state_bytes(engine) == before);  // the router's bias included
+  CHECK(state_bits(engine) == before);  // the router's bias included
 
   CHECK(run_step(engine, {batch}, 0.01).finite);
   CHECK(engine.updates() == 2);
-  CHECK(state_bytes(engine) != before);
+  CHECK(state_bits(engine) != before);
 
   // A weight that is not a number makes the loss one, too.
   set_element(norm->value, 0, std::numeric_limits<double>::quiet_NaN());
@@ -308,7 +308,7 @@ TEST_CASE("TrainEngine: engines side by side do not disturb each other", "[engin
       for (size_t i = 0; i < 2; ++i) engines[i]->accumulate(batches[i][micro].host());
     for (auto& engine : engines) engine->finish_step();
   }
-  for (size_t i = 0; i < 2; ++i) CHECK(state_bytes(*engines[i]) == alone[i]);
+  for (size_t i = 0; i < 2; ++i) CHECK(state_bits(*engines[i]) == alone[i]);
 }
 
 TEST_CASE("TrainEngine: a micro-batch of another shape is refused", "[engine]") {

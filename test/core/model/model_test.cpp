@@ -78,7 +78,7 @@ TEST_CASE("model: two micro-batches in flight are two after each other", "[model
     if (config.tie_word_embeddings && p.spec.name == "model.embed_tokens.weight")
       CHECK(relative_l2(elements(q->grad), elements(p.grad)) < 1e-6);
     else
-      CHECK(bytes_of(q->grad) == bytes_of(p.grad));
+      CHECK(bits_of(q->grad) == bits_of(p.grad));
   }
 }
 

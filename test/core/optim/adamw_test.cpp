@@ -62,7 +62,7 @@ class Optimized {
     adamw_->set_bias_corrections(scalars, t);
     adamw_->step(backend_->ops(), *stream_);
   }
-  std::string state() const { return bytes_of(values) + bytes_of(exp_avg) + bytes_of(exp_avg_sq); }
+  std::string state() const { return bits_of(values) + bits_of(exp_avg) + bits_of(exp_avg_sq); }
   const ParameterSet& set() const { return set_; }
 
   Tensor values, grads, exp_avg, exp_avg_sq;
