@@ -199,7 +199,7 @@ std::string state_bits(TrainEngine& engine) {
     lines += p.spec.name + " " + bits_of(p.value);
     if (p.spec.trainable)
       for (const Tensor& moment : {engine.exp_avg(), engine.exp_avg_sq()})
-        lines += " " + bits_of(moment.rows(p.offset, p.offset + p.numel()));
+        lines.append(" ").append(bits_of(moment.rows(p.offset, p.offset + p.numel())));
     lines += "\n";
   }
   return lines;
