@@ -1,0 +1,76 @@
+// The sections `parallel`, `compression` and `launch`: what more than one rank needs.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "core/config/field.h"
+
+namespace dstrain {
+
+// A count, or auto (0).
+struct AutoInt {
+  int64_t value = 0;
+  bool is_auto() const { return value == 0; }
+  bool operator==(const AutoInt&) const = default;
+};
+
+struct ParallelConfig {
+  AutoInt data;
+  int64_t tensor = 1, pipeline = 1, expert = 1, context = 1;
+  int64_t zero = 1;
+  double expert_buffer = 1.5;
+
+  static void fields(auto& field, auto& c) {
+    field("data", c.data, in_range(1, 65536),
+          "data-parallel ranks; auto takes what the other axes leave");
+    field("tensor", c.tensor, in_range(1, 65536), "tensor-parallel ranks");
+    field("pipeline", c.pipeline, in_range(1, 65536), "pipeline stages");
+    field("expert", c.expert, in_range(1, 65536), "expert-parallel ranks");
+    field("context", c.context, in_range(1, 65536), "context-parallel ranks");
+    field("zero", c.zero, in_range(0, 3),
+          "ZeRO stage: 1 shards optimizer state, 2 gradients, 3 parameters");
+    field("expert_buffer", c.expert_buffer, at_least(1.0),
+          "receive buffer of expert parallelism over the balanced load; overflow runs exact extra "
+          "rounds");
+  }
+};
+
+enum class CompressionMethod { none, topk, int8, automatic };
+DSTRAIN_ENUM_NAMES(CompressionMethod, {CompressionMethod::none, "none"},
+                   {CompressionMethod::topk, "topk"}, {CompressionMethod::int8, "int8"},
+                   {CompressionMethod::automatic, "auto"});
+enum class CompressionScope { all, inter_node };
+DSTRAIN_ENUM_NAMES(CompressionScope, {CompressionScope::all, "all"},
+                   {CompressionScope::inter_node, "inter_node"});
+
+struct CompressionConfig {
+  CompressionMethod method = CompressionMethod::none;
+  double density = 0.05;
+  bool error_feedback = true;
+  CompressionScope scope = CompressionScope::all;
+
+  static void fields(auto& field, auto& c) {
+    field("method", c.method, any(), "none, topk, int8 or auto");
+    field("density", c.density, in_range(0.0, 1.0),
+          "topk: share of the gradient's elements that is sent");
+    field("error_feedback", c.error_feedback, any(), "add what was not sent to the next gradient");
+    field("scope", c.scope, any(), "all traffic, or only between nodes");
+  }
+};
+
+struct LaunchConfig {
+  AutoInt ranks;
+  std::vector<std::string> hosts;
+  int64_t max_restarts = 3;
+
+  static void fields(auto& field, auto& c) {
+    field("ranks", c.ranks, in_range(1, 65536), "local ranks; auto is one per GPU, else 1");
+    field("hosts", c.hosts, any(), "host names to start ranks on");
+    field("max_restarts", c.max_restarts, at_least(0),
+          "restarts from a checkpoint before giving up");
+  }
+};
+
+}  // namespace dstrain
