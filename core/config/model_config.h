@@ -18,8 +18,9 @@ DSTRAIN_ENUM_NAMES(TopkMethod, {TopkMethod::greedy, "greedy"},
                    {TopkMethod::group_limited_greedy, "group_limited_greedy"},
                    {TopkMethod::noaux_tc, "noaux_tc"});
 
-enum class RopeType { none, yarn };
-DSTRAIN_ENUM_NAMES(RopeType, {RopeType::none, "default"}, {RopeType::yarn, "yarn"});
+enum class RopeType { none, linear, yarn, llama3 };
+DSTRAIN_ENUM_NAMES(RopeType, {RopeType::none, "default"}, {RopeType::linear, "linear"},
+                   {RopeType::yarn, "yarn"}, {RopeType::llama3, "llama3"});
 
 // rope_scaling of the published files (rope_parameters of transformers 5).
 struct RopeScalingConfig {
@@ -31,9 +32,13 @@ struct RopeScalingConfig {
   double mscale = 0.0;            // 0 = absent
   double mscale_all_dim = 0.0;    // 0 = absent
   double attention_factor = 0.0;  // 0 = derived from factor and mscale
+  double low_freq_factor = 1.0;
+  double high_freq_factor = 4.0;
 
   static void fields(auto& field, auto& c) {
-    field("type", c.type, any(), "default (no scaling) or yarn");
+    field("type", c.type, any(),
+          "default (no scaling), linear (all frequencies divided by the factor), yarn or llama3 (as "
+          "Llama 3.1)");
     field("factor", c.factor, at_least(1.0), "context length extension factor");
     field("original_max_position_embeddings", c.original_max_position_embeddings,
           in_range(1, 1 << 30), "context length before extension");
@@ -45,6 +50,10 @@ struct RopeScalingConfig {
           "YaRN: attention temperature of the whole score; 0 = absent");
     field("attention_factor", c.attention_factor, at_least(0.0),
           "YaRN: scale of cos and sin; 0 = derived from factor and mscale");
+    field("low_freq_factor", c.low_freq_factor, above(0.0),
+          "llama3: rotations below which all is interpolated");
+    field("high_freq_factor", c.high_freq_factor, above(0.0),
+          "llama3: rotations above which nothing changes");
   }
 };
 
@@ -78,6 +87,7 @@ struct ModelConfig {
   int64_t qk_rope_head_dim = 0;
   int64_t v_head_dim = 0;
   bool attention_bias = false;
+  std::optional<bool> attention_output_bias;  // default: as attention_bias; GQA only
   double rope_theta = 10000.0;
   std::optional<bool> rope_interleave;  // default: true with MLA, false otherwise
   RopeScalingConfig rope_scaling;
@@ -101,6 +111,9 @@ struct ModelConfig {
   int64_t rope_dim() const { return is_mla() ? qk_rope_head_dim : gqa_head_dim(); }
   int64_t gqa_head_dim() const {
     return head_dim > 0 ? head_dim : hidden_size / num_attention_heads;
+  }
+  bool has_attention_output_bias() const {
+    return attention_output_bias.value_or(attention_bias);
   }
   bool rope_is_interleaved() const { return rope_interleave.value_or(is_mla()); }
 
@@ -155,6 +168,8 @@ void ModelConfig::fields(auto& field, auto& c) {
         "MLA: rotated part of a query head");
   field("v_head_dim", c.v_head_dim, in_range(0, 65536).or_null(), "MLA: width of a value head");
   field("attention_bias", c.attention_bias, any(), "biases in the attention projections");
+  field("attention_output_bias", c.attention_output_bias, any(),
+        "GQA: a bias in the output projection; false with attention_bias is Qwen2's choice");
   field("rope_theta", c.rope_theta, above(0.0), "base of the rotary frequencies");
   field("rope_interleave", c.rope_interleave, any(),
         "pairs are neighbours (true) or half a head apart (false)");

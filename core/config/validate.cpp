@@ -85,6 +85,10 @@ void check_attention(const ModelConfig& m, Rules& rules) {
       rules.broken("model.head_dim", "leave it out",
                    "model.head_dim is for grouped-query attention; MLA has qk_nope_head_dim, "
                    "qk_rope_head_dim and v_head_dim");
+    if (m.has_attention_output_bias() != m.attention_bias)
+      rules.broken("model.attention_output_bias", "leave it out",
+                   "model.attention_output_bias is for grouped-query attention; in MLA "
+                   "attention_bias covers the output projection");
     return;
   }
   for (const auto& [key, value] : {std::pair{"q_lora_rank", m.q_lora_rank},
@@ -164,12 +168,16 @@ void check_size(const ModelConfig& m, Rules& rules) {
 void check_rope(const ModelConfig& m, Rules& rules) {
   const RopeScalingConfig& r = m.rope_scaling;
   if (r.type == RopeType::none && r.factor != 1.0)
-    rules.broken("model.rope_scaling.factor", "write type: yarn, or leave factor out",
+    rules.broken("model.rope_scaling.factor", "write type: linear, yarn or llama3, or leave factor out",
                  "model.rope_scaling.factor is {}, but type default does not scale", r.factor);
   if (r.type == RopeType::yarn && r.beta_fast <= r.beta_slow)
     rules.broken("model.rope_scaling.beta_fast", "32 and 1 are usual",
                  "model.rope_scaling.beta_fast ({}) must be above beta_slow ({})", r.beta_fast,
                  r.beta_slow);
+  if (r.type == RopeType::llama3 && r.high_freq_factor <= r.low_freq_factor)
+    rules.broken("model.rope_scaling.high_freq_factor", "4 and 1 are usual",
+                 "model.rope_scaling.high_freq_factor ({}) must be above low_freq_factor ({})",
+                 r.high_freq_factor, r.low_freq_factor);
 }
 
 void check_model(const ModelConfig& m, Rules& rules) {

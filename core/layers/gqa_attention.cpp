@@ -14,7 +14,7 @@ GqaAttention::GqaAttention(const ModelConfig& model, const Declare& declare, int
                 {model.kv_heads(), queries_per_group_ + 2, head_dim_, model.hidden_size},
                 {.tensor_dim = 0}, model.attention_bias ? Bias::add : Bias::none),
       o_proj_(declare.in("o_proj"), {model.hidden_size, model.num_attention_heads * head_dim_},
-              {.tensor_dim = 1}, model.attention_bias ? Bias::add : Bias::none),
+              {.tensor_dim = 1}, model.has_attention_output_bias() ? Bias::add : Bias::none),
       groups_(qkv_proj_.out_size() / ((queries_per_group_ + 2) * head_dim_)) {}
 
 void GqaAttention::project(StepContext& ctx, const RopeTable& rope, AttentionSaved& saved,

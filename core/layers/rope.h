@@ -1,5 +1,6 @@
-// Rotary position embedding (Su et al. 2021, arXiv:2104.09864) with YaRN context extension (Peng et al.
-// 2023, arXiv:2309.00071) as the published DeepSeek and Llama configurations define it.
+// Rotary position embedding (Su et al. 2021, arXiv:2104.09864) with the context extensions of published
+// DeepSeek and Llama configurations: linear interpolation (Chen et al. 2023, arXiv:2306.15595), YaRN
+// (Peng et al. 2023, arXiv:2309.00071) and that of Llama 3.1.
 #pragma once
 
 #include <cstdint>

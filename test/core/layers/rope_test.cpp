@@ -2,6 +2,7 @@
 #include "core/layers/rope.h"
 
 #include <cmath>
+#include <utility>
 #include <vector>
 
 #include "core/config/presets.h"
@@ -43,6 +44,65 @@ TEST_CASE("rope: YaRN as DeepSeek-V3 publishes it", "[layers]") {
   }
   CHECK(rope_attention_factor(m.rope_scaling) == 1.0);  // mscale and mscale_all_dim cancel
   CHECK(attention_scale(m) == Catch::Approx(0.1352337788608801).epsilon(1e-12));
+}
+
+// Literals are what transformers 5.17 computes, with its tables in float64.
+TEST_CASE("rope: llama3 as Llama 3.1 publishes it", "[layers]") {
+  ModelConfig m = gqa(128, 500000);
+  m.rope_scaling.type = RopeType::llama3;
+  m.rope_scaling.factor = 8;
+  m.rope_scaling.low_freq_factor = 1;
+  m.rope_scaling.high_freq_factor = 4;
+  m.rope_scaling.original_max_position_embeddings = 8192;
+  const std::vector<double> f = rope_frequencies(m);
+  REQUIRE(f.size() == 64);
+  // Pairs up to 28 keep their frequency, from 36 on it is divided by 8.
+  const std::pair<size_t, double> wanted[] = {
+      {0, 1.0},
+      {1, 0.8146172338565447},
+      {27, 0.003942276030116656},
+      {28, 0.0032114459947525913},
+      {29, 0.002166570763503359},
+      {30, 0.001371893567761138},
+      {31, 0.0008567514129196321},
+      {32, 0.0005248461609929547},
+      {33, 0.00031269375038406517},
+      {34, 0.00017850781276799638},
+      {35, 9.556212353964683e-05},
+      {36, 7.78465527393245e-05},
+      {37, 6.341514345777615e-05},
+      {63, 3.068925988914511e-07}};
+  for (const auto& [pair, frequency] : wanted) {
+    CAPTURE(pair);
+    CHECK(f[pair] == Catch::Approx(frequency).epsilon(1e-12));
+  }
+  CHECK(rope_attention_factor(m.rope_scaling) == 1.0);
+  CHECK(attention_scale(m) == Catch::Approx(1 / std::sqrt(128.0)));
+}
+
+TEST_CASE("rope: llama3 with other factors, where one pair is between the bounds", "[layers]") {
+  ModelConfig m = gqa(16, 10000);
+  m.rope_scaling.type = RopeType::llama3;
+  m.rope_scaling.factor = 4;
+  m.rope_scaling.low_freq_factor = 1.5;
+  m.rope_scaling.high_freq_factor = 6;
+  m.rope_scaling.original_max_position_embeddings = 64;
+  const std::vector<double> f = rope_frequencies(m);
+  const double wanted[] = {1.0,    0.16976527263135505,   0.025,   0.007905694150420948,
+                           0.0025, 0.0007905694150420947, 0.00025, 7.905694150420948e-05};
+  REQUIRE(f.size() == std::size(wanted));
+  for (size_t i = 0; i < f.size(); ++i) CHECK(f[i] == Catch::Approx(wanted[i]).epsilon(1e-12));
+}
+
+TEST_CASE("rope: linear divides every frequency", "[layers]") {
+  ModelConfig m = gqa(8, 10000);
+  m.rope_scaling.type = RopeType::linear;
+  m.rope_scaling.factor = 2.5;
+  const std::vector<double> f = rope_frequencies(m);
+  const double wanted[] = {0.4, 0.04, 0.004, 0.0004};
+  REQUIRE(f.size() == std::size(wanted));
+  for (size_t i = 0; i < f.size(); ++i) CHECK(f[i] == Catch::Approx(wanted[i]).epsilon(1e-12));
+  CHECK(rope_attention_factor(m.rope_scaling) == 1.0);
 }
 
 TEST_CASE("rope: which factor multiplies cos and sin", "[layers]") {
