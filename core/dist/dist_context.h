@@ -1,86 +1,103 @@
-// What distribution may change, and nothing else: five interfaces that layers call as start/finish
-// pairs, so that an implementation may overlap communication with whatever lies between. The
-// single-rank versions in local.h define what is correct.
+// What distribution may change in a forward or backward pass, and nothing else: five interfaces that layers
+// call as start/finish pairs, so that an implementation may overlap communication with whatever lies
+// between. The single-rank versions in local.h define what is correct.
 //
-// A start queues work on the implementation's own stream after what is queued on ctx.stream; finish
-// makes ctx.stream wait for it. Tensors given to start must stay valid until finish. Results lie in
-// the arena given, or are the input itself where nothing has to move.
+// A start queues work on the implementation's own stream after what is queued on the caller's stream; finish
+// makes the caller's stream wait for it. Tensors given to start must stay valid until finish. All ranks
+// of a group make the same calls in the same order. In a dry run (DistStream::dry) nothing is sent, and
+// memory is asked for as in a real one.
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "core/backend/ops.h"
 #include "core/dist/communicator.h"
-#include "core/dist/parameter.h"
+#include "core/dist/param_store.h"
 #include "core/tensor/arena.h"
 
 namespace dstrain {
 
-struct DistStream {
-  Ops& ops;
-  Stream& stream;
-};
-
 // Tensor and sequence parallelism (Korthikanti et al. 2022, arXiv:2205.05198): outside of the
-// projections a rank holds 1/size of the tokens; inside it holds all tokens and 1/size of the heads,
-// columns or vocabulary. The backward of one call is the other.
+// projections a rank holds 1/size of the micro-batch's tokens (t = T/size consecutive rows); inside it
+// holds all T and 1/size of the heads, columns or vocabulary. The backward of one call is the other.
+// With one rank nothing is called: t and T are the same rows (core/layers/sequence_parallel.h).
 class TensorParallel {
  public:
   virtual ~TensorParallel() = default;
   virtual int rank() const = 0;
   virtual int size() const = 0;
-  // x: this rank's tokens -> all tokens.
-  virtual void gather_start(DistStream, const Tensor& x_TD) = 0;
-  virtual Tensor gather_finish(DistStream, const Tensor& x_TD, Arena& arena) = 0;
-  // y: partial sums over all tokens -> the sum, this rank's tokens.
-  virtual void reduce_scatter_start(DistStream, const Tensor& y_TD) = 0;
-  virtual Tensor reduce_scatter_finish(DistStream, const Tensor& y_TD, Arena& arena) = 0;
+  // x_TD = the ranks' rows x_tD, in rank order.
+  virtual void gather_start(DistStream, const Tensor& x_tD, const Tensor& x_TD) = 0;
+  virtual void gather_finish(DistStream, const Tensor& x_tD, const Tensor& x_TD) = 0;
+  // out_tD = this rank's rows of the sum of y_TD over ranks.
+  virtual void reduce_scatter_start(DistStream, const Tensor& y_TD, const Tensor& out_tD) = 0;
+  virtual void reduce_scatter_finish(DistStream, const Tensor& y_TD, const Tensor& out_tD) = 0;
   // In place, for the softmax over a vocabulary that is cut.
   virtual void all_reduce_sum(DistStream, const Tensor& x) = 0;
   virtual void all_reduce_max(DistStream, const Tensor& x) = 0;
 };
 
-// A micro-batch's routing: made once, in the first forward; recomputation reads it.
+// Sums over the ranks that hold the other tokens of the same sequences (tensor and context parallel), in
+// place: statistics of the sequence-wise balance loss.
+class SequenceSums {
+ public:
+  virtual ~SequenceSums() = default;
+  virtual void reduce_start(DistStream, const Tensor& x) = 0;
+  virtual void reduce_finish(DistStream, const Tensor& x) = 0;
+};
+
+// A micro-batch's routing: made once, in the first forward; recomputation reads it. Letters: t tokens of
+// this rank, K experts per token, R = t K choices, E experts.
 struct Routing {
   Tensor indices_TK;      // i32
   Tensor weights_TK;      // S
-  Tensor offsets_E1;      // i32, local experts
+  // The choices sorted by expert (Ops::sort_by_expert), over all experts.
+  Tensor offsets_E1;      // i32
   Tensor token_of_row_R;  // i32
   Tensor row_of_slot_TK;  // i32
   Tensor row_weight_R;    // S
+  // [ranks, E] choices of each rank of the expert group for each expert, for the dispatcher; on the host.
+  std::vector<int64_t> counts;
 };
 
-// Rows for the experts of this rank: row r is x[row_index[r]], or x[r] where row_index is absent.
+// Rows for the experts of this rank, sorted by expert: row r is x[row_index[r]], or x[r] where row_index is
+// absent. Rows at and after the last offset are unused.
 struct ExpertRows {
   Tensor x_XD;
-  Tensor row_index_R;
+  Tensor row_index_R;   // i32
+  Tensor offsets_E1;    // i32, over this rank's experts
+  Tensor row_weight_R;  // S
 };
 
-// Carries tokens to their experts and back. The local version moves nothing: it sorts.
+// Carries rows to their experts and back. The local version moves nothing.
+//
+// What a rank's experts receive lies in buffers of max_rows() rows. Where more arrive, further rounds
+// follow, as many on every rank of the group as the fullest one needs: nothing is dropped. A layer
+// dispatches, computes and returns once per round. Backward is the same two calls: gradients of outputs are
+// dispatched, gradients of inputs and of row weights are returned.
 class TokenDispatcher {
  public:
   virtual ~TokenDispatcher() = default;
-  virtual int64_t num_local_experts(int64_t num_experts) const = 0;
-  // Rows that this rank's experts can receive for T local tokens.
+  virtual bool local() const = 0;  // nothing moves: outputs are written where return_finish would put them
+  // Rows of a round's buffers for t local tokens.
   virtual int64_t max_rows(int64_t tokens, int64_t experts_per_token) const = 0;
   // Makes the routing's tables in `keep` from its indices and weights.
   virtual void route(DistStream, int64_t num_experts, Routing& routing, Arena& keep) = 0;
+  // At least 1, and 2 in a dry run where there can be more, so that the plan covers them.
+  virtual int rounds(DistStream, const Routing& routing) const = 0;
 
-  virtual void dispatch_start(DistStream, const Tensor& x_TD, const Routing&) = 0;
-  virtual ExpertRows dispatch_finish(DistStream, const Tensor& x_TD, const Routing&, Arena&) = 0;
-  // out = addend + sum over the token's rows; addend may be absent.
-  virtual void combine_start(DistStream, const Tensor& y_RD, const Routing&) = 0;
-  virtual void combine_finish(DistStream, const Tensor& y_RD, const Routing&, const Tensor& addend_TD,
-                              const Tensor& out_TD) = 0;
-  virtual void combine_backward_start(DistStream, const Tensor& dout_TD, const Routing&) = 0;
-  virtual ExpertRows combine_backward_finish(DistStream, const Tensor& dout_TD, const Routing&,
-                                             Arena&) = 0;
-  // dx = addend + sum over rows; dweights_TK from the rows' weight gradients.
-  virtual void dispatch_backward_start(DistStream, const Tensor& dx_RD, const Tensor& drow_weight_R,
-                                       const Routing&) = 0;
-  virtual void dispatch_backward_finish(DistStream, const Tensor& dx_RD, const Tensor& drow_weight_R,
-                                        const Routing&, const Tensor& addend_TD, const Tensor& dx_TD,
-                                        const Tensor& dweights_TK) = 0;
+  // x_TD: a row per local token. What arrives is made in `rows`; `scratch` holds what is on its way
+  // until finish. One dispatch is under way at a time.
+  virtual void dispatch_start(DistStream, int round, const Tensor& x_TD, const Routing&, Arena& rows,
+                              Arena& scratch) = 0;
+  virtual ExpertRows dispatch_finish(DistStream, int round, const Tensor& x_TD, const Routing&) = 0;
+  // y_RX: a row (of any type and length) per row of the round's ExpertRows. Fills this rank's choices that
+  // the round carried in returned_RX, whose rows are in the order of Routing::token_of_row_R.
+  virtual void return_start(DistStream, int round, const Tensor& y_RX, const Routing&,
+                            const Tensor& returned_RX, Arena& scratch) = 0;
+  virtual void return_finish(DistStream, int round, const Tensor& y_RX, const Routing&,
+                             const Tensor& returned_RX) = 0;
 };
 
 struct KeysValues {
@@ -102,32 +119,11 @@ class KvExchange {
                              Tensor& dk_TGQ, Tensor& dv_TGW, Arena& arena) = 0;
 };
 
-// Where a parameter gradient goes. A look at every contribution (per-example norms, compression) belongs
-// here.
-struct GradTarget {
-  Tensor grad;
-  Accumulate accumulate = Accumulate::add;
-};
-
-// Values and gradients of parameters by block (ZeRO). Between acquire and release the values of a block
-// are whole; start prefetches.
-class ParamStore {
- public:
-  virtual ~ParamStore() = default;
-  virtual void acquire_start(DistStream, int block) = 0;
-  virtual void acquire_finish(DistStream, int block) = 0;
-  virtual void release(DistStream, int block) = 0;
-  // The place to put (or add) a contribution to the gradient; every call is one contribution.
-  virtual GradTarget grad(const Parameter& parameter) = 0;
-  // No contribution to this block's gradients follows in this micro-batch.
-  virtual void grads_ready(DistStream, int block) = 0;
-  virtual void grads_wait(DistStream) = 0;
-};
-
 struct DistContext {
   TensorParallel& tensor;
   TokenDispatcher& dispatcher;
   KvExchange& kv;
+  SequenceSums& sequences;
   ParamStore& params;
 };
 

@@ -21,6 +21,11 @@ int64_t alignment_of(const std::vector<int64_t>& shape) {
   return tiled ? ParameterSet::kTileAlignment : ParameterSet::kAlignment;
 }
 
+ReduceGroup reduce_group(const Parameter& p) {
+  if (p.is_expert()) return ReduceGroup::expert;
+  return p.is_tensor_cut() ? ReduceGroup::tensor_cut : ReduceGroup::replicated;
+}
+
 int64_t round_up(int64_t value, int64_t alignment) {
   return (value + alignment - 1) / alignment * alignment;
 }
@@ -30,20 +35,26 @@ int64_t round_up(int64_t value, int64_t alignment) {
 int64_t Parameter::numel() const { return product(local_shape); }
 int64_t Parameter::global_numel() const { return product(spec.shape); }
 
-Parameter& ParameterSet::declare(ParameterSpec spec, int64_t tensor_ranks, int64_t expert_ranks) {
+Parameter& ParameterSet::declare(ParameterSpec spec, const ShardPlace& place) {
   DSTRAIN_CHECK(!finished_, "parameters are declared before the layout is fixed");
   DSTRAIN_CHECK(find(spec.name) == nullptr, "parameter '" + spec.name + "' is declared twice");
+  DSTRAIN_CHECK(spec.shard.tensor_dim < 0 || spec.shard.expert_dim < 0,
+                "'" + spec.name + "' is cut over two axes");
   Parameter p;
   p.local_shape = spec.shape;
-  auto cut = [&](int dim, int64_t ranks) {
+  p.local_begin.assign(spec.shape.size(), 0);
+  auto cut = [&](int dim, const AxisPlace& axis) {
     if (dim < 0) return;
-    int64_t& size = p.local_shape[static_cast<size_t>(dim)];
-    DSTRAIN_CHECK(size % ranks == 0, "dim " + std::to_string(dim) + " of '" + spec.name +
-                                         "' does not divide over " + std::to_string(ranks) + " ranks");
-    size /= ranks;
+    const size_t at = static_cast<size_t>(dim);
+    const int64_t size = spec.shape[at], part = (size + axis.size - 1) / axis.size;
+    DSTRAIN_CHECK(spec.shard.uneven || size % axis.size == 0,
+                  "dim " + std::to_string(dim) + " of '" + spec.name + "' does not divide over " +
+                      std::to_string(axis.size) + " ranks");
+    p.local_begin[at] = std::min(size, axis.rank * part);
+    p.local_shape[at] = std::min(size, p.local_begin[at] + part) - p.local_begin[at];
   };
-  cut(spec.shard.tensor_dim, tensor_ranks);
-  cut(spec.shard.expert_dim, expert_ranks);
+  cut(spec.shard.tensor_dim, place.tensor);
+  cut(spec.shard.expert_dim, place.expert);
   p.spec = std::move(spec);
   return parameters_.emplace_back(std::move(p));
 }
@@ -66,13 +77,13 @@ void ParameterSet::finish_layout() {
     buffer_elements_ = round_up(buffer_elements_ + p.numel(), kAlignment);
   }
   auto key = [](const Parameter* p) {
-    return std::tuple(p->spec.block, p->is_expert(), !p->spec.weight_decay);
+    return std::tuple(p->spec.block, reduce_group(*p), !p->spec.weight_decay);
   };
   std::stable_sort(order.begin(), order.end(),
                    [&](const Parameter* a, const Parameter* b) { return key(a) < key(b); });
   for (Parameter* p : order) {
     const bool same_group = !groups_.empty() && groups_.back().block == p->spec.block &&
-                            groups_.back().expert == p->is_expert() &&
+                            groups_.back().reduce == reduce_group(*p) &&
                             groups_.back().weight_decay == p->spec.weight_decay;
     p->offset = round_up(trainable_elements_, alignment_of(p->local_shape));
     trainable_elements_ = round_up(p->offset + p->numel(), kAlignment);
@@ -80,7 +91,7 @@ void ParameterSet::finish_layout() {
     if (same_group)
       groups_.back().end = trainable_elements_;
     else
-      groups_.push_back({p->spec.block, p->spec.weight_decay, p->is_expert(),
+      groups_.push_back({p->spec.block, reduce_group(*p), p->spec.weight_decay,
                          groups_.empty() ? 0 : groups_.back().end, trainable_elements_});
   }
 }
@@ -106,9 +117,16 @@ void ParameterSet::initialize(Ops& ops, Stream& stream, uint64_t seed) {
   for (Parameter& p : parameters_) {
     if (p.spec.init == Init::ones) ops.fill(stream, p.value, 1.0);
     if (p.spec.init != Init::normal) continue;
-    DSTRAIN_CHECK(p.local_shape == p.spec.shape, "initialising a slice needs its position");
+    Ops::SliceOf slice{1, 1, 0, 1, 1};
+    const int dim = p.is_expert() ? p.spec.shard.expert_dim : std::max(0, p.spec.shard.tensor_dim);
+    for (int d = 0; d < std::ssize(p.spec.shape); ++d) {
+      const int64_t size = p.spec.shape[static_cast<size_t>(d)];
+      (d < dim ? slice.outer : d == dim ? slice.global : slice.inner) *= size;
+    }
+    slice.begin = p.local_begin[static_cast<size_t>(dim)];
+    slice.extent = p.local_shape[static_cast<size_t>(dim)];
     const uint64_t key = stream_id(p.spec.name.data(), p.spec.name.size());
-    ops.fill_normal(stream, p.value, seed, key, p.spec.std, {1, 1, 0, 1, p.numel()});
+    ops.fill_normal(stream, p.value, seed, key, p.spec.std, slice);
   }
 }
 

@@ -2,7 +2,7 @@
 // that the optimizer, ZeRO and checkpoints work on.
 //
 // Trainable parameters are laid out block after block; inside a block one contiguous range per group
-// (weight decay or not, dense or expert). Values, gradients and both moments are parallel arrays with
+// (ranks that sum its gradients, weight decay or not). Values, gradients and both moments are parallel arrays with
 // these offsets. Buffers (the router's balancing bias) have a range of their own and no gradient.
 #pragma once
 
@@ -12,17 +12,25 @@
 #include <vector>
 
 #include "core/backend/backend.h"
+#include "core/dist/place.h"
 #include "core/tensor/tensor.h"
 
 namespace dstrain {
 
 enum class Init { normal, ones, zeros };
 
-// Which dims are cut over which mesh axis; -1 means replicated over that axis. Any cut is into equal
-// consecutive parts.
+// Which dim is cut over which mesh axis; -1 means replicated over that axis. A parameter is cut over one
+// of them at most, into equal consecutive parts; `uneven` allows the last parts to be smaller or empty
+// (a vocabulary of any size).
 struct ShardSpec {
   int tensor_dim = -1;
   int expert_dim = -1;
+  bool uneven = false;
+};
+
+// This rank's part of what ShardSpec names.
+struct ShardPlace {
+  AxisPlace tensor, expert;
 };
 
 struct ParameterSpec {
@@ -39,6 +47,7 @@ struct ParameterSpec {
 struct Parameter {
   ParameterSpec spec;
   std::vector<int64_t> local_shape;
+  std::vector<int64_t> local_begin;  // per dim: where the local slice starts in the global tensor
   int64_t offset = 0;  // elements from the start of the flat trainable (or buffer) range
   Tensor value;        // set by ParameterSet::bind
   Tensor grad;         // f32 or f64; absent for buffers
@@ -46,13 +55,21 @@ struct Parameter {
   int64_t numel() const;         // of the local slice
   int64_t global_numel() const;
   bool is_expert() const { return spec.shard.expert_dim >= 0; }
+  bool is_tensor_cut() const { return spec.shard.tensor_dim >= 0; }
+};
+
+// Whose gradients are summed: copies of the same elements lie on these ranks of a pipeline stage.
+enum class ReduceGroup {
+  tensor_cut,  // all ranks with the same tensor rank: data x context
+  replicated,  // all ranks of the stage: data x context x tensor
+  expert,      // all ranks that hold the same experts
 };
 
 // A contiguous run of trainable parameters that are updated alike.
 struct ParameterGroup {
   int block = 0;
+  ReduceGroup reduce = ReduceGroup::replicated;
   bool weight_decay = false;
-  bool expert = false;
   int64_t begin = 0, end = 0;  // elements in the flat range
 };
 
@@ -61,9 +78,8 @@ class ParameterSet {
   // Elements between parameters; matrices of at least 128 x 128 start at 128 x 128 tiles.
   static constexpr int64_t kAlignment = 64, kTileAlignment = 128 * 128;
 
-  // Adds a parameter. The reference stays valid for the life of the set. tensor_ranks and expert_ranks
-  // divide the dims that the spec names (checked).
-  Parameter& declare(ParameterSpec spec, int64_t tensor_ranks = 1, int64_t expert_ranks = 1);
+  // Adds a parameter. The reference stays valid for the life of the set. That the cut divides is checked.
+  Parameter& declare(ParameterSpec spec, const ShardPlace& place = {});
   // Computes offsets and groups; no declare() after it.
   void finish_layout();
 
@@ -77,7 +93,8 @@ class ParameterSet {
   // Points every parameter into these arrays (trainable_elements() and buffer_elements() long).
   // grads may be absent for evaluation.
   void bind(const Tensor& values, const Tensor& grads, const Tensor& buffers);
-  // Zeroes everything and fills values with their initial numbers, keyed by (seed, name, global index).
+  // Zeroes everything and fills values with their initial numbers, keyed by (seed, name, global index), so
+  // that every layout starts from the same model. Values must be bound and whole.
   void initialize(Ops& ops, Stream& stream, uint64_t seed);
 
  private:

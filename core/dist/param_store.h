@@ -1,0 +1,96 @@
+// Values, gradients and optimizer state of the parameters of one model part: where they lie, which of
+// them this rank holds, and how gradients are summed over ranks (ZeRO: Rajbhandari et al. 2020,
+// arXiv:1910.02054). Layers see values and gradients block by block; the optimizer sees flat ranges.
+#pragma once
+
+#include <functional>
+#include <span>
+#include <vector>
+
+#include "core/backend/ops.h"
+#include "core/dist/parameter.h"
+#include "core/tensor/arena.h"
+
+namespace dstrain {
+
+// Where a layer's call queues its work. In a dry run nothing is computed or sent.
+struct DistStream {
+  Ops& ops;
+  Stream& stream;
+  bool dry = false;
+};
+
+// Where a parameter gradient goes. A look at every contribution (per-example norms, compression) belongs
+// here.
+struct GradTarget {
+  Tensor grad;
+  Accumulate accumulate = Accumulate::add;
+};
+
+// A flat run of elements that this rank updates; the tensors are parallel.
+struct OptimizerRange {
+  bool weight_decay = false;
+  Tensor value, grad, exp_avg, exp_avg_sq;
+};
+
+// Elements [begin, end) of a parameter's local tensor, row-major, as a checkpoint holds them.
+struct StateSlice {
+  std::string kind;  // "param", "adamw.exp_avg", "adamw.exp_avg_sq", ...
+  const Parameter* parameter = nullptr;
+  int64_t begin = 0, end = 0;
+  Tensor data;  // flat, end - begin elements
+};
+
+// Calls `make` on an arena that measures, or on one that has memory.
+using OwnerVisitor =
+    std::function<void(const char* owner, MemoryKind kind, const std::function<void(Arena&)>& make)>;
+
+struct ParamStoreOptions {
+  DType dtype = DType::f32;  // of values; gradients and moments are stat_dtype(dtype)
+  bool training = true;      // false: values only
+};
+
+// Calls of a step: begin_step, then for each micro-batch of this part begin_micro_batch and, from its
+// layers, acquire, release, grad and grads_ready; then reduce_gradients, add_norm, the update of
+// ranges(), publish.
+class ParamStore {
+ public:
+  virtual ~ParamStore() = default;
+
+  // --- set-up: all memory of the store, by owner; run on measuring arenas first, then on real ones, after
+  // which the parameters' values are bound.
+  virtual void make_memory(const OwnerVisitor& visit) = 0;
+  // Values of whole local tensors: initialize, load and compare between begin_values and end_values;
+  // end_values makes what layers read from them.
+  virtual void begin_values(DistStream) = 0;
+  virtual void end_values(DistStream) = 0;
+
+  // --- layers. Between acquire_finish and release the values of a block are whole and their addresses
+  // (Parameter::value) hold; acquires of one block nest. start prefetches; it may be left out.
+  virtual void acquire_start(DistStream, int block) = 0;
+  virtual void acquire_finish(DistStream, int block) = 0;
+  virtual void release(DistStream, int block) = 0;
+  // The place to put (or add) a contribution to the gradient; every call is one contribution.
+  virtual GradTarget grad(const Parameter& parameter) = 0;
+  // No contribution to this block's gradients follows in this micro-batch.
+  virtual void grads_ready(DistStream, int block) = 0;
+
+  // --- step
+  virtual void begin_step() = 0;
+  virtual void begin_micro_batch(bool last_of_step) = 0;
+  // After it, the gradients of ranges() are sums over all ranks and micro-batches; where no contribution
+  // was made they are zero.
+  virtual void reduce_gradients(DistStream) = 0;
+  // sum_1 (f64) += squares of gradients; summed over all ranks of the job each element counts once.
+  virtual void add_norm(DistStream, const Tensor& sum_1) = 0;
+  virtual std::span<const OptimizerRange> ranges() const = 0;
+  // After the update: every rank gets the values that it needs.
+  virtual void publish(DistStream) = 0;
+
+  // --- checkpoints. Over all ranks, saved() holds each element once; loaded() is what this rank needs.
+  // Call end_values() after filling.
+  virtual std::vector<StateSlice> saved() const = 0;
+  virtual std::vector<StateSlice> loaded() const = 0;
+};
+
+}  // namespace dstrain
