@@ -12,6 +12,7 @@
 #include "core/config/field_loader.h"
 #include "core/config/field_tree.h"
 #include "core/config/hf_config.h"
+#include "core/config/override_layer.h"
 #include "core/config/presets.h"
 #include "core/config/yaml_tree.h"
 

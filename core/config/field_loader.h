@@ -21,8 +21,4 @@ struct LoadContext {
 // `layer` is a map, or null for a file without any key.
 void load_layer(const YamlNode& layer, Config& config, LoadContext& context);
 
-// The node that load_layer() takes for one value of the command line: "a.b[0].c" and its text.
-// Problems of the key's form are added to the context's.
-YamlNode override_layer(const Override& value, SourceTexts& sources, Problems& problems);
-
 }  // namespace dstrain
