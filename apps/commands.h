@@ -1,6 +1,6 @@
 // The subcommands of deepseek-train: what each takes from the command line, as plain values, and
-// the function that runs it. apps/cli.cpp fills the options; each function lives in its cmd_*.cpp.
-// A function returns the process exit code or throws an Error, which main turns into one.
+// the function that runs it. The cli_*.cpp files fill the options; each function lives in its
+// cmd_*.cpp. A function returns the process exit code or throws an Error, which main turns into one.
 #pragma once
 
 #include <cstdint>

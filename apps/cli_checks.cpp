@@ -1,0 +1,86 @@
+// config, verify, bench, version: what one looks at before and beside training.
+#include "apps/cli_commands.h"
+#include "apps/cli_config.h"
+#include "core/base/error.h"
+
+namespace dstrain {
+namespace {
+
+void declare_config_commands(Command root, CommandOptions& options) {
+  Command config = root.add_command("config", "the job file: explain, schema, show");
+  Command explain_app =
+      config.add_command("explain", "what a key means, its range, and where it was set");
+  explain_app.add_text("key", options.config.key, "KEY",
+                       "such as optimizer.lr; all sections if absent");
+  declare_config(explain_app, /*with_aliases=*/true);
+  explain_app.on_given([&options](const ScannedLine& line) {
+    options.config.config = config_source(line);
+    return invoke("config explain", options.config, cmd_config_explain);
+  });
+  Command schema = config.add_command("schema", "JSON schema of the job file, for editors");
+  schema.on_given([&options](const ScannedLine&) {
+    return invoke("config schema", options.config, cmd_config_schema);
+  });
+  Command show = config.add_command("show", "the job with every default filled in");
+  declare_config(show, /*with_aliases=*/true);
+  show.add_flag("--origins", options.config.origins, "say where each value comes from");
+  show.on_given([&options](const ScannedLine& line) {
+    options.config.config = config_source(line);
+    return invoke("config show", options.config, cmd_config_show);
+  });
+}
+
+void declare_checks(Command root, CommandOptions& options) {
+  Command verify =
+      root.add_command("verify", "compares with recorded numbers of Hugging Face transformers");
+  verify.add_text("--reference", options.verify.reference, "DIR",
+                  "config.json, model.safetensors, reference.safetensors", Presence::required);
+  declare_config(verify, /*with_aliases=*/false);
+  verify.add_integer("--ranks", options.verify.ranks, in_range(1, 65536), "ranks to run on");
+  verify.add_flag("--json", options.verify.json, "one JSON object");
+  verify.on_given([&options](const ScannedLine& line) {
+    options.verify.config = config_source(line);
+    return invoke("verify", options.verify, cmd_verify);
+  });
+
+  Command bench = root.add_command("bench", "speed on this machine: step, ops");
+  Command step = bench.add_command("step", "times whole training steps");
+  declare_config(step, /*with_aliases=*/false);
+  step.add_text("--model-config", options.bench.model_config, "FILE",
+                "JSON with the keys of 'model'");
+  step.add_flag("--synthetic", options.bench.synthetic, "random tokens instead of data.train");
+  step.add_integer("--batch", options.bench.batch, in_range(1, 1 << 30), "train.global_batch");
+  step.add_integer("--micro-batch", options.bench.micro_batch, in_range(1, 1 << 24),
+                   "train.micro_batch");
+  step.add_integer("--seq", options.bench.seq, in_range(1, 1 << 20), "data.seq_len");
+  step.on_given([&options](const ScannedLine& line) {
+    options.bench.config = config_source(line);
+    if (!options.bench.config.path && options.bench.model_config.empty() &&
+        options.bench.config.overrides.empty())
+      throw UsageError("bench step needs --config, --model-config or --set");
+    return invoke("bench step", options.bench, cmd_bench_step);
+  });
+  Command ops = bench.add_command("ops", "times single operations");
+  ops.add_text("--filter", options.bench.filter, "NAME", "only those whose name contains this");
+  ops.on_given(
+      [&options](const ScannedLine&) { return invoke("bench ops", options.bench, cmd_bench_ops); });
+  for (Command app : {step, ops}) {
+    app.add_integer("--steps", options.bench.steps, in_range(1, 1e9), "repetitions (default 10)");
+    app.add_integer("--threads", options.bench.threads, in_range(1, 4096), "run.threads");
+    app.add_flag("--json", options.bench.json, "JSON objects");
+  }
+
+  Command version = root.add_command("version", "version, build and libraries");
+  version.add_flag("--json", options.version.json, "one JSON object");
+  version.on_given(
+      [&options](const ScannedLine&) { return invoke("version", options.version, cmd_version); });
+}
+
+}  // namespace
+
+void declare_check_commands(Command root, CommandOptions& options) {
+  declare_config_commands(root, options);
+  declare_checks(root, options);
+}
+
+}  // namespace dstrain

@@ -1,0 +1,43 @@
+// The commands by group: each function declares its commands below `root`. Values land in
+// `options`, from where a command takes them when the line was read.
+#pragma once
+
+#include <string>
+
+#include "apps/cli_parser.h"
+#include "apps/commands.h"
+
+namespace dstrain {
+
+struct CommandOptions {
+  TrainOptions train;
+  DataBuildOptions data_build;
+  DataInspectOptions data_inspect;
+  TokenizerTrainOptions tokenizer_train;
+  TokenizerCodeOptions tokenizer_code;
+  EvalOptions eval;
+  GenerateOptions generate;
+  ImportOptions import_hf;
+  ExportOptions export_hf;
+  CkptOptions ckpt;
+  ConfigOptions config;
+  VerifyOptions verify;
+  BenchOptions bench;
+  VersionOptions version;
+  bool wants_version = false;  // deepseek-train --version
+};
+
+void declare_train(Command root, CommandOptions& options);           // the program itself
+void declare_data_commands(Command root, CommandOptions& options);   // data, tokenizer
+void declare_model_commands(Command root, CommandOptions& options);  // eval to ckpt
+void declare_check_commands(Command root, CommandOptions& options);  // config to version
+
+// --config and --set, and with aliases the short names of single keys.
+void declare_config(Command command, bool with_aliases);
+
+template <class Options>
+Invocation invoke(const std::string& command, const Options& options, int (*run)(const Options&)) {
+  return {command, options, [options, run] { return run(options); }};
+}
+
+}  // namespace dstrain
