@@ -41,6 +41,10 @@ std::vector<Unavailable> unavailable_features(const Config& c, const BuildCapabi
   if (!c.launch.hosts.empty() && !build.ranks)
     add("launch.hosts", fmt::format("[{}]", fmt::join(c.launch.hosts, ", ")),
         "this build trains on one host; leave launch.hosts out");
+  if (c.launch.max_restarts != LaunchConfig{}.max_restarts && !build.restarts)
+    add("launch.max_restarts", fmt::to_string(c.launch.max_restarts),
+        "this build does not start failed ranks again; leave launch.max_restarts out, and start "
+        "again with --resume latest");
   return missing;
 }
 

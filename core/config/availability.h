@@ -16,6 +16,7 @@ struct BuildCapabilities {
   bool bf16_moments = false;
   bool ranks = false;  // more than one rank, and the axes of `parallel`
   bool compression = false;
+  bool restarts = false;  // a supervisor that starts ranks again
 };
 
 struct Unavailable {

@@ -242,16 +242,18 @@ TEST_CASE("availability: everything that this build lacks is named", "[config]")
                              {"parallel.tensor", "2"},
                              {"compression.method", "topk"},
                              {"launch.ranks", "4"},
-                             {"launch.hosts", "[a]"}})
+                             {"launch.hosts", "[a]"},
+                             {"launch.max_restarts", "5"}})
                             .config;
   std::vector<std::string> keys;
   for (const Unavailable& feature : unavailable_features(config, {})) keys.push_back(feature.key);
   CHECK(keys == std::vector<std::string>{"run.device", "precision.compute", "precision.moments",
                                          "precision.quantization", "parallel.data",
                                          "parallel.tensor", "compression.method", "launch.ranks",
-                                         "launch.hosts"});
+                                         "launch.hosts", "launch.max_restarts"});
   BuildCapabilities all;
-  all.cuda = all.quantization_aware = all.bf16_moments = all.ranks = all.compression = true;
+  all.cuda = all.quantization_aware = all.bf16_moments = all.ranks = all.compression =
+      all.restarts = true;
   CHECK(unavailable_features(config, all).empty());
   require_available({});
   try {
@@ -261,5 +263,6 @@ TEST_CASE("availability: everything that this build lacks is named", "[config]")
     CHECK(e.code() == ExitCode::bad_config);
     CHECK(contains(e.what(), "precision.quantization: aware is not available"));
     CHECK(contains(e.what(), "launch.hosts: [a] is not available"));
+    CHECK(contains(e.what(), "launch.max_restarts: 5 is not available"));
   }
 }
