@@ -34,8 +34,8 @@ class JsonObject {
     if (!fits || value.get<int64_t>() < 0) wrong(key, "a whole number of at least 0");
     return value.get<int64_t>();
   }
-  double number(const char* key, double fallback) const {
-    if (!has(key)) return fallback;
+  double number(const char* key, std::optional<double> fallback = std::nullopt) const {
+    if (!has(key)) return fallback ? *fallback : static_cast<double>(missing(key));
     if (!object_[key].is_number()) wrong(key, "a number");
     return object_[key].get<double>();
   }
@@ -72,6 +72,21 @@ class JsonObject {
   std::string path_;
 };
 
+// "line:column: why" in our words for a JSON library that stopped at byte `stop`, counted from 1.
+std::string syntax_problem(std::string_view text, size_t stop) {
+  const std::string_view before = text.substr(0, stop > 0 ? stop - 1 : 0);
+  const auto line = 1 + std::count(before.begin(), before.end(), '\n');
+  const size_t line_start = before.rfind('\n') + 1;  // npos + 1 is 0
+  std::string why = "the text ends where more must follow; is the file complete?";
+  if (before.size() < text.size()) {
+    const unsigned char found = static_cast<unsigned char>(text[before.size()]);
+    why = found >= 0x80  ? "a byte that is not UTF-8 or stands outside of quotes"
+          : found < 0x20 ? "a line break or control character within a value"
+                         : fmt::format("{} is not expected here", quote(text.substr(before.size(), 1)));
+  }
+  return fmt::format("{}:{}: not valid JSON: {}", line, before.size() - line_start + 1, why);
+}
+
 Json parse_json(std::string_view text, const std::string& path) {
   if (static_cast<int64_t>(text.size()) > kMaxHfConfigBytes)
     throw DataError(fmt::format("{}: larger than {} KiB, which no config.json is", path,
@@ -89,29 +104,40 @@ Json parse_json(std::string_view text, const std::string& path) {
   Json json;
   try {
     json = Json::parse(text, watch);
-  } catch (const nlohmann::json::exception& e) {
-    throw DataError(path + ": not valid JSON: " + e.what());
+  } catch (const nlohmann::json::parse_error& e) {
+    throw DataError(fmt::format("{}:{}", path, syntax_problem(text, e.byte)));
+  } catch (const nlohmann::json::out_of_range&) {
+    throw DataError(path + ": a number is too large for a double");
   }
   if (!json.is_object()) throw DataError(path + ": must hold a JSON object");
   return json;
 }
 
+bool is_full_attention(const Json& layer_types) {
+  return layer_types.is_array() &&
+         std::all_of(layer_types.begin(), layer_types.end(),
+                     [](const Json& type) { return type == "full_attention"; });
+}
+
 // Features of other models that change the arithmetic.
-void refuse_unknown_features(const JsonObject& file) {
+void refuse_unknown_features(const JsonObject& file, bool is_qwen2) {
   const std::string activation = file.text("hidden_act", "silu");
   if (activation != "silu" && activation != "swish")
     file.refuse(fmt::format("hidden_act {} is not supported, only 'silu' is", quote(activation)));
   if (file.number("attention_dropout", 0.0) > 0)
     file.refuse("attention_dropout above 0 is not supported; set it to 0");
-  if (file.boolean("mlp_bias", false)) file.refuse("mlp_bias is not supported");
+  if (file.boolean("mlp_bias", false))
+    file.refuse("mlp_bias: true is not supported: the feed-forward has no biases here");
   if (file.boolean("use_sliding_window", false) ||
-      (file.has("sliding_window") && !file.has("use_sliding_window")))
+      (file.has("sliding_window") && !file.has("use_sliding_window") && !is_qwen2))
     file.refuse("sliding-window attention (sliding_window) is not supported");
   if (file.number("partial_rotary_factor", 1.0) != 1.0)
     file.refuse("partial_rotary_factor other than 1 is not supported");
   if (file.has("quantization_config"))
     file.refuse("quantization_config: the weights are quantised; convert them to bf16 first");
-  for (const char* key : {"layer_types", "attn_logit_softcapping", "final_logit_softcapping",
+  if (file.has("layer_types") && !is_full_attention(file.json()["layer_types"]))
+    file.refuse("layer_types other than 'full_attention' are not supported");
+  for (const char* key : {"attn_logit_softcapping", "final_logit_softcapping",
                           "clip_qkv", "use_qk_norm", "qk_layernorm", "index_topk"})
     if (file.has(key) && file.json()[key] != false)
       file.refuse(fmt::format("{} is not supported", key));
@@ -119,36 +145,52 @@ void refuse_unknown_features(const JsonObject& file) {
     file.refuse("moe_layer_freq other than 1 is not supported: transformers ignores it");
 }
 
-void read_rope(const JsonObject& file, ModelConfig& m) {
-  const JsonObject rope =
-      file.object(file.has("rope_parameters") ? "rope_parameters" : "rope_scaling");
-  for (const auto& [key, value] : rope.json().items())
-    if (value.is_object())
-      rope.refuse("a different RoPE per kind of layer is not supported: " + quote(key));
-  m.rope_theta = rope.number("rope_theta", file.number("rope_theta", 10000.0));
+RopeType read_rope_type(const JsonObject& rope) {
   const std::string type = rope.text("rope_type", rope.text("type", "default"));
-  if (type == "default") return;
-  if (type != "yarn")
-    rope.refuse(fmt::format("rope type {} is not supported: default and yarn are", quote(type)));
-  if (rope.number("partial_rotary_factor", 1.0) != 1.0)
-    rope.refuse("partial_rotary_factor other than 1 is not supported");
+  if (const auto known = enum_from_name<RopeType>(type)) return *known;
+  const std::string why =
+      type == "dynamic" ? ", and its frequencies change with the length of the text" : "";
+  rope.refuse(fmt::format(
+      "rope type {} is not supported: default, linear, yarn and llama3 are{}", quote(type), why));
+}
+
+void read_yarn(const JsonObject& rope, int64_t max_positions, RopeScalingConfig& r) {
   if (!rope.boolean("truncate", true)) rope.refuse("truncate: false is not supported");
-  RopeScalingConfig& r = m.rope_scaling;
-  r.type = RopeType::yarn;
-  r.original_max_position_embeddings =
-      rope.integer("original_max_position_embeddings", m.max_position_embeddings);
-  if (r.original_max_position_embeddings < 1)
-    rope.refuse("original_max_position_embeddings must be at least 1");
-  r.factor = rope.number("factor", static_cast<double>(m.max_position_embeddings) /
+  r.factor = rope.number("factor", static_cast<double>(max_positions) /
                                        static_cast<double>(r.original_max_position_embeddings));
   r.beta_fast = rope.number("beta_fast", r.beta_fast);
   r.beta_slow = rope.number("beta_slow", r.beta_slow);
   r.mscale = rope.number("mscale", 0.0);
-  r.mscale_all_dim = rope.number("mscale_all_dim", 0.0);
   r.attention_factor = rope.number("attention_factor", 0.0);
 }
 
-// What all three families share.
+// Where a file has both forms, transformers takes rope_scaling.
+void read_rope(const JsonObject& file, ModelConfig& m) {
+  const bool is_published_form = !file.object("rope_scaling").json().empty();
+  const JsonObject rope = file.object(is_published_form ? "rope_scaling" : "rope_parameters");
+  for (const auto& [key, value] : rope.json().items())
+    if (value.is_object())
+      rope.refuse("a different RoPE per kind of layer is not supported: " + quote(key));
+  if (rope.number("partial_rotary_factor", 1.0) != 1.0)
+    rope.refuse("partial_rotary_factor other than 1 is not supported");
+  m.rope_theta = rope.number("rope_theta", file.number("rope_theta", 10000.0));
+  RopeScalingConfig& r = m.rope_scaling;
+  r.type = read_rope_type(rope);
+  if (r.type == RopeType::none) return;
+  // Beside rope_scaling it wins, as in transformers.
+  const char* const original = "original_max_position_embeddings";
+  r.original_max_position_embeddings =
+      file.integer(original, rope.integer(original, m.max_position_embeddings));
+  if (r.original_max_position_embeddings < 1) rope.refuse(fmt::format("{} must be at least 1", original));
+  r.mscale_all_dim = rope.number("mscale_all_dim", 0.0);  // MLA looks at it whatever the type
+  if (r.type == RopeType::yarn) return read_yarn(rope, m.max_position_embeddings, r);
+  r.factor = rope.number("factor");
+  if (r.type == RopeType::linear) return;
+  r.low_freq_factor = rope.number("low_freq_factor");
+  r.high_freq_factor = rope.number("high_freq_factor");
+}
+
+// What all families share.
 ModelConfig read_common(const JsonObject& file, int64_t default_positions) {
   ModelConfig m;
   m.vocab_size = file.integer("vocab_size");
@@ -243,12 +285,26 @@ ModelConfig read_deepseek_v2(const JsonObject& file, bool with_mtp) {
   return m;
 }
 
-ModelConfig read_llama(const JsonObject& file) {
-  ModelConfig m = read_common(file, 2048);
+ModelConfig read_llama(const JsonObject& file, bool is_qwen2) {
+  ModelConfig m = read_common(file, is_qwen2 ? 32768 : 2048);
+  if (is_qwen2) {
+    m.attention_bias = true;
+    m.attention_output_bias = false;
+  }
   m.head_dim = file.integer("head_dim", 0);
   m.first_k_dense_replace = 0;
   m.rope_interleave = false;
   return m;
+}
+
+void refuse_unknown_family(const JsonObject& file, const std::string& family) {
+  for (const char* known : {"deepseek_v3", "deepseek_v2", "llama", "qwen2"})
+    if (family == known) return;
+  const bool is_qwen3 = family.starts_with("qwen3");
+  file.refuse(fmt::format(
+      "model_type {} is not supported: deepseek_v3, deepseek_v2, llama and qwen2 are{}",
+      quote(family),
+      is_qwen3 ? "; it normalises queries and keys (q_norm, k_norm), which none of these does" : ""));
 }
 
 // The ranges of the job file's keys hold here too.
@@ -272,77 +328,6 @@ struct RangeChecker {
   }
 };
 
-// The family that computes `m`, or a ConfigError that says why there is none.
-std::string family_of(const ModelConfig& m) {
-  const auto refuse = [](const std::string& why) -> std::string {
-    throw ConfigError("this model has no Hugging Face family: " + why);
-  };
-  if (m.moe_layer_freq != 1)
-    return refuse(
-        fmt::format("model.moe_layer_freq is {}, transformers knows 1 only", m.moe_layer_freq));
-  if (!m.is_mla()) {
-    if (m.n_routed_experts > 0)
-      return refuse("experts need MLA (model.kv_lora_rank above 0) there");
-    if (m.rope_is_interleaved())
-      return refuse("model.rope_interleave is true, llama has half-split pairs");
-    return "llama";
-  }
-  const bool is_v3_router =
-      m.scoring_func == ScoringFunc::sigmoid && m.topk_method == TopkMethod::noaux_tc;
-  if (m.n_routed_experts == 0 || is_v3_router) return "deepseek_v3";
-  if (m.scoring_func != ScoringFunc::softmax || m.topk_method == TopkMethod::noaux_tc)
-    return refuse(fmt::format("model.scoring_func {} with model.topk_method {}",
-                              enum_name(m.scoring_func), enum_name(m.topk_method)));
-  if (m.norm_topk_prob)
-    return refuse("model.norm_topk_prob with softmax scores, which deepseek_v2 ignores");
-  if (!m.rope_is_interleaved())
-    return refuse("model.rope_interleave is false, deepseek_v2 has neighbouring pairs");
-  return "deepseek_v2";
-}
-
-Json rope_scaling_json(const ModelConfig& m) {
-  const RopeScalingConfig& r = m.rope_scaling;
-  if (r.type == RopeType::none) return nullptr;
-  Json json = {{m.is_mla() ? "type" : "rope_type", "yarn"},
-               {"factor", r.factor},
-               {"original_max_position_embeddings", r.original_max_position_embeddings},
-               {"beta_fast", r.beta_fast},
-               {"beta_slow", r.beta_slow}};
-  if (r.mscale > 0) json["mscale"] = r.mscale;
-  if (r.mscale_all_dim > 0) json["mscale_all_dim"] = r.mscale_all_dim;
-  if (r.attention_factor > 0) json["attention_factor"] = r.attention_factor;
-  return json;
-}
-
-void write_deepseek(const ModelConfig& m, bool is_v3, Json& json) {
-  const bool is_dense = m.n_routed_experts == 0;
-  const auto or_null = [](int64_t value) { return value > 0 ? Json(value) : Json(nullptr); };
-  json["moe_intermediate_size"] = m.moe_intermediate_size;
-  // The families have no dense model: one whose leading dense blocks are all blocks is the same.
-  json["first_k_dense_replace"] = is_dense ? m.num_hidden_layers : m.first_k_dense_replace;
-  json["moe_layer_freq"] = 1;
-  json["n_routed_experts"] = is_dense ? 1 : m.n_routed_experts;
-  json["n_shared_experts"] = is_dense ? 1 : m.n_shared_experts;
-  json["num_experts_per_tok"] = is_dense ? 1 : m.num_experts_per_tok;
-  json["n_group"] = is_dense ? 1 : m.n_group;
-  json["topk_group"] = is_dense ? 1 : m.topk_group;
-  json["topk_method"] = is_v3 ? "noaux_tc" : std::string(enum_name(m.topk_method));
-  json["scoring_func"] = is_v3 ? "sigmoid" : "softmax";
-  json["norm_topk_prob"] = m.norm_topk_prob;
-  json["routed_scaling_factor"] = m.routed_scaling_factor;
-  json["aux_loss_alpha"] = m.aux_loss_alpha;
-  json["seq_aux"] = true;
-  json["num_key_value_heads"] = m.num_attention_heads;
-  json["kv_lora_rank"] = m.kv_lora_rank;
-  json["q_lora_rank"] = or_null(m.q_lora_rank);
-  json["qk_nope_head_dim"] = m.qk_nope_head_dim;
-  json["qk_rope_head_dim"] = m.qk_rope_head_dim;
-  json["v_head_dim"] = m.v_head_dim;
-  if (!is_v3) return;
-  json["rope_interleave"] = m.rope_is_interleaved();
-  json["num_nextn_predict_layers"] = m.num_nextn_predict_layers;
-}
-
 }  // namespace
 
 ModelConfig parse_hf_config(std::string_view text, const std::string& path, bool with_mtp) {
@@ -351,56 +336,15 @@ ModelConfig parse_hf_config(std::string_view text, const std::string& path, bool
   const std::string family = file.text("model_type", "");
   if (family.empty())
     file.refuse("the key 'model_type' is missing; is this a Hugging Face model folder?");
-  if (family != "deepseek_v3" && family != "deepseek_v2" && family != "llama")
-    file.refuse(fmt::format(
-        "model_type {} is not supported: deepseek_v3, deepseek_v2 and llama are", quote(family)));
-  refuse_unknown_features(file);
+  refuse_unknown_family(file, family);
+  const bool is_qwen2 = family == "qwen2";
+  refuse_unknown_features(file, is_qwen2);
   const ModelConfig model = family == "deepseek_v3"   ? read_deepseek_v3(file, with_mtp)
                             : family == "deepseek_v2" ? read_deepseek_v2(file, with_mtp)
-                                                      : read_llama(file);
+                                                      : read_llama(file, is_qwen2);
   RangeChecker checker{file};
   ModelConfig::fields(checker, model);
   return model;
-}
-
-std::string hf_config_text(const ModelConfig& m, const HfConfigExtras& extras) {
-  DSTRAIN_CHECK(m.vocab_size > 0,
-                "the vocabulary size must be resolved before a config.json is written");
-  const std::string family = family_of(m);
-  const auto id = [](const std::optional<int64_t>& value) {
-    return value ? Json(*value) : Json(nullptr);
-  };
-  Json json;
-  json["architectures"] = {family == "llama"         ? "LlamaForCausalLM"
-                           : family == "deepseek_v3" ? "DeepseekV3ForCausalLM"
-                                                     : "DeepseekV2ForCausalLM"};
-  json["model_type"] = family;
-  json["torch_dtype"] = extras.torch_dtype;
-  json["vocab_size"] = m.vocab_size;
-  json["hidden_size"] = m.hidden_size;
-  json["num_hidden_layers"] = m.num_hidden_layers;
-  json["intermediate_size"] = m.intermediate_size;
-  json["num_attention_heads"] = m.num_attention_heads;
-  if (family == "llama") {
-    json["num_key_value_heads"] = m.kv_heads();
-    json["head_dim"] = m.gqa_head_dim();
-    json["mlp_bias"] = false;
-  } else {
-    write_deepseek(m, family == "deepseek_v3", json);
-  }
-  json["hidden_act"] = "silu";
-  json["attention_bias"] = m.attention_bias;
-  json["attention_dropout"] = 0.0;
-  json["max_position_embeddings"] = m.max_position_embeddings;
-  json["rope_theta"] = m.rope_theta;
-  json["rope_scaling"] = rope_scaling_json(m);
-  json["rms_norm_eps"] = m.rms_norm_eps;
-  json["initializer_range"] = m.initializer_range;
-  json["tie_word_embeddings"] = m.tie_word_embeddings;
-  json["use_cache"] = true;
-  json["bos_token_id"] = id(extras.bos_token_id);
-  json["eos_token_id"] = id(extras.eos_token_id);
-  return json.dump(2) + "\n";
 }
 
 }  // namespace dstrain

@@ -48,6 +48,15 @@ bool contains(const std::string& text, const std::string& part) {
   return text.find(part) != std::string::npos;
 }
 
+std::string revised(const ModelConfig& model, const std::string& original,
+                    const std::string& torch_dtype = "") {
+  HfConfigExtras extras;
+  extras.torch_dtype = torch_dtype;
+  extras.original = original;
+  extras.original_name = "config.json";
+  return hf_config_text(model, extras);
+}
+
 // Equal in every key of the job file.
 void check_equal(const ModelConfig& a, const ModelConfig& b) {
   Config left, right;
@@ -125,6 +134,91 @@ TEST_CASE("hf config: both forms of RoPE", "[config]") {
   CHECK(sparse.rope_scaling.mscale == 0);
 }
 
+TEST_CASE("hf config: the rotary scaling of Llama 3.1, and linear", "[config]") {
+  const Json llama3 = {{"rope_type", "llama3"},
+                       {"factor", 8.0},
+                       {"low_freq_factor", 1.5},
+                       {"high_freq_factor", 5.0},
+                       {"original_max_position_embeddings", 8192}};
+  const auto published = [](const Json& scaling, const Json& more = Json::object()) {
+    Json all = {{"rope_theta", 500000.0}, {"rope_scaling", scaling}};
+    all.update(more);
+    return with("llama_tiny", all, {"rope_parameters"});
+  };
+  const ModelConfig m = parse(published(llama3));
+  CHECK(m.rope_theta == 500000);
+  CHECK(m.rope_scaling.type == RopeType::llama3);
+  CHECK(m.rope_scaling.factor == 8);
+  CHECK(m.rope_scaling.low_freq_factor == 1.5);
+  CHECK(m.rope_scaling.high_freq_factor == 5);
+  CHECK(m.rope_scaling.original_max_position_embeddings == 8192);
+  Json parameters = llama3;
+  parameters["rope_theta"] = 500000.0;
+  check_equal(parse(with("llama_tiny", {{"rope_parameters", parameters}})), m);
+  check_equal(parse(hf_config_text(m, {})), m);
+
+  const ModelConfig linear = parse(published({{"type", "linear"}, {"factor", 2.5}}));
+  CHECK(linear.rope_scaling.type == RopeType::linear);
+  CHECK(linear.rope_scaling.factor == 2.5);
+  check_equal(parse(hf_config_text(linear, {})), linear);
+  CHECK(parse(published({{"rope_type", "default"}})).rope_scaling.type == RopeType::none);
+
+  // What transformers does with both forms at once, and with the original length beside them.
+  CHECK(parse(with("llama_tiny", {{"rope_scaling", {{"type", "linear"}, {"factor", 3}}}}))
+            .rope_scaling.factor == 3);
+  CHECK(parse(with("llama_tiny", {{"rope_scaling", Json::object()}})).rope_scaling.type ==
+        RopeType::none);
+  CHECK(parse(published(llama3, {{"original_max_position_embeddings", 4096}}))
+            .rope_scaling.original_max_position_embeddings == 4096);
+}
+
+TEST_CASE("hf config: qwen2 is llama without a bias in the output projection", "[config]") {
+  // sliding_window without use_sliding_window is off there.
+  const ModelConfig m = parse(
+      with("llama_tiny", {{"model_type", "qwen2"}, {"sliding_window", 4096}}, {"attention_bias"}));
+  CHECK(m.attention_bias);
+  CHECK_FALSE(m.has_attention_output_bias());
+  const Json json = Json::parse(hf_config_text(m, {}));
+  CHECK(json["model_type"] == "qwen2");
+  CHECK(json["architectures"] == Json({"Qwen2ForCausalLM"}));
+  CHECK_FALSE(json.contains("attention_bias"));
+  check_equal(parse(json.dump()), m);
+  CHECK(parse(with("llama_tiny", {{"attention_bias", true}})).has_attention_output_bias());
+}
+
+TEST_CASE("hf config: an original comes back, but for what changed", "[config]") {
+  for (const char* name : {"deepseek_v3_tiny", "llama_tiny", "llama_yarn_bias"}) {
+    CAPTURE(name);
+    // Without a module for multi-token prediction, whose weights are not there.
+    const std::string text =
+        with(name, {{"num_nextn_predict_layers", 0}, {"some_later_key", {{"x", {1, "\u00e9"}}}}});
+    CHECK(revised(parse(text), text) == text);
+  }
+  const std::string published =
+      with("llama_tiny",
+           {{"dtype", "float16"}, {"eos_token_id", {1, 2}}, {"auto_map", {{"AutoConfig", "x.py"}}}});
+  ModelConfig m = parse(published);
+  m.max_position_embeddings = 4096;
+  Json expected = Json::parse(published);
+  expected.erase("auto_map");
+  expected["max_position_embeddings"] = 4096;
+  CHECK(Json::parse(revised(m, published)) == expected);
+  expected["dtype"] = "bfloat16";
+  CHECK(Json::parse(revised(m, published, "bfloat16")) == expected);
+  // One form of RoPE: the published one, where it changed.
+  m.rope_theta = 20000;
+  expected.erase("rope_parameters");
+  expected["rope_theta"] = 20000.0;
+  expected["rope_scaling"] = nullptr;
+  CHECK(Json::parse(revised(m, published, "bfloat16")) == expected);
+  // Prediction modules were not imported.
+  const std::string v3 = read_data("deepseek_v3_tiny");
+  REQUIRE(Json::parse(v3)["num_nextn_predict_layers"] == 1);
+  Json without = Json::parse(v3);
+  without["num_nextn_predict_layers"] = 0;
+  CHECK(Json::parse(revised(parse(v3), v3)) == without);
+}
+
 TEST_CASE("hf config: deepseek_v2 routes as transformers does", "[config]") {
   const auto v2 = [](const Json& changes) {
     Json all = {
@@ -157,7 +251,9 @@ TEST_CASE("hf config: what is not supported is refused by name", "[config]") {
     return error_of(with("deepseek_v3_tiny", {{key, value}}));
   };
   CHECK(
-      contains(changed("model_type", "qwen2"), "config.json: model_type 'qwen2' is not supported"));
+      contains(changed("model_type", "gemma"), "config.json: model_type 'gemma' is not supported"));
+  CHECK(contains(changed("model_type", "qwen3"), "model_type 'qwen3' is not supported"));
+  CHECK(contains(changed("model_type", "qwen3"), "q_norm, k_norm"));
   CHECK(contains(changed("hidden_act", "gelu"), "hidden_act 'gelu'"));
   CHECK(contains(changed("attention_dropout", 0.1), "attention_dropout"));
   CHECK(contains(changed("mlp_bias", true), "mlp_bias"));
@@ -170,20 +266,36 @@ TEST_CASE("hf config: what is not supported is refused by name", "[config]") {
   CHECK(
       contains(changed("num_key_value_heads", 2), "MLA has one for each of the 4 attention heads"));
   CHECK(contains(changed("partial_rotary_factor", 0.5), "partial_rotary_factor"));
-  CHECK(contains(changed("layer_types", {"full_attention"}), "layer_types"));
-  CHECK(contains(changed("rope_parameters", {{"rope_type", "llama3"}}), "rope type 'llama3'"));
+  CHECK(contains(changed("layer_types", {"full_attention", "sliding_attention"}), "layer_types"));
+  CHECK(contains(changed("rope_parameters", {{"rope_type", "longrope"}}), "rope type 'longrope'"));
+  CHECK(contains(changed("rope_parameters", {{"rope_type", "dynamic"}}),
+                 "rope type 'dynamic' is not supported: default, linear, yarn and llama3 are, and "
+                 "its frequencies change with the length"));
+  CHECK(contains(changed("rope_parameters", {{"rope_type", "llama3"}, {"factor", 8}}),
+                 "rope_parameters: the key 'low_freq_factor' is missing"));
+  CHECK(contains(changed("rope_parameters", {{"rope_type", "linear"}}),
+                 "rope_parameters: the key 'factor' is missing"));
   CHECK(contains(changed("rope_parameters", {{"full_attention", {{"rope_type", "default"}}}}),
                  "different RoPE per kind of layer"));
   CHECK(contains(changed("rope_parameters", {{"rope_type", "yarn"}, {"truncate", false}}),
                  "truncate"));
   // Harmless keys of other versions are no reason to refuse a file.
   CHECK(changed("sliding_window", nullptr) == "(accepted)");
+  CHECK(changed("layer_types", {"full_attention", "full_attention"}) == "(accepted)");
   CHECK(changed("output_router_logits", false) == "(accepted)");
 }
 
 TEST_CASE("hf config: malformed files", "[config]") {
-  CHECK(contains(error_of(""), "not valid JSON"));
-  CHECK(contains(error_of("{"), "not valid JSON"));
+  const std::string incomplete =
+      "not valid JSON: the text ends where more must follow; is the file complete?";
+  CHECK(error_of("") == "config.json:1:1: " + incomplete);
+  CHECK(error_of("{") == "config.json:1:2: " + incomplete);
+  CHECK(error_of("{\n  \"a\": [1,\n") == "config.json:3:1: " + incomplete);
+  CHECK(error_of("{\n  \"a\": 1,\n}") ==
+        "config.json:3:1: not valid JSON: '}' is not expected here");
+  CHECK(error_of("{\"a\" x}") == "config.json:1:6: not valid JSON: 'x' is not expected here");
+  CHECK(contains(error_of("{\"a\": \"b\n\"}"), "config.json:1:9: not valid JSON: a line break"));
+  CHECK(contains(error_of("{\"a\": 1e999}"), "a number is too large"));
   CHECK(contains(error_of("[1]"), "must hold a JSON object"));
   CHECK(contains(error_of("{}"), "'model_type' is missing"));
   CHECK(contains(error_of(R"({"model_type": "llama", "model_type": "llama"})"),
@@ -192,7 +304,8 @@ TEST_CASE("hf config: malformed files", "[config]") {
   CHECK(contains(error_of("{\"a\": " + std::string(200, '[') + std::string(200, ']') + "}"),
                  "nested too deeply"));
   CHECK(contains(error_of(std::string(2000000, ' ')), "larger than 1024 KiB"));
-  CHECK(contains(error_of("{\"model_type\": \"\xFF\"}"), "not valid JSON"));
+  CHECK(contains(error_of("{\"model_type\": \"\xFF\"}"),
+                 "config.json:1:17: not valid JSON: a byte that is not UTF-8"));
   const auto changed = [](const char* key, const Json& value) {
     return error_of(with("llama_tiny", {{key, value}}));
   };
@@ -235,7 +348,10 @@ TEST_CASE("hf config: what is written reads back as the same model", "[config]")
 }
 
 TEST_CASE("hf config: the published form, with its names", "[config]") {
-  const Json v3 = Json::parse(hf_config_text(*find_preset("deepseek-v3"), {"float32", 0, 1}));
+  HfConfigExtras extras;
+  extras.torch_dtype = "float32";
+  extras.bos_token_id = 0;
+  const Json v3 = Json::parse(hf_config_text(*find_preset("deepseek-v3"), extras));
   CHECK(v3["architectures"] == Json({"DeepseekV3ForCausalLM"}));
   CHECK(v3["model_type"] == "deepseek_v3");
   CHECK(v3["torch_dtype"] == "float32");
@@ -243,6 +359,7 @@ TEST_CASE("hf config: the published form, with its names", "[config]") {
   CHECK(v3["rope_theta"] == 10000.0);
   CHECK(v3["q_lora_rank"] == 1536);
   CHECK(v3["bos_token_id"] == 0);
+  CHECK(v3["eos_token_id"].is_null());
   CHECK(v3["num_key_value_heads"] == 128);
   CHECK(Json::parse(hf_config_text(*find_preset("v2-lite"), {}))["q_lora_rank"].is_null());
   CHECK(Json::parse(hf_config_text(*find_preset("v2-lite"), {}))["model_type"] == "deepseek_v2");
