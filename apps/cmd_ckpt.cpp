@@ -43,8 +43,9 @@ void print_json(const std::string& path, const CheckpointReport& report) {
 void print_verified(const std::string& path, const CheckpointReport& report, double seconds) {
   if (report.ok()) {
     const int64_t bytes = report.manifest->bytes();
-    fmt::print("{}: ok, {} in {} files, read at {:.1f} GB/s\n", path, format_bytes(bytes),
-               report.manifest->files.size(), static_cast<double>(bytes) / 1e9 / seconds);
+    fmt::print("{}: ok, {} in {}, read at {:.1f} GB/s\n", path, format_bytes(bytes),
+               format_plural(std::ssize(report.manifest->files), "file"),
+               static_cast<double>(bytes) / 1e9 / seconds);
     return;
   }
   fmt::print("{}: damaged\n", path);

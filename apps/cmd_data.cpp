@@ -59,8 +59,8 @@ EncodeText make_encoder(const Tokenizer& tokenizer) {
 
 void print_build(const std::string& output, const BuildReport& report) {
   if (report.up_to_date) fmt::print("{} is up to date\n", output);
-  fmt::print("{}: {} documents, {} tokens, {} of text, {:.3f} bytes per token\n", output,
-             format_grouped(report.documents), format_grouped(report.tokens),
+  fmt::print("{}: {}, {}, {} of text, {:.3f} bytes per token\n", output,
+             format_plural(report.documents, "document"), format_plural(report.tokens, "token"),
              format_bytes(report.text_bytes),
              static_cast<double>(report.text_bytes) / static_cast<double>(report.tokens));
   if (report.up_to_date) return;
@@ -72,12 +72,10 @@ void print_build(const std::string& output, const BuildReport& report) {
     fmt::print("{} of the text had been done by an interrupted build\n",
                format_bytes(report.resumed_text_bytes));
   if (report.empty_documents > 0)
-    fmt::print("{} empty documents were left out\n", format_grouped(report.empty_documents));
+    fmt::print("left out {}\n", format_plural(report.empty_documents, "empty document"));
   if (report.replaced_sequences > 0)
-    log_warning(
-        "data build: {} invalid UTF-8 sequences became U+FFFD; is the text in another "
-        "encoding?",
-        format_grouped(report.replaced_sequences));
+    log_warning("data build: {} became U+FFFD; is the text in another encoding?",
+                format_plural(report.replaced_sequences, "invalid UTF-8 sequence"));
   if (report.unknown_bytes > 0)
     log_warning("data build: the tokenizer has no token for {} bytes of the text",
                 format_grouped(report.unknown_bytes));
@@ -108,8 +106,8 @@ void print_facts(const TokenDataset& dataset) {
   line("documents",
        fmt::format("{}, {:.1f} tokens each on average", format_grouped(dataset.num_documents()),
                    tokens / static_cast<double>(dataset.num_documents())));
-  line("tokens", fmt::format("{} of {} bytes in {} shards", format_grouped(dataset.num_tokens()),
-                             dataset.token_bytes(), dataset.num_shards()));
+  line("tokens", fmt::format("{} of {} bytes in {}", format_grouped(dataset.num_tokens()),
+                             dataset.token_bytes(), format_plural(dataset.num_shards(), "shard")));
   if (dataset.text_bytes() >= 0)
     line("text", fmt::format("{}, {:.3f} bytes per token", format_bytes(dataset.text_bytes()),
                              static_cast<double>(dataset.text_bytes()) / tokens));
@@ -124,7 +122,7 @@ void print_document(const TokenDataset& dataset, const Tokenizer* tokenizer, int
   const TokenRange range = dataset.document_range(document);
   std::vector<int32_t> ids(static_cast<size_t>(std::min(range.count(), kShownTokens)));
   dataset.read(range.begin, std::ssize(ids), ids.data());
-  fmt::print("\ndocument {}: {} tokens\n", document, format_grouped(range.count()));
+  fmt::print("\ndocument {}: {}\n", document, format_plural(range.count(), "token"));
   std::string text;
   if (tokenizer != nullptr) {
     text = tokenizer->decode(ids);
@@ -163,9 +161,8 @@ int cmd_data_inspect(const DataInspectOptions& options) {
     const BigramScore score = score_bigram(TokenDataset::open(options.bigram_train), dataset);
     fmt::print("{:<12} {:.4f} bits per token", "bigram", score.bits_per_token);
     if (score.bits_per_byte >= 0) fmt::print(", {:.4f} bits per byte", score.bits_per_byte);
-    fmt::print(" over {} targets; counted on {} tokens of {}, delta {}\n",
-               format_grouped(score.targets), format_grouped(score.train_tokens),
-               options.bigram_train, score.delta);
+    fmt::print(" over {}; counted on {} of {}, delta {}\n", format_plural(score.targets, "target"),
+               format_plural(score.train_tokens, "token"), options.bigram_train, score.delta);
   }
   if (options.limit <= 0) return static_cast<int>(ExitCode::ok);
   const std::optional<Tokenizer> tokenizer = find_tokenizer(options, dataset);

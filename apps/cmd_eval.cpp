@@ -1,10 +1,12 @@
 // eval: loss and bits per byte of a checkpoint on held-out data.
-#include <cstdio>
+#include <fmt/format.h>
+
 #include <nlohmann/json.hpp>
 
 #include "apps/assemble.h"
 #include "apps/commands.h"
 #include "apps/evaluation.h"
+#include "core/base/format_units.h"
 #include "core/base/log.h"
 #include "core/config/validate.h"
 
@@ -31,13 +33,13 @@ void print(const EvalRecord& r, const std::string& checkpoint, bool json) {
                                    {"perplexity", r.perplexity}, {"tokens", r.tokens}, {"seconds", r.seconds},
                                    {"checkpoint", checkpoint}};
     if (r.bits_per_byte) line["bits_per_byte"] = *r.bits_per_byte;
-    std::printf("%s\n", line.dump().c_str());
+    fmt::print("{}\n", line.dump());
     return;
   }
-  std::printf("%s at step %lld: loss %.4f nats per token, perplexity %.2f", r.set.c_str(),
-              static_cast<long long>(r.step), r.loss, r.perplexity);
-  if (r.bits_per_byte) std::printf(", %.4f bits per byte", *r.bits_per_byte);
-  std::printf(" (%lld tokens, %.1f s)\n", static_cast<long long>(r.tokens), r.seconds);
+  fmt::print("{} at step {}: loss {} nats per token, perplexity {}", r.set, r.step,
+             format_fixed(r.loss, 4), format_fixed(r.perplexity, 2));
+  if (r.bits_per_byte) fmt::print(", {} bits per byte", format_fixed(*r.bits_per_byte, 4));
+  fmt::print(" ({}, {:.1f} s)\n", format_plural(r.tokens, "token"), r.seconds);
 }
 
 }  // namespace

@@ -5,6 +5,7 @@
 
 #include "apps/assemble.h"
 #include "apps/commands.h"
+#include "core/base/format_units.h"
 #include "core/base/log.h"
 #include "core/base/rng.h"
 #include "core/config/hf_config.h"
@@ -70,7 +71,8 @@ int cmd_generate(const GenerateOptions& options) {
   const int64_t context =
       std::min(std::ssize(tokens) + options.max_tokens, model.max_position_embeddings);
   if (std::ssize(tokens) > context)
-    throw UsageError(fmt::format("the prompt has {} tokens; the model reads at most {}", tokens.size(), context));
+    throw UsageError(fmt::format("the prompt has {}; the model reads at most {}",
+                                 format_plural(std::ssize(tokens), "token"), context));
 
   const std::unique_ptr<Backend> backend = make_backend(source.config);
   EngineOptions engine_setup;

@@ -3,6 +3,7 @@
 
 #include "apps/commands.h"
 #include "core/base/error.h"
+#include "core/base/format_units.h"
 #include "core/config/validate.h"
 
 namespace dstrain {
@@ -19,9 +20,9 @@ void apply_gradient_accumulation(LoadedConfig& loaded, int64_t count) {
   const int64_t ranks = data_parallel_ranks(config);
   if (config.train.global_batch % ranks != 0 || config.train.global_batch / ranks % count != 0)
     throw ConfigError(
-        fmt::format("{}: train.global_batch ({}) is not a multiple of {} micro-batches x {} "
-                    "data-parallel rank{}",
-                    typed, config.train.global_batch, count, ranks, ranks == 1 ? "" : "s"));
+        fmt::format("{}: train.global_batch ({}) is not a multiple of {} micro-batch{} x {}", typed,
+                    config.train.global_batch, count, count == 1 ? "" : "es",
+                    format_plural(ranks, "data-parallel rank")));
   config.train.micro_batch = config.train.global_batch / ranks / count;
   const Location location{loaded.sources.add_argument(typed), 0, 0, 1};
   loaded.set_origin("train.micro_batch", {Origin::Kind::command_line, typed, location});

@@ -78,4 +78,12 @@ std::string format_flops(double operations) {
                      kUnits[scaled.power]);
 }
 
+std::string format_plural(int64_t count, std::string_view noun) {
+  return fmt::format("{} {}{}", format_grouped(count), noun, count == 1 ? "" : "s");
+}
+
+std::string format_fixed(double value, int digits) {
+  return std::isnan(value) ? "nan" : fmt::format("{:.{}f}", value, digits);
+}
+
 }  // namespace dstrain

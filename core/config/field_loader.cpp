@@ -234,7 +234,8 @@ void Loader::load_list(const YamlNode& given, const std::string& path, std::vect
     const YamlNode& value = node->items[0];
     if (node->index > size || node->index >= static_cast<int64_t>(kMaxListItems))
       return fail(*node, path,
-                  fmt::format("has {} elements; index {} is beyond its end", size, node->index),
+                  fmt::format("has {} element{}; index {} is beyond its end", size,
+                              size == 1 ? "" : "s", node->index),
                   fmt::format("{}[{}] would append one", path, size));
     if (node->index == size) list.emplace_back();
     // What the element requires may follow with the next argument; validate() looks again.

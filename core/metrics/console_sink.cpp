@@ -54,17 +54,18 @@ std::vector<Figure> figures_of(const StepRecord& record, std::optional<double> e
   const std::string steps = fmt::format("{}", record.steps);
   figures.push_back({fmt::format("step {:>{}}/{}", record.step, steps.size(), steps), 0});
   figures.push_back(
-      {fmt::format("loss {:.4f}", record.loss), 0, std::isfinite(record.loss) ? nullptr : kRed});
-  if (record.mtp_loss) figures.push_back({fmt::format("mtp {:.4f}", *record.mtp_loss), 7});
-  figures.push_back({fmt::format("grad {:.2f}", record.grad_norm), 3});
+      {"loss " + format_fixed(record.loss, 4), 0, std::isfinite(record.loss) ? nullptr : kRed});
+  if (record.mtp_loss) figures.push_back({"mtp " + format_fixed(*record.mtp_loss, 4), 7});
+  figures.push_back({"grad " + format_fixed(record.grad_norm, 2), 3});
   if (record.skipped)
     figures.push_back({fmt::format("skipped ({} so far)", record.skipped_total), 1, kYellow});
   figures.push_back({fmt::format("lr {:.1e}", record.lr), 5});
   figures.push_back({format_count(record.tokens_per_s) + " tok/s", 2});
   if (record.experts) {
-    figures.push_back({fmt::format("load {:.2f}x dead {}", record.experts->max_over_mean_worst,
-                                   record.experts->dead_worst),
-                       4, record.experts->dead_worst > 0 ? kYellow : nullptr});
+    figures.push_back(
+        {fmt::format("load {}x dead {}", format_fixed(record.experts->max_over_mean_worst, 2),
+                     record.experts->dead_worst),
+         4, record.experts->dead_worst > 0 ? kYellow : nullptr});
   }
   if (record.mfu) figures.push_back({fmt::format("mfu {:.1f}%", 100.0 * *record.mfu), 6});
   if (eta_s && record.step < record.steps) figures.push_back({"ETA " + format_duration(*eta_s), 1});
@@ -78,9 +79,11 @@ int width_of(const std::vector<Figure>& figures) {
 }
 
 std::string eval_text(const EvalRecord& record) {
-  std::string out = fmt::format("eval  step {}  {}  loss {:.4f}  perplexity {:.2f}", record.step,
-                                record.set, record.loss, record.perplexity);
-  if (record.bits_per_byte) out += fmt::format("  {:.4f} bits/byte", *record.bits_per_byte);
+  std::string out =
+      fmt::format("eval  step {}  {}  loss {}  perplexity {}", record.step, record.set,
+                  format_fixed(record.loss, 4), format_fixed(record.perplexity, 2));
+  if (record.bits_per_byte)
+    out += fmt::format("  {} bits/byte", format_fixed(*record.bits_per_byte, 4));
   return out + fmt::format("  {} tokens in {}", format_count(static_cast<double>(record.tokens)),
                            format_duration(record.seconds));
 }

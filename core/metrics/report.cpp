@@ -18,10 +18,6 @@ constexpr size_t kTextWidth = 80;
 constexpr size_t kMaxPathWidth = 44;
 constexpr const char* kNotAvailable = "not available";
 
-std::string plural(int64_t count, std::string_view noun) {
-  return fmt::format("{} {}{}", format_grouped(count), noun, count == 1 ? "" : "s");
-}
-
 std::string count_or_not(const std::optional<int64_t>& count) {
   return count ? format_grouped(*count) : kNotAvailable;
 }
@@ -82,7 +78,7 @@ std::string headline(const StartupInfo& info) {
   if (info.parameters_total)
     out +=
         fmt::format("{} parameters, ", format_count(static_cast<double>(*info.parameters_total)));
-  out += plural(info.ranks, "rank");
+  out += format_plural(info.ranks, "rank");
   if (!info.layout.empty()) out += fmt::format(" ({})", info.layout);
   if (const auto tokens = training_tokens(info); tokens && *tokens > 0)
     out += fmt::format(", {} training tokens", format_count(static_cast<double>(*tokens)));
@@ -96,12 +92,12 @@ void add_run(Table& table, const StartupInfo& info) {
   table.row("name", info.run_name);
   table.row("starts", info.resume.empty() ? "from scratch" : "from " + info.resume);
   std::string device = info.device;
-  if (info.threads > 0) device += ", " + plural(info.threads, "thread");
+  if (info.threads > 0) device += ", " + format_plural(info.threads, "thread");
   if (!info.isa.empty()) device += ", " + info.isa;
   if (!info.precision.empty()) device += ", " + info.precision;
   table.row("device", device);
-  table.row("layout", info.layout.empty() ? plural(info.ranks, "rank")
-                                          : plural(info.ranks, "rank") + ", " + info.layout);
+  table.row("layout", info.layout.empty() ? format_plural(info.ranks, "rank")
+                                          : format_plural(info.ranks, "rank") + ", " + info.layout);
 }
 
 void add_model(Table& table, const StartupInfo& info) {
@@ -168,9 +164,9 @@ void add_data(Table& table, const StartupInfo& info) {
   for (size_t i = 0; i < shown; ++i) {
     const DataRow& row = info.data[i];
     std::string text =
-        fmt::format("{:<{}}{:<{}}  {:>{}} tokens  {:>{}} documents", row.split, kLabelWidth,
+        fmt::format("{:<{}}{:<{}}  {:>{}} tokens  {:>{}} document{}", row.split, kLabelWidth,
                     shorten(row.source), path_width, count_or_not(row.tokens), token_width,
-                    count_or_not(row.documents), document_width);
+                    count_or_not(row.documents), document_width, row.documents == 1 ? "" : "s");
     if (row.split == "train" && row.weight != weights && weights > 0)
       text += fmt::format("  {:.1f}%", 100.0 * row.weight / weights);
     table.line(text);
@@ -195,8 +191,9 @@ void add_schedule(Table& table, const StartupInfo& info) {
 }
 
 std::string eval_figures(const EvalRecord& eval) {
-  std::string out = fmt::format("{} loss {:.4f}", eval.set, eval.loss);
-  if (eval.bits_per_byte) out += fmt::format(", {:.4f} bits/byte", *eval.bits_per_byte);
+  std::string out = fmt::format("{} loss {}", eval.set, format_fixed(eval.loss, 4));
+  if (eval.bits_per_byte)
+    out += fmt::format(", {} bits/byte", format_fixed(*eval.bits_per_byte, 4));
   return out;
 }
 
@@ -216,8 +213,8 @@ std::string startup_table(const StartupInfo& info, bool color) {
 
 std::string final_line(const RunSummary& summary) {
   std::string out = fmt::format(
-      "{} at step {} of {}: {} tokens, loss {:.4f}", summary.outcome, summary.step, summary.steps,
-      format_count(static_cast<double>(summary.total_tokens)), summary.loss);
+      "{} at step {} of {}: {} tokens, loss {}", summary.outcome, summary.step, summary.steps,
+      format_count(static_cast<double>(summary.total_tokens)), format_fixed(summary.loss, 4));
   for (const EvalRecord& eval : summary.evals) out += ", " + eval_figures(eval);
   out += fmt::format(", {} tok/s", format_count(summary.tokens_per_s));
   if (!summary.checkpoint.empty()) out += ", checkpoint " + summary.checkpoint;
@@ -228,10 +225,10 @@ std::string final_report(const RunSummary& summary, bool color) {
   Table table(color);
   table.heading(fmt::format("{} at step {} of {}", summary.outcome, format_grouped(summary.step),
                             format_grouped(summary.steps)));
-  std::string loss = fmt::format("{:.4f}", summary.loss);
+  std::string loss = format_fixed(summary.loss, 4);
   if (summary.skipped_total > 0)
     loss += fmt::format(", {} skipped because the gradient was not finite",
-                        plural(summary.skipped_total, "step"));
+                        format_plural(summary.skipped_total, "step"));
   table.row("loss", loss);
   for (const EvalRecord& eval : summary.evals)
     table.row("evaluation", eval_figures(eval) + fmt::format(" at step {}", eval.step));

@@ -1,5 +1,6 @@
 #include "core/base/format_units.h"
 
+#include <cmath>
 #include <cstdint>
 #include <limits>
 
@@ -66,6 +67,23 @@ TEST_CASE("format_flops: SI units") {
   CHECK(format_flops(3e24) == "3.00 YFLOP");
   CHECK(format_flops(12) == "12 FLOP");
   CHECK(format_flops(std::numeric_limits<double>::infinity()) == "n/a");
+}
+
+TEST_CASE("format_plural: an s for all counts but one") {
+  CHECK(format_plural(0, "file") == "0 files");
+  CHECK(format_plural(1, "file") == "1 file");
+  CHECK(format_plural(-1, "file") == "-1 files");
+  CHECK(format_plural(1012, "warm-up step") == "1,012 warm-up steps");
+}
+
+TEST_CASE("format_fixed: a NaN has no sign") {
+  const double nan = std::numeric_limits<double>::quiet_NaN();
+  CHECK(format_fixed(nan, 4) == "nan");
+  CHECK(format_fixed(std::copysign(nan, -1.0), 4) == "nan");
+  CHECK(format_fixed(std::numeric_limits<double>::infinity(), 2) == "inf");
+  CHECK(format_fixed(-std::numeric_limits<double>::infinity(), 2) == "-inf");
+  CHECK(format_fixed(3.53084, 4) == "3.5308");
+  CHECK(format_fixed(-0.126, 2) == "-0.13");
 }
 
 }  // namespace dstrain

@@ -96,7 +96,7 @@ TEST_CASE("step_text: the bar is empty at first and full at last") {
 
 TEST_CASE("step_text: colour only where asked for, and it does not count as width") {
   StepRecord record = example_step(120);
-  record.loss = std::numeric_limits<double>::quiet_NaN();
+  record.loss = std::copysign(std::numeric_limits<double>::quiet_NaN(), -1.0);
   CHECK(step_text(record, std::nullopt, 30, false) == "step 120/600  loss nan");
   CHECK(step_text(record, std::nullopt, 30, true) == "step 120/600  \033[31mloss nan\033[0m");
 }
