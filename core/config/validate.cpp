@@ -6,6 +6,8 @@
 #include <cmath>
 #include <set>
 
+#include "core/base/format_units.h"
+
 namespace dstrain {
 namespace {
 
@@ -141,8 +143,8 @@ void check_experts(const ModelConfig& m, Rules& rules) {
   if (m.topk_group * group_size < k)
     rules.broken(
         "model.topk_group", fmt::format("write at least {}", (k + group_size - 1) / group_size),
-        "model.topk_group ({}) groups of {} experts hold fewer than model.num_experts_per_tok ({})",
-        m.topk_group, group_size, k);
+        "model.topk_group ({}) groups of {} hold fewer than model.num_experts_per_tok ({})",
+        m.topk_group, format_plural(group_size, "expert"), k);
   if (m.topk_method == TopkMethod::noaux_tc && group_size < 2)
     rules.broken("model.n_group", fmt::format("write at most {}", experts / 2),
                  "model.topk_method noaux_tc ranks a group by its best two experts, but {} groups "
@@ -168,7 +170,8 @@ void check_size(const ModelConfig& m, Rules& rules) {
 void check_rope(const ModelConfig& m, Rules& rules) {
   const RopeScalingConfig& r = m.rope_scaling;
   if (r.type == RopeType::none && r.factor != 1.0)
-    rules.broken("model.rope_scaling.factor", "write type: linear, yarn or llama3, or leave factor out",
+    rules.broken("model.rope_scaling.factor",
+                 "write type: linear, yarn or llama3, or leave factor out",
                  "model.rope_scaling.factor is {}, but type default does not scale", r.factor);
   if (r.type == RopeType::yarn && r.beta_fast <= r.beta_slow)
     rules.broken("model.rope_scaling.beta_fast", "32 and 1 are usual",
@@ -244,9 +247,9 @@ void check_training(const Config& c, Rules& rules) {
   const int64_t warmup = c.schedule.warmup.resolve(steps), decay = c.schedule.decay.resolve(steps);
   if (c.schedule.name == ScheduleName::wsd && warmup <= steps && warmup + decay > steps)
     rules.broken("schedule.decay", fmt::format("write at most {}", steps - warmup),
-                 "schedule.warmup ({} steps) and schedule.decay ({} steps) together are longer "
-                 "than train.steps ({})",
-                 warmup, decay, steps);
+                 "schedule.warmup ({}) and schedule.decay ({}) together are longer than "
+                 "train.steps ({})",
+                 format_plural(warmup, "step"), format_plural(decay, "step"), steps);
   if (c.run.device == Device::cpu &&
       (c.precision.compute == ComputeType::bf16 || c.precision.compute == ComputeType::tf32))
     rules.broken("precision.compute", "write fp32 or auto, or run.device: cuda",
@@ -263,7 +266,8 @@ void check_layout(const Config& c, Rules& rules) {
   const int64_t heads = m.is_mla() ? m.num_attention_heads : m.kv_heads();
   if (heads % p.tensor != 0)
     rules.broken("parallel.tensor", "try " + nearest_divisors(heads, p.tensor),
-                 "parallel.tensor ({}) does not divide the {} heads of model.{}", p.tensor, heads,
+                 "parallel.tensor ({}) does not divide the {} of model.{}", p.tensor,
+                 format_plural(heads, "head"),
                  m.is_mla() ? "num_attention_heads" : "num_key_value_heads");
   if (p.pipeline > m.num_hidden_layers)
     rules.broken("parallel.pipeline", fmt::format("write at most {}", m.num_hidden_layers),
@@ -328,17 +332,23 @@ void validate_model(const ModelConfig& model, const std::string& name) {
 
 std::vector<std::string> config_warnings(const Config& c) {
   std::vector<std::string> warnings;
-  const int64_t warmup = c.schedule.warmup.resolve(c.train.steps);
-  if (c.train.steps > 0 && warmup > c.train.steps)
-    warnings.push_back(
-        fmt::format("schedule.warmup ({} steps) is longer than train.steps ({}): the run ends "
-                    "before the learning rate "
-                    "reaches optimizer.lr",
-                    warmup, c.train.steps));
+  const int64_t steps = c.train.steps, warmup = c.schedule.warmup.resolve(steps);
+  if (steps > 0 && warmup > steps)
+    warnings.push_back(fmt::format(
+        "schedule.warmup ({}) is longer than train.steps ({}): the run ends during warm-up, at a "
+        "learning rate of {:.1e} instead of optimizer.lr ({:.1e})",
+        format_plural(warmup, "step"), steps,
+        c.optimizer.lr * static_cast<double>(steps) / static_cast<double>(warmup), c.optimizer.lr));
+  else if (steps > 0 && warmup == steps && c.schedule.name != ScheduleName::constant)
+    warnings.push_back(fmt::format(
+        "schedule.warmup ({}) takes the whole run: schedule.name {} has no step left to lower the "
+        "learning rate",
+        format_plural(warmup, "step"), enum_name(c.schedule.name)));
   if (c.model.n_routed_experts > 0 && c.model.first_k_dense_replace >= c.model.num_hidden_layers)
     warnings.push_back(fmt::format(
-        "model.first_k_dense_replace ({}) leaves none of the {} blocks to the {} routed experts",
-        c.model.first_k_dense_replace, c.model.num_hidden_layers, c.model.n_routed_experts));
+        "model.first_k_dense_replace ({}) leaves none of the {} to the {}",
+        c.model.first_k_dense_replace, format_plural(c.model.num_hidden_layers, "block"),
+        format_plural(c.model.n_routed_experts, "routed expert")));
   return warnings;
 }
 

@@ -107,7 +107,8 @@ TEST_CASE("validate: each broken rule names keys, values and a fix", "[config]")
       {{{"model.n_group", "4"}, {"model.topk_method", "greedy"}},
        "greedy does not limit groups",
        ""},
-      {{{"model.rope_scaling.factor", "4"}}, "type default does not scale",
+      {{{"model.rope_scaling.factor", "4"}},
+       "type default does not scale",
        "write type: linear, yarn or llama3"},
       {{{"model.rope_scaling.type", "llama3"}, {"model.rope_scaling.low_freq_factor", "4"}},
        "high_freq_factor (4) must be above low_freq_factor (4)",
@@ -217,8 +218,18 @@ TEST_CASE("validate: warnings are no errors", "[config]") {
   const std::vector<std::string> warnings =
       config_warnings(job({{"schedule.warmup", "2000"}}).config);
   REQUIRE(warnings.size() == 1);
-  CHECK(contains(warnings[0], "schedule.warmup (2000 steps) is longer than train.steps (1000)"));
+  CHECK(contains(warnings[0], "schedule.warmup (2,000 steps) is longer than train.steps (1000)"));
+  CHECK(contains(warnings[0], "a learning rate of 5.0e-04 instead of optimizer.lr (1.0e-03)"));
   CHECK(problems_of({{"schedule.warmup", "2000"}}) == "(valid)");
+  const auto whole = config_warnings(job({{"schedule.warmup", "100%"}}).config);
+  REQUIRE(whole.size() == 1);
+  CHECK(contains(whole[0], "schedule.name cosine has no step left to lower the learning rate"));
+  const auto none = [](const std::string& key, const std::string& value) {
+    return config_warnings(job({{"schedule.warmup", "1000"}, {key, value}}).config).empty();
+  };
+  CHECK(none("train.steps", "1001"));
+  CHECK(none("schedule.name", "constant"));
+  CHECK(none("train.steps", "0"));
   CHECK(config_warnings(job({{"model.first_k_dense_replace", "6"}}).config).size() == 1);
 }
 

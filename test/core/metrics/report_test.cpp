@@ -115,9 +115,9 @@ TEST_CASE("final_report: figures, places and the next command") {
         "  export         deepseek-train export runs/kjv-moe --output kjv-hf\n");
   summary.skipped_total = 1;
   summary.mfu = 0.4;
-  summary.loss = std::numeric_limits<double>::quiet_NaN();
+  summary.loss = std::copysign(std::numeric_limits<double>::quiet_NaN(), -1.0);
   const std::string text = final_report(summary, false);
-  CHECK_THAT(text, Catch::Contains("nan, 1 step skipped because the gradient was not finite"));
+  CHECK_THAT(text, Catch::Contains("  nan, 1 step skipped because the gradient was not finite"));
   CHECK_THAT(text, Catch::Contains("40.0% of the device's peak"));
 }
 
@@ -150,9 +150,17 @@ TEST_CASE("describe: model, schedule, checkpoints, optimizer in a line each") {
   schedule.name = ScheduleName::constant;
   schedule.warmup = {0, false};
   CHECK(describe_schedule(schedule, 1e-3, 600) == "constant, peak 1.0e-03");
+  schedule.warmup = {1, false};
+  CHECK(describe_schedule(schedule, 1e-3, 600) == "constant, peak 1.0e-03 after 1 warm-up step");
+  schedule.warmup = {2000, false};
+  CHECK(describe_schedule(schedule, 1e-3, 600) ==
+        "constant, peak 1.0e-03 never reached: warm-up takes 2,000 steps, so the run ends at "
+        "3.0e-04");
   CheckpointConfig checkpoint;
   CHECK(describe_checkpoints(checkpoint) ==
-        "every 1000 steps and at the end, newest 3 kept, written in the background");
+        "every 1,000 steps and at the end, newest 3 kept, written in the background");
+  checkpoint.every = 1;
+  CHECK_THAT(describe_checkpoints(checkpoint), Catch::StartsWith("after every step, newest 3"));
   checkpoint.every = 0;
   CHECK_THAT(describe_checkpoints(checkpoint), Catch::StartsWith("at the end and on signals"));
   CHECK(describe_optimizer(OptimizerConfig{}) ==
