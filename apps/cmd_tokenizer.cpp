@@ -9,6 +9,7 @@
 
 #include "apps/commands.h"
 #include "core/base/error.h"
+#include "core/base/file.h"
 #include "core/base/format_units.h"
 #include "core/base/log.h"
 #include "core/data/tokenizer.h"
@@ -23,9 +24,9 @@ constexpr const char* kDefaultSpecialToken = "<|endoftext|>";
 
 void print_training(const BpeTrainReport& report, const TokenizerTrainOptions& options,
                     double seconds) {
-  fmt::print("{}: {} tokens from {} of text ({} words, {} of them distinct) in {}\n",
-             options.output, format_grouped(report.vocab_size), format_bytes(report.text_bytes),
-             format_grouped(report.words), format_grouped(report.distinct_words),
+  fmt::print("{}: {} from {} of text ({}, {} of them distinct) in {}\n", options.output,
+             format_plural(report.vocab_size, "token"), format_bytes(report.text_bytes),
+             format_plural(report.words, "word"), format_grouped(report.distinct_words),
              format_duration(seconds));
   if (report.vocab_size < options.vocab_size)
     log_warning(
@@ -33,16 +34,14 @@ void print_training(const BpeTrainReport& report, const TokenizerTrainOptions& o
         "model.vocab_size to that or train on more text",
         report.vocab_size, options.vocab_size);
   if (report.invalid_utf8 > 0)
-    log_warning(
-        "tokenizer train: {} invalid UTF-8 sequences became U+FFFD; is the text in "
-        "another encoding?",
-        format_grouped(report.invalid_utf8));
+    log_warning("tokenizer train: {} became U+FFFD; is the text in another encoding?",
+                format_plural(report.invalid_utf8, "invalid UTF-8 sequence"));
   if (report.long_words > 0)
-    log_warning("tokenizer train: {} words above {} bytes were left out",
-                format_grouped(report.long_words), kMaxWordBytes);
+    log_warning("tokenizer train: left out {} of more than {} bytes",
+                format_plural(report.long_words, "word"), kMaxWordBytes);
   if (report.dropped_words > 0)
-    log_warning("tokenizer train: {} occurrences of rare words were dropped to bound memory",
-                format_grouped(report.dropped_words));
+    log_warning("tokenizer train: dropped {} of rare words to bound memory",
+                format_plural(report.dropped_words, "occurrence"));
 }
 
 std::string read_standard_input() {
@@ -88,6 +87,8 @@ int cmd_tokenizer_train(const TokenizerTrainOptions& options) {
   train.special_tokens = options.special_tokens;
   if (train.special_tokens.empty()) train.special_tokens = {kDefaultSpecialToken};
 
+  // A folder that cannot be made is better known before the work than after it.
+  create_folders(parent_folder(options.output));
   const auto start = std::chrono::steady_clock::now();
   BpeTrainReport report;
   const Tokenizer tokenizer(train_bpe(train, report), options.output);
@@ -104,9 +105,11 @@ int cmd_tokenizer_encode(const TokenizerCodeOptions& options) {
   EncodeCounts counts;
   tokenizer.append(text, ids, /*add_special=*/false, &counts);
   if (counts.invalid_utf8 > 0)
-    log_warning("tokenizer encode: {} invalid UTF-8 sequences became U+FFFD", counts.invalid_utf8);
+    log_warning("tokenizer encode: {} became U+FFFD",
+                format_plural(counts.invalid_utf8, "invalid UTF-8 sequence"));
   if (counts.unknown_bytes > 0)
-    log_warning("tokenizer encode: the tokenizer has no token for {} bytes", counts.unknown_bytes);
+    log_warning("tokenizer encode: the tokenizer has no token for {}",
+                format_plural(counts.unknown_bytes, "byte"));
   write_standard_output(fmt::format("{}\n", fmt::join(ids, " ")));
   return 0;
 }

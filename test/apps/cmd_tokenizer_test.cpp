@@ -105,6 +105,17 @@ TEST_CASE("tokenizer commands: standard input comes back byte for byte", "[token
   CHECK(box.run([&] { return cmd_tokenizer_decode(code); }, ids) == text);
 }
 
+TEST_CASE("tokenizer train: folders on the way to its output are made", "[tokenizer]") {
+  Sandbox box;
+  TokenizerTrainOptions train;
+  train.inputs = {box.write("text.txt", "some")};
+  train.vocab_size = 257;
+  train.output = box.path("new/folder/tokenizer.json");
+  CHECK_THAT(box.run([&] { return cmd_tokenizer_train(train); }),
+             Catch::Contains("257 tokens") && Catch::Contains("(1 word, 1 of them distinct)"));
+  CHECK(std::filesystem::exists(train.output));
+}
+
 TEST_CASE("tokenizer commands: mistakes", "[tokenizer]") {
   Sandbox box;
   TokenizerTrainOptions train;
@@ -119,8 +130,9 @@ TEST_CASE("tokenizer commands: mistakes", "[tokenizer]") {
   }
   const TokenizerCodeOptions missing{.tokenizer = box.path("none.json"), .text = "a"};
   CHECK_THROWS_AS(box.run([&] { return cmd_tokenizer_encode(missing); }), NotFoundError);
-  train.output = box.path("no/such/folder/tokenizer.json");
-  CHECK_THROWS_AS(box.run([&] { return cmd_tokenizer_train(train); }), Error);
+  train.output = box.path("text.txt/folder/tokenizer.json");  // a file is in the way
+  CHECK_THROWS_WITH(box.run([&] { return cmd_tokenizer_train(train); }),
+                    Catch::Contains("text.txt"));
 }
 
 }  // namespace dstrain
