@@ -18,6 +18,7 @@
 #include <cstdint>
 
 #include "core/backend/backend.h"
+#include "core/backend/compressed_format.h"
 #include "core/tensor/tensor.h"
 
 namespace dstrain {
@@ -274,6 +275,23 @@ class Ops {
   };
   virtual void fill_normal(Stream&, const Tensor& x, uint64_t seed, uint64_t stream, double std,
                            const SliceOf& slice) = 0;
+
+  // --- gradient compression (core/backend/compressed_format.h): P pieces of N elements, f32 ---------------
+  // v = grad + residual; the payload holds what is sent of v, the residual becomes v - sent. It may be absent.
+  // NaN and infinity are sent: they count as largest in top-k, and make a whole int8 block NaN; residuals
+  // stay finite: such an element keeps its own.
+  // Of each block the elements of largest magnitude, ties to the lower index.
+  virtual void topk_compress(Stream&, const Tensor& grad_PN, const TopkFormat& format,
+                             const Tensor& residual_PN, const Tensor& payload_PB) = 0;
+  // sum = piece 0 + piece 1 + ..., in this order.
+  virtual void topk_sum(Stream&, const Tensor& payload_PB, const TopkFormat& format,
+                        const Tensor& sum_N) = 0;
+  virtual void int8_compress(Stream&, const Tensor& grad_PN, const Int8Format& format,
+                             const Tensor& residual_PN, const Tensor& payload_PB) = 0;
+  virtual void int8_sum(Stream&, const Tensor& payload_PB, const Int8Format& format,
+                        const Tensor& sum_N) = 0;
+  // x = 0 if scalars->finite is 0.
+  virtual void clear_if_skipped(Stream&, const StepScalars* scalars, const Tensor& x) = 0;
 };
 
 }  // namespace dstrain

@@ -191,6 +191,25 @@ class ForwardingOps : public Ops {
                    const SliceOf& slice) override {
     ops_.fill_normal(s, x, seed, stream, std, slice);
   }
+  void topk_compress(Stream& s, const Tensor& grad_PN, const TopkFormat& format,
+                     const Tensor& residual_PN, const Tensor& payload_PB) override {
+    ops_.topk_compress(s, grad_PN, format, residual_PN, payload_PB);
+  }
+  void topk_sum(Stream& s, const Tensor& payload_PB, const TopkFormat& format,
+                const Tensor& sum_N) override {
+    ops_.topk_sum(s, payload_PB, format, sum_N);
+  }
+  void int8_compress(Stream& s, const Tensor& grad_PN, const Int8Format& format,
+                     const Tensor& residual_PN, const Tensor& payload_PB) override {
+    ops_.int8_compress(s, grad_PN, format, residual_PN, payload_PB);
+  }
+  void int8_sum(Stream& s, const Tensor& payload_PB, const Int8Format& format,
+                const Tensor& sum_N) override {
+    ops_.int8_sum(s, payload_PB, format, sum_N);
+  }
+  void clear_if_skipped(Stream& s, const StepScalars* scalars, const Tensor& x) override {
+    ops_.clear_if_skipped(s, scalars, x);
+  }
 
  protected:
   Ops& ops_;
