@@ -17,6 +17,8 @@ StartupInfo startup_info_of(const Config& config, TrainEngine* engine) {
   info.run_name = config.run.name;
   info.run_dir = RunPaths(config).folder;
   info.threads = config.run.threads > 0 ? config.run.threads : available_cores();
+  info.device = config.run.device == Device::cuda ? "cuda" : "cpu";
+  if (config.run.device != Device::cuda) info.isa = check_instruction_set();
   info.model = describe_model(config.model);
   if (config.model.vocab_size > 0) {
     const ModelCost cost = model_cost(config.model, config.data.seq_len);
@@ -39,6 +41,27 @@ StartupInfo startup_info_of(const Config& config, TrainEngine* engine) {
   info.schedule = describe_schedule(config.schedule, config.optimizer.lr, config.train.steps);
   info.checkpoints = describe_checkpoints(config.checkpoint);
   return info;
+}
+
+DataRow data_row(const char* split, const DataSourceConfig& source, const TokenDataset* dataset) {
+  DataRow row{split, source.path, {}, {}, source.weight};
+  if (dataset) {
+    row.tokens = dataset->num_tokens();
+    row.documents = dataset->num_documents();
+  }
+  return row;
+}
+
+std::optional<double> epochs_of(const StartupInfo& info) {
+  int64_t tokens = 0;
+  for (const DataRow& row : info.data) {
+    if (row.split != "train") continue;
+    if (!row.tokens) return std::nullopt;
+    tokens += *row.tokens;
+  }
+  if (tokens == 0) return std::nullopt;
+  return static_cast<double>(info.steps) * static_cast<double>(info.tokens_per_step) /
+         static_cast<double>(tokens);
 }
 
 }  // namespace dstrain

@@ -1,7 +1,10 @@
 // The start-up table's facts, as far as a configuration alone tells them.
 #pragma once
 
+#include <optional>
+
 #include "core/config/config.h"
+#include "core/data/token_dataset.h"
 #include "core/engine/train_engine.h"
 #include "core/metrics/run_info.h"
 
@@ -9,5 +12,10 @@ namespace dstrain {
 
 // engine may be null (--dry-run of something this build cannot run): memory is then unknown.
 StartupInfo startup_info_of(const Config& config, TrainEngine* engine);
+
+// dataset may be null (--dry-run without it): its size is then unknown.
+DataRow data_row(const char* split, const DataSourceConfig& source, const TokenDataset* dataset);
+// How often the run reads its training data; nothing if the size of a source is unknown.
+std::optional<double> epochs_of(const StartupInfo& info);
 
 }  // namespace dstrain

@@ -5,6 +5,7 @@
 #include <numbers>
 
 #include "apps/evaluation.h"
+#include "apps/next_commands.h"
 #include "apps/signals.h"
 #include "apps/startup_info.h"
 #include "build_info.h"
@@ -24,16 +25,6 @@ namespace {
 
 double seconds_between(std::chrono::steady_clock::time_point a, std::chrono::steady_clock::time_point b) {
   return std::chrono::duration<double>(b - a).count();
-}
-
-// As a shell reads it back.
-std::string shell_word(const std::string& text) {
-  constexpr const char* kPlain =
-      "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-+=./:,@%";
-  if (!text.empty() && text.find_first_not_of(kPlain) == std::string::npos) return text;
-  std::string quoted = "'";
-  for (const char c : text) c == '\'' ? void(quoted += "'\\''") : void(quoted += c);
-  return quoted + "'";
 }
 
 std::map<std::string, std::string> data_fingerprints(const Config& config, const DataSet& train) {
@@ -56,7 +47,8 @@ Trainer::Trainer(const Config& config, const TrainerOptions& options, MetricsHub
   flops_per_token_ = model_cost(config_.model, config_.data.seq_len).flops_per_token;
   check_memory();
   prepare_folder();
-  const std::optional<VerifiedCheckpoint> checkpoint = choose_checkpoint(options);
+  const std::optional<VerifiedCheckpoint> checkpoint =
+      choose_checkpoint(paths_, *store_, options.resume, options.overwrite);
   if (checkpoint && checkpoint->manifest.meta.step >= config_.train.steps) {
     nothing_to_do_ = true;
     log_info("nothing to do: {} is at step {} and train.steps is {}; raise train.steps to train on",
@@ -71,59 +63,20 @@ Trainer::Trainer(const Config& config, const TrainerOptions& options, MetricsHub
   start_from(checkpoint);
   open_stream();
   // Not before everything else was found good.
-  if (options.overwrite) store_->remove_all(*lock_);
+  if (options.overwrite) store_->remove_all(folder_->lock());
   open_records(checkpoint ? std::optional(resumed_step_) : std::nullopt);
   write_file_atomic(paths_.config, dump_config(config_));
+  folder_->keep();
 }
 
 Trainer::~Trainer() = default;
 
 void Trainer::prepare_folder() {
-  prepare_run_folder(paths_.folder);
-  lock_.emplace(paths_.folder);
+  folder_.emplace(paths_.folder);
   store_.emplace(paths_.checkpoints, config_.checkpoint.keep);
   if (path_exists(paths_.checkpoints))
-    for (const std::string& path : store_->remove_leftovers(*lock_))
+    for (const std::string& path : store_->remove_leftovers(folder_->lock()))
       log_info("removed {}, which a save that did not end left behind", path);
-}
-
-std::optional<VerifiedCheckpoint> Trainer::choose_checkpoint(const TrainerOptions& options) {
-  if (options.overwrite) return std::nullopt;
-  const bool present = path_exists(paths_.checkpoints) && !store_->list().checkpoints.empty();
-  if (options.resume.empty()) {
-    if (present)
-      throw ConfigError(fmt::format(
-          "'{}' already holds checkpoints; add --resume latest to go on from the newest one, or "
-          "--overwrite to delete them and start again",
-          paths_.folder));
-    return std::nullopt;
-  }
-  if (options.resume == "none") {
-    if (present)
-      throw ConfigError(fmt::format("'{}' already holds checkpoints and --resume none would mix two runs; "
-                                    "add --overwrite, or choose another run.name",
-                                    paths_.folder));
-    return std::nullopt;
-  }
-  if (options.resume != "latest") {
-    VerifiedCheckpoint chosen = find_checkpoint(options.resume);
-    warn_of_newer_checkpoints(chosen);
-    return chosen;
-  }
-  if (!present) {
-    log_info("no checkpoint in {}: starting from scratch", paths_.checkpoints);
-    return std::nullopt;
-  }
-  return store_->latest([](const std::string& line) { log_warning("checkpoint rejected: {}", line); });
-}
-
-// Until this run has saved, they are what --resume latest would take.
-void Trainer::warn_of_newer_checkpoints(const VerifiedCheckpoint& chosen) const {
-  for (const StoredCheckpoint& stored : store_->list().checkpoints)
-    if (stored.step > chosen.manifest.meta.step)
-      log_warning("{} is newer than the checkpoint this run goes on from; --resume latest will prefer it "
-                  "until this run passes step {}",
-                  stored.path, stored.step);
 }
 
 void Trainer::check_memory() const {
@@ -223,9 +176,9 @@ ExitCode Trainer::run() {
       saver_->wait();
       report_saves();
       throw RuntimeFailure(fmt::format(
-          "{} steps in a row had a gradient that is not finite, the last one step {}; nothing is saved over the "
+          "{} in a row had a gradient that is not finite, the last one step {}; nothing is saved over the "
           "checkpoints before. Lower optimizer.lr or turn on optimizer.grad_clip, and go on with --resume latest",
-          skipped_in_a_row_, step_));
+          format_plural(skipped_in_a_row_, "step"), step_));
     }
     report_saves();
     if (due(config_.train.eval_every)) evaluate();
@@ -286,8 +239,8 @@ StepRecord Trainer::train_step() {
     record.experts = expert_load(result.expert_counts_LE, engine_->model().num_moe_layers(),
                                  unweighted_balance_loss(result.balance_loss));
   if (record.skipped)
-    log_warning("step {}: the gradient is not finite (loss {}); nothing was updated, {} steps skipped so far",
-                step_, result.loss, skipped_steps_);
+    log_warning("step {}: the gradient is not finite (loss {}); nothing was updated, {} skipped so far",
+                step_, format_fixed(result.loss, 4), format_plural(skipped_steps_, "step"));
   skipped_in_a_row_ = record.skipped ? skipped_in_a_row_ + 1 : 0;
   if (valid_tokens == 0) log_warning("step {}: no token of the batch has a target", step_);
   step_seconds_ += seconds;
@@ -356,8 +309,8 @@ void Trainer::report_saves() {
     ++failed_saves_;
     if (saved_step_ == result->step) saved_step_ = -1;
     if (failed_saves_ >= config_.checkpoint.max_failed_saves)
-      throw StorageError(fmt::format("{} saves in a row failed, the last one at step {}: {}", failed_saves_,
-                                     result->step, result->error));
+      throw StorageError(fmt::format("{} in a row failed, the last one at step {}: {}",
+                                     format_plural(failed_saves_, "save"), result->step, result->error));
   }
 }
 
@@ -375,18 +328,11 @@ StartupInfo Trainer::startup_info() const {
   StartupInfo info = startup_info_of(config_, engine_.get());
   info.resume = resumed_from_;
   info.resume_step = resumed_step_;
-  info.device = "cpu";
-  info.isa = check_instruction_set();
-  auto add_data = [&](const char* split, const DataSet& set, const std::vector<DataSourceConfig>& sources) {
-    for (size_t i = 0; i < sources.size(); ++i)
-      info.data.push_back({split, sources[i].path, set.datasets[i].num_tokens(),
-                           set.datasets[i].num_documents(), sources[i].weight});
-  };
-  info.data.clear();
-  add_data("train", train_data_, config_.data.train);
-  add_data("valid", valid_data_, config_.data.valid);
-  const double tokens = static_cast<double>(config_.train.steps * info.tokens_per_step);
-  info.epochs = tokens / static_cast<double>(std::max<int64_t>(1, train_data_.tokens()));
+  for (size_t i = 0; i < train_data_.datasets.size(); ++i)
+    info.data.push_back(data_row("train", config_.data.train[i], &train_data_.datasets[i]));
+  for (size_t i = 0; i < valid_data_.datasets.size(); ++i)
+    info.data.push_back(data_row("valid", config_.data.valid[i], &valid_data_.datasets[i]));
+  info.epochs = epochs_of(info);
   return info;
 }
 
@@ -404,14 +350,7 @@ RunSummary Trainer::summary(const std::string& outcome) const {
   s.checkpoint = newest_checkpoint_;
   if (config_.metrics.jsonl) s.metrics = paths_.metrics;
   if (config_.metrics.tensorboard) s.tensorboard = paths_.tensorboard;
-  const std::string run = "deepseek-train ";
-  if (outcome != "finished") {
-    s.next.push_back({"go on", run + "--config " + shell_word(paths_.config) + " --resume latest"});
-    return s;
-  }
-  s.next.push_back({"write text", run + "generate --run " + shell_word(paths_.folder) + " --prompt 'In the beginning'"});
-  s.next.push_back({"give it to Hugging Face", run + "export " + shell_word(paths_.folder) + " --output " +
-                                                  shell_word(join_path(paths_.folder, "hf"))});
+  s.next = next_commands(config_, outcome == "finished");
   return s;
 }
 

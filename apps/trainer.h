@@ -7,8 +7,8 @@
 #include <string>
 
 #include "apps/assemble.h"
+#include "apps/run_folder.h"
 #include "core/checkpoint/async_saver.h"
-#include "core/checkpoint/run_lock.h"
 #include "core/data/batch_stream.h"
 #include "core/metrics/sink.h"
 
@@ -35,8 +35,6 @@ class Trainer {
   using Clock = std::chrono::steady_clock;
 
   void prepare_folder();
-  std::optional<VerifiedCheckpoint> choose_checkpoint(const TrainerOptions& options);
-  void warn_of_newer_checkpoints(const VerifiedCheckpoint& chosen) const;
   void check_memory() const;
   void start_from(const std::optional<VerifiedCheckpoint>& checkpoint);
   void restore(const VerifiedCheckpoint& checkpoint);
@@ -58,7 +56,7 @@ class Trainer {
   Config config_;
   RunPaths paths_;
   MetricsHub& hub_;
-  std::optional<RunLock> lock_;
+  std::optional<RunFolder> folder_;
   DataSet train_data_, valid_data_;
   std::map<std::string, std::string> fingerprints_;
   std::unique_ptr<Backend> backend_;

@@ -3,11 +3,13 @@
 #include <fmt/format.h>
 #include <pwd.h>
 #include <sys/file.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
 #include <climits>
+#include <cstring>
 #include <ctime>
 
 #include "core/base/error.h"
@@ -53,8 +55,14 @@ std::string read_holder(const File& file) {
   return text;
 }
 
+void refuse_permission(const std::string& path, const std::string& why) {
+  throw PermissionError(
+      fmt::format("run folder '{}' is not writable for user {}: {}", path, user_name(), why));
+}
+
 // Every part of the path that exists must be a folder, or a link to one.
 void check_path(const std::string& path) {
+  if (path.empty()) throw ConfigError("the run folder has no name; set run.dir and run.name");
   for (size_t end = 1; end <= path.size(); ++end) {
     if (end < path.size() && path[end] != '/') continue;
     const std::string part = path.substr(0, end);
@@ -74,8 +82,15 @@ void check_path(const std::string& path) {
 
 }  // namespace
 
+void check_run_folder(const std::string& path) {
+  check_path(path);
+  std::string there = path;
+  while (!path_exists(there)) there = parent_folder(there);
+  if (::access(there.c_str(), W_OK | X_OK) != 0)
+    refuse_permission(path, fmt::format("cannot write to '{}': {}", there, std::strerror(errno)));
+}
+
 void prepare_run_folder(const std::string& path) {
-  if (path.empty()) throw ConfigError("the run folder has no name; set run.dir and run.name");
   check_path(path);
   const std::string probe = join_path(path, fmt::format("probe-{}", ::getpid()));
   try {
@@ -83,8 +98,7 @@ void prepare_run_folder(const std::string& path) {
     ::unlink(probe.c_str());
     File::create_new(probe).close();
   } catch (const PermissionError& error) {
-    throw PermissionError(fmt::format("run folder '{}' is not writable for user {}: {}", path,
-                                      user_name(), error.what()));
+    refuse_permission(path, error.what());
   }
   ::unlink(probe.c_str());
 }
@@ -104,6 +118,10 @@ RunLock::RunLock(const std::string& run_folder)
         "noticed",
         run_folder);
   }
+  struct stat entry {};
+  if (::fstat(file_.fd(), &entry) != 0 || entry.st_nlink == 0)
+    throw RuntimeFailure(fmt::format(
+        "run folder '{}' was given up by another run just now; start again", run_folder));
   const std::string previous = read_holder(file_);
   if (!previous.empty())
     log_warning("run folder '{}' was left by {}, which ended without releasing it; taking it over",
@@ -112,6 +130,8 @@ RunLock::RunLock(const std::string& run_folder)
   if (::ftruncate(file_.fd(), 0) != 0) throw_errno("cannot write", file_.path(), errno);
   file_.write_all(holder.data(), static_cast<int64_t>(holder.size()));
 }
+
+void RunLock::remove_file() noexcept { ::unlink(file_.path().c_str()); }
 
 // The file stays: removing it would let a third process lock a new one beside a waiting second.
 RunLock::~RunLock() {

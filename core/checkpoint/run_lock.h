@@ -11,6 +11,8 @@ namespace dstrain {
 // ConfigError if the path can not be a folder (a file, a dangling symbolic link, too long),
 // PermissionError naming the path and the user if it may not be written.
 void prepare_run_folder(const std::string& path);
+// The same without creating anything: what is there must be a folder that may be written.
+void check_run_folder(const std::string& path);
 
 // Holds <run folder>/run.lock until destroyed or the process ends, however it ends. A child process
 // made by fork() alone would share it; one made by exec() does not.
@@ -22,6 +24,9 @@ class RunLock {
   RunLock(RunLock&&) noexcept = default;
   RunLock& operator=(RunLock&&) = delete;
   ~RunLock();
+
+  // Removes the file too: for a folder that this process made and gives up.
+  void remove_file() noexcept;
 
  private:
   File file_;

@@ -1,0 +1,86 @@
+#include "apps/run_folder.h"
+
+#include <fmt/format.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+
+#include "core/base/error.h"
+#include "core/base/file.h"
+#include "core/base/format_units.h"
+#include "core/base/log.h"
+
+namespace dstrain {
+namespace {
+
+// The folders of a path that are not there yet, innermost first.
+std::vector<std::string> missing_folders(std::string path) {
+  std::vector<std::string> missing;
+  while (!path.empty() && !path_exists(path)) {
+    missing.push_back(path);
+    path = parent_folder(path);
+  }
+  return missing;
+}
+
+// Until this run has saved, they are what --resume latest would take.
+void warn_of_newer_checkpoints(const CheckpointStore& store, int64_t chosen_step) {
+  int64_t count = 0, newest = 0;
+  for (const StoredCheckpoint& stored : store.list().checkpoints) {
+    if (stored.step <= chosen_step) continue;
+    ++count;
+    newest = std::max(newest, stored.step);
+  }
+  if (count == 0) return;
+  log_warning(
+      "this run goes on from step {}, and '{}' holds {} after it, up to step {}: they stay until "
+      "this run saves at their steps, and until it has passed step {} --resume latest takes them "
+      "rather than what this run saves; to be rid of them, delete their folders",
+      chosen_step, store.folder(), format_plural(count, "checkpoint"), newest, newest);
+}
+
+}  // namespace
+
+RunFolder::RunFolder(const std::string& path) : made_{missing_folders(path)} {
+  prepare_run_folder(path);
+  lock_.emplace(path);
+}
+
+RunFolder::~RunFolder() {
+  if (!made_.folders.empty()) lock_->remove_file();
+}
+
+RunFolder::MadeFolders::~MadeFolders() {
+  for (const std::string& folder : folders)
+    if (::rmdir(folder.c_str()) != 0 && errno != ENOENT) return;
+}
+
+std::optional<VerifiedCheckpoint> choose_checkpoint(const RunPaths& paths, CheckpointStore& store,
+                                                    const std::string& resume, bool overwrite) {
+  if (overwrite) return std::nullopt;
+  const bool present = path_exists(paths.checkpoints) && !store.list().checkpoints.empty();
+  if (resume.empty() && present)
+    throw ConfigError(fmt::format(
+        "'{}' already holds checkpoints; add --resume latest to go on from the newest one, or "
+        "--overwrite to delete them and start again",
+        paths.folder));
+  if (resume == "none" && present)
+    throw ConfigError(
+        fmt::format("'{}' already holds checkpoints and --resume none would mix two runs; add "
+                    "--overwrite, or choose another run.name",
+                    paths.folder));
+  if (resume.empty() || resume == "none") return std::nullopt;
+  if (resume != "latest") {
+    VerifiedCheckpoint chosen = find_checkpoint(resume);
+    warn_of_newer_checkpoints(store, chosen.manifest.meta.step);
+    return chosen;
+  }
+  if (!present) {
+    log_info("no checkpoint in {}: starting from scratch", paths.checkpoints);
+    return std::nullopt;
+  }
+  return store.latest([](const std::string& line) { log_warning("checkpoint rejected: {}", line); });
+}
+
+}  // namespace dstrain
