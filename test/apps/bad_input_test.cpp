@@ -360,6 +360,7 @@ TEST_CASE("bad input: what this build cannot do is planned, and refused by name"
                            Contains("not available: precision.quantization: aware") &&
                            Contains("not available: precision.compute: bf16") &&
                            Contains("71.7B parameters"));
+  CHECK_THAT(plan.err, Contains("exit code 78: ") && Contains("data.train is missing"));
   check_refused(run_program(preset, empty.path()), kBadConfig,
                 {"precision.quantization: aware is not available",
                  "precision.compute: bf16 is not available"});
@@ -380,6 +381,9 @@ TEST_CASE("bad input: what this build cannot do is planned, and refused by name"
   CHECK(resolved.code == 0);
   CHECK_THAT(resolved.out, Contains("global_batch: 2048") && Contains("micro_batch: 256") &&
                                Contains("lr: 5e-05") && Contains("warmup: 1000"));
+  for (const char* name : {"tokenizer.json", "train", "valid"})
+    CHECK_THAT(resolved.err, Contains(std::string("exit code 66: ")) &&
+                                 Contains(std::string("'data/kjv/") + name + "'"));
   check_refused(run_program(quickstart, empty.path()), kNoInput, {"data/kjv/"});
   CHECK(fs::is_empty(empty.path()));  // neither planned nor refused runs leave anything
 }

@@ -106,10 +106,32 @@ TEST_CASE("resume: from a chosen step, with a warning about the newer ones", "[r
   const Finished again = job.train({"--resume", job.checkpoint(10)});
   INFO(again.err);
   REQUIRE(again.code == 0);
-  CHECK_THAT(again.err, Contains("step-00000020 is newer than the checkpoint"));
+  CHECK_THAT(again.err, Contains("goes on from step 10, and 'runs/tiny/checkpoints' holds 2 "
+                                 "checkpoints after it, up to step 20") &&
+                            Contains("until it has passed step 20 --resume latest takes them"));
   CHECK(difference(expected, trace_of(job)) == "");
   CHECK(job.damage() == "");
   CHECK(job.num_leftovers() == 0);
+}
+
+TEST_CASE("resume: a run from an older step that stops early is not what latest takes",
+          "[resume]") {
+  const TinyJob job({"checkpoint.every=5", "checkpoint.keep=9"});
+  job.must_train();
+  const Finished early =
+      job.train({"--resume", job.checkpoint(5), "--set", "train.steps=7", "--quiet"});
+  REQUIRE(early.code == 0);
+  CHECK_THAT(early.err, Contains("holds 3 checkpoints after it, up to step 20"));
+  CHECK(job.saved_steps() == std::vector<int64_t>{5, 7, 10, 15, 20});
+  // As the warning said: latest is step 20, of the run before.
+  const Finished latest = job.train({"--resume", "latest", "--set", "train.steps=21"});
+  CHECK_THAT(latest.err, Contains("from step 20") && !Contains("checkpoints after it"));
+  // Without the newer ones it is the step that the run saved last, and there is nothing to warn of.
+  for (const int64_t step : {10, 15, 20, 21}) std::filesystem::remove_all(job.checkpoint(step));
+  const Finished mended = job.train({"--resume", "latest", "--set", "train.steps=8"});
+  CHECK_THAT(mended.err, Contains("from step 7") && !Contains("after it"));
+  const Finished same = job.train({"--resume", job.checkpoint(8), "--set", "train.steps=9"});
+  CHECK_THAT(same.err, Contains("from step 8") && !Contains("after it"));
 }
 
 TEST_CASE("resume: a finished run has nothing to do and stays as it is", "[resume]") {

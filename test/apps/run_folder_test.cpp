@@ -241,6 +241,42 @@ TEST_CASE("run folder: paths that cannot be one are refused with their name", "[
   CHECK_FALSE(fs::exists(job.folder() + "/runs"));
 }
 
+TEST_CASE("run folder: a run that is refused before its first step leaves none", "[storage]") {
+  const TinyJob job, other({"train.steps=2"});
+  other.must_train();
+  const std::string of_another_model = other.checkpoint(2);
+  struct Refused {
+    std::vector<std::string> args;
+    ExitCode code;
+  };
+  const Refused cases[] = {
+      {{"--set", "train.global_batch=3"}, ExitCode::bad_config},
+      {{"--set", "parallel.data=2"}, ExitCode::bad_config},
+      {{"--set", "data.tokenizer=absent"}, ExitCode::no_input},
+      {{"--set", "data.train=[{path: absent}]"}, ExitCode::no_input},
+      {{"--set", "model.vocab_size=16000000", "--set", "model.hidden_size=1000000"},
+       ExitCode::bad_config},  // memory
+      {{"--resume", "absent"}, ExitCode::no_input},
+      {{"--resume", of_another_model, "--set", "model.hidden_size=48"}, ExitCode::bad_data},
+      {{"--set", "data.seq_len=12000", "--set", "model.max_position_embeddings=12000", "--set",
+        "train.micro_batch=1"},
+       ExitCode::bad_data},
+  };
+  for (const Refused& refused : cases) {
+    CAPTURE(refused.args);
+    const Finished finished = job.train(refused.args);
+    INFO(finished.err);
+    CHECK(finished.code == static_cast<int>(refused.code));
+    CHECK_FALSE(fs::exists(job.folder() + "/runs"));
+  }
+  // A folder that was there stays, with what it holds.
+  fs::create_directories(job.run_folder());
+  write_file(job.run_folder() + "/notes.txt", "mine");
+  CHECK(job.train(cases[5].args).code == static_cast<int>(ExitCode::no_input));
+  CHECK(read_file(job.run_folder() + "/notes.txt") == "mine");
+  job.must_train({"--set", "train.steps=1"});
+}
+
 TEST_CASE("run folder: unusual names work", "[storage]") {
   for (const std::string& dir :
        {std::string("with space/and 'quote'"), std::string("\xc3\xbc\xe2\x82\xac"),

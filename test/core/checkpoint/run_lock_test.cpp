@@ -105,6 +105,26 @@ TEST_CASE("run folder: what cannot hold a run is refused before it starts", "[ru
                     Contains("more than 255 bytes"));
 }
 
+TEST_CASE("run folder: a check makes nothing and refuses the same", "[run_lock]") {
+  const ScratchFolder folder;
+  CHECK_NOTHROW(check_run_folder(folder / "a/b"));
+  CHECK_FALSE(std::filesystem::exists(folder / "a"));
+  write_bytes(folder / "file", "");
+  CHECK_THROWS_WITH(check_run_folder(folder / "file/run"), Contains("is a file"));
+  CHECK_THROWS_WITH(check_run_folder(""), Contains("run.name"));
+}
+
+TEST_CASE("run lock: a folder that is given up loses the lock's file too", "[run_lock]") {
+  const ScratchFolder folder;
+  {
+    RunLock lock(folder.path());
+    CHECK(checkpoint_test::names_in(folder.path()).size() == 1);
+    lock.remove_file();
+  }
+  CHECK(checkpoint_test::names_in(folder.path()).empty());
+  CHECK_NOTHROW(RunLock(folder.path()));
+}
+
 TEST_CASE("run folder: without permission the text names the path and the user", "[run_lock]") {
   const ScratchFolder folder;
   const std::string closed = folder / "closed";
@@ -114,17 +134,16 @@ TEST_CASE("run folder: without permission the text names the path and the user",
   const int status = run_in_child([&] {
     // Root may write anywhere, so the child becomes nobody.
     if (::geteuid() == 0 && (::setgroups(0, nullptr) != 0 || ::setuid(65534) != 0)) return 90;
-    for (const std::string& path : {closed, closed + "/run"}) {
-      try {
-        prepare_run_folder(path);
-        return 91;
-      } catch (const PermissionError& error) {
-        const std::string text = error.what();
-        if (text.find(path) == text.npos ||
-            text.find("uid " + std::to_string(::geteuid())) == text.npos)
-          return 92;
-      }
-    }
+    for (const std::string& path : {closed, closed + "/run"})
+      for (const auto refuse : {prepare_run_folder, check_run_folder}) try {
+          refuse(path);
+          return 91;
+        } catch (const PermissionError& error) {
+          const std::string text = error.what();
+          if (text.find(path) == text.npos ||
+              text.find("uid " + std::to_string(::geteuid())) == text.npos)
+            return 92;
+        }
     return 0;
   });
   CHECK(exit_code(status) == 0);
@@ -138,6 +157,7 @@ TEST_CASE("run folder: a read-only file system is a matter of permission", "[run
   }
   CHECK_THROWS_AS(prepare_run_folder(folder.path()), PermissionError);
   CHECK_THROWS_WITH(prepare_run_folder(folder / "run"), Contains("Read-only file system"));
+  CHECK_THROWS_WITH(check_run_folder(folder / "run/a"), Contains("Read-only file system"));
   CHECK(::umount2(folder.path().c_str(), MNT_DETACH) == 0);
 }
 

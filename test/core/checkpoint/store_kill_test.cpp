@@ -171,7 +171,7 @@ TEST_CASE("kill: an error at every failpoint of a save loses that save only", "[
 
 #else
 
-TEST_CASE("kill: at every failpoint what was committed stays whole", "[store][kill]") {
+TEST_CASE("kill: tests at failpoints", "[store][kill]") {
   checkpoint_test::report_skipped("configure with -DDSTRAIN_FAILPOINTS=ON");
 }
 

@@ -1,0 +1,139 @@
+// --dry-run: the plan of a run, what a run would be refused for as warnings, and nothing written.
+#include <algorithm>
+#include <filesystem>
+#include <regex>
+
+#include "core/base/error.h"
+#include "test/support/tiny_job.h"
+
+namespace dstrain::test {
+namespace {
+
+using Catch::Contains;
+namespace fs = std::filesystem;
+
+constexpr int kNoInput = static_cast<int>(ExitCode::no_input);
+constexpr int kBadData = static_cast<int>(ExitCode::bad_data);
+constexpr int kBadConfig = static_cast<int>(ExitCode::bad_config);
+
+// A vocabulary whose embedding alone is larger than any machine's memory.
+std::vector<std::string> too_large() {
+  return {"model.vocab_size=16000000", "model.hidden_size=1000000"};
+}
+
+std::string warning(int code) {
+  return "a run would be refused with exit code " + std::to_string(code) + ": ";
+}
+
+// The start-up table from its first heading on; what is free changes from one moment to the next.
+std::vector<std::string> table_of(const std::string& text) {
+  static const std::regex kAvailable(" of [^ ]+ [A-Za-z]+ available");
+  std::vector<std::string> lines;
+  for (const std::string& line : lines_of(text)) {
+    if (lines.empty() && line != "Run") continue;
+    lines.push_back(std::regex_replace(line, kAvailable, ""));
+    if (line.starts_with("  checkpoints")) break;
+  }
+  return lines;
+}
+
+Finished plan(const TinyJob& job, const std::vector<std::string>& more = {}) {
+  Finished finished = job.train(joined({"--dry-run"}, more));
+  INFO(finished.err);
+  CHECK(finished.code == 0);
+  CHECK_THAT(finished.out, Contains("Dry run: nothing is trained or written."));
+  return finished;
+}
+
+}  // namespace
+
+TEST_CASE("dry run: prints the table that the run starts with, and writes nothing", "[dry_run]") {
+  const TinyJob job({"train.steps=2", "schedule.warmup=1"});
+  const Finished planned = plan(job);
+  CHECK(planned.err == "");
+  CHECK_FALSE(fs::exists(job.folder() + "/runs"));
+  const std::vector<std::string> table = table_of(planned.out);
+  CHECK(table.size() > 20);
+  CHECK(table == table_of(job.must_train().err));
+  // The tokenizer's vocabulary, the data's size and the memory are known.
+  CHECK_THAT(planned.out, Contains("vocabulary 320") && Contains(" epochs") &&
+                              Contains("activations") && !Contains("not available"));
+
+  const Finished resumed = plan(job, {"--resume", "latest", "--set", "train.steps=3"});
+  CHECK_THAT(resumed.out, Contains(", from step 2, to runs/tiny"));
+  CHECK(resumed.err == "");
+  const Finished in_the_way = plan(job);
+  CHECK_THAT(in_the_way.err, Contains(warning(kBadConfig) + "'runs/tiny' already holds") &&
+                                 Contains("--resume latest"));
+  CHECK(plan(job, {"--overwrite"}).err == "");
+  CHECK(job.saved_steps() == std::vector<int64_t>{2});
+}
+
+TEST_CASE("dry run: names every missing file at once", "[dry_run]") {
+  const TinyJob job({"data.tokenizer=no-tokenizer.json", "data.train=[{path: no-train}, {path: x}]",
+                     "data.valid=[{path: no-valid}]"});
+  const Finished planned = plan(job);
+  for (const char* name : {"no-tokenizer.json", "no-train", "'x'", "no-valid"})
+    CHECK_THAT(planned.err, Contains(name));
+  CHECK(std::ssize(lines_of(planned.err)) == 4);
+  CHECK_THAT(planned.err, Contains(warning(kNoInput)));
+  CHECK_THAT(planned.out, Contains("no-train  not available\n"));
+  CHECK(job.train().code == kNoInput);
+
+  const TinyJob weights({"model.from=hf"});
+  fs::create_directory(weights.folder() + "/hf");
+  write_file(weights.folder() + "/hf/config.json", R"({"model_type": "llama", "vocab_size": 320,
+      "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64,
+      "num_attention_heads": 2, "num_key_value_heads": 2, "hidden_act": "silu",
+      "max_position_embeddings": 64, "rms_norm_eps": 1e-6, "rope_theta": 10000.0})");
+  CHECK_THAT(plan(weights).err, Contains("model.safetensors"));
+}
+
+TEST_CASE("dry run: data that does not fit the job is a warning, as it is an error of the run",
+          "[dry_run]") {
+  const TinyJob job;
+  const std::vector<std::string> longer = {"--set", "data.seq_len=12000",
+                                           "--set", "model.max_position_embeddings=12000",
+                                           "--set", "train.micro_batch=1"};
+  CHECK_THAT(plan(job, longer).err, Contains(warning(kBadData)) && Contains("lower data.seq_len"));
+  write_file(job.folder() + "/other.json",
+             read_file(tiny_data_folder() + "/tokenizer.json") + "\n");
+  const std::vector<std::string> other = {"--set", "data.tokenizer=other.json"};
+  CHECK_THAT(plan(job, other).err, Contains("built with another tokenizer"));
+  CHECK(job.train(other).code == kBadData);
+}
+
+TEST_CASE("dry run: too little memory is said in the run's words", "[dry_run][memory]") {
+  const TinyJob job(too_large());
+  const Finished refused = job.train();
+  CHECK(refused.code == kBadConfig);
+  CHECK_THAT(refused.err, Contains("TiB of memory and ") && Contains("lower train.micro_batch"));
+  CHECK_FALSE(fs::exists(job.folder() + "/runs"));
+  const std::string err = plan(job).err;
+  const std::regex free_memory("and [0-9.]+ [A-Za-z]+ are available");
+  const std::string sentence =
+      refused.err.substr(std::string("error: ").size());  // "this needs ...\n"
+  CHECK_THAT(std::regex_replace(err, free_memory, ""),
+             Contains(warning(kBadConfig) + std::regex_replace(sentence, free_memory, "")));
+}
+
+TEST_CASE("dry run: what this build lacks is marked, warnings are printed", "[dry_run]") {
+  const TinyJob job({"launch.max_restarts=5", "schedule.warmup=30"});
+  const Finished planned = plan(job);
+  CHECK_THAT(planned.out, Contains("not available: launch.max_restarts: 5 "));
+  CHECK_THAT(planned.err, Contains("schedule.warmup (30 steps) is longer than train.steps (20)"));
+  CHECK_THAT(planned.out, Contains("never reached: warm-up takes 30 steps"));
+  const Finished refused = job.train();
+  CHECK(refused.code == kBadConfig);
+  CHECK_THAT(refused.err, Contains("launch.max_restarts: 5 is not available"));
+}
+
+TEST_CASE("dry run: a job that holds nowhere is refused", "[dry_run]") {
+  const TinyJob job({"train.micro_batch=3"});
+  const Finished refused = job.train({"--dry-run"});
+  CHECK(refused.code == kBadConfig);
+  CHECK_THAT(refused.err, Contains("train.micro_batch (3)"));
+  CHECK(refused.out.empty());
+}
+
+}  // namespace dstrain::test
