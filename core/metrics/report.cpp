@@ -163,6 +163,11 @@ void add_data(Table& table, const StartupInfo& info) {
   }
   for (size_t i = 0; i < shown; ++i) {
     const DataRow& row = info.data[i];
+    if (!row.tokens && !row.documents) {
+      table.line(fmt::format("{:<{}}{:<{}}  {}", row.split, kLabelWidth, shorten(row.source),
+                             path_width, kNotAvailable));
+      continue;
+    }
     std::string text =
         fmt::format("{:<{}}{:<{}}  {:>{}} tokens  {:>{}} document{}", row.split, kLabelWidth,
                     shorten(row.source), path_width, count_or_not(row.tokens), token_width,

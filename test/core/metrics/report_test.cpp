@@ -54,6 +54,8 @@ TEST_CASE("startup_table: a resumed run, a layout, and what a dry run does not k
   info.memory[3].bytes.reset();
   info.data[0].tokens.reset();
   info.epochs.reset();
+  info.data.push_back({"valid", "data/kjv/absent", {}, {}, 1.0});
+  info.data.push_back({"valid", "data/one", 7, 1, 1.0});
   const std::string text = startup_table(info, false);
   CHECK_THAT(text, Catch::Contains(
                        "7.13M parameters, 4 ranks (data 2 x expert 2, ZeRO-1), from step 300, to"));
@@ -65,6 +67,8 @@ TEST_CASE("startup_table: a resumed run, a layout, and what a dry run does not k
   CHECK_THAT(text, Catch::Contains("  activations    not available\n"));
   CHECK_THAT(text, Catch::Contains("  total          over 109 MiB of 8.00 GiB available\n"));
   CHECK_THAT(text, Catch::Contains("not available tokens"));
+  CHECK_THAT(text, Catch::Contains("  valid          data/kjv/absent  not available\n"));
+  CHECK_THAT(text, Catch::Contains(" 1 document\n"));
   CHECK_THAT(text, Catch::Contains("epochs not available\n"));
   CHECK_THAT(text, Catch::EndsWith("Dry run: nothing is trained or written.\n"));
 }
