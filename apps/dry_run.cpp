@@ -26,7 +26,8 @@ bool passes(const Check& check) {
   }
 }
 
-// Whether the file is one that the data can be checked against. Sets model.vocab_size where it is 0.
+// Whether the file is one that the data can be checked against. Sets model.vocab_size where it is
+// 0.
 bool check_tokenizer(Config& config) {
   if (config.data.tokenizer.empty()) return false;
   return passes([&] {

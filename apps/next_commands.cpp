@@ -35,16 +35,17 @@ std::vector<NextCommand> next_commands(const Config& config, bool is_finished) {
   const RunPaths paths(config);
   const std::string run = shell_word(paths.folder);
   if (!is_finished)
-    return {{"go on", fmt::format("deepseek-train --config {} --resume latest",
-                                  shell_word(paths.config))}};
+    return {{"go on",
+             fmt::format("deepseek-train --config {} --resume latest", shell_word(paths.config))}};
   std::vector<NextCommand> next;
   if (!config.data.tokenizer.empty())
-    next.push_back({"write text",
-                    fmt::format("deepseek-train generate --run {} --prompt 'In the beginning'", run)});
+    next.push_back(
+        {"write text",
+         fmt::format("deepseek-train generate --run {} --prompt 'In the beginning'", run)});
   if (has_hf_family(config.model))
-    next.push_back({"give it to Hugging Face",
-                    fmt::format("deepseek-train export {} --output {}", run,
-                                shell_word(join_path(paths.folder, "hf")))});
+    next.push_back(
+        {"give it to Hugging Face", fmt::format("deepseek-train export {} --output {}", run,
+                                                shell_word(join_path(paths.folder, "hf")))});
   return next;
 }
 

@@ -80,7 +80,8 @@ std::optional<VerifiedCheckpoint> choose_checkpoint(const RunPaths& paths, Check
     log_info("no checkpoint in {}: starting from scratch", paths.checkpoints);
     return std::nullopt;
   }
-  return store.latest([](const std::string& line) { log_warning("checkpoint rejected: {}", line); });
+  return store.latest(
+      [](const std::string& line) { log_warning("checkpoint rejected: {}", line); });
 }
 
 }  // namespace dstrain

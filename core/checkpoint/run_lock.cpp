@@ -131,7 +131,9 @@ RunLock::RunLock(const std::string& run_folder)
   file_.write_all(holder.data(), static_cast<int64_t>(holder.size()));
 }
 
-void RunLock::remove_file() noexcept { ::unlink(file_.path().c_str()); }
+void RunLock::remove_file() noexcept {
+  ::unlink(file_.path().c_str());
+}
 
 // The file stays: removing it would let a third process lock a new one beside a waiting second.
 RunLock::~RunLock() {
