@@ -21,6 +21,7 @@ struct ParallelConfig {
   int64_t tensor = 1, pipeline = 1, expert = 1, context = 1;
   int64_t zero = 1;
   double expert_buffer = 1.5;
+  bool hierarchical = true;
 
   static void fields(auto& field, auto& c) {
     field("data", c.data, in_range(1, 65536),
@@ -34,6 +35,9 @@ struct ParallelConfig {
     field("expert_buffer", c.expert_buffer, at_least(1.0),
           "receive buffer of expert parallelism over the balanced load; overflow runs exact extra "
           "rounds");
+    field("hierarchical", c.hierarchical, any(),
+          "where every node has the same number of ranks, sum gradients inside the nodes first, then "
+          "between them");
   }
 };
 
@@ -41,6 +45,9 @@ enum class CompressionMethod { none, topk, int8, automatic };
 DSTRAIN_ENUM_NAMES(CompressionMethod, {CompressionMethod::none, "none"},
                    {CompressionMethod::topk, "topk"}, {CompressionMethod::int8, "int8"},
                    {CompressionMethod::automatic, "auto"});
+enum class CompressedValues { bf16, f32 };
+DSTRAIN_ENUM_NAMES(CompressedValues, {CompressedValues::bf16, "bf16"},
+                   {CompressedValues::f32, "f32"});
 enum class CompressionScope { all, inter_node };
 DSTRAIN_ENUM_NAMES(CompressionScope, {CompressionScope::all, "all"},
                    {CompressionScope::inter_node, "inter_node"});
@@ -48,15 +55,25 @@ DSTRAIN_ENUM_NAMES(CompressionScope, {CompressionScope::all, "all"},
 struct CompressionConfig {
   CompressionMethod method = CompressionMethod::none;
   double density = 0.05;
+  CompressedValues value_dtype = CompressedValues::bf16;
+  AutoInt block;  // elements
   bool error_feedback = true;
+  int64_t dense_steps = 0;
   CompressionScope scope = CompressionScope::all;
 
   static void fields(auto& field, auto& c) {
     field("method", c.method, any(), "none, topk, int8 or auto");
     field("density", c.density, in_range(0.0, 1.0),
           "topk: share of the gradient's elements that is sent");
-    field("error_feedback", c.error_feedback, any(), "add what was not sent to the next gradient");
-    field("scope", c.scope, any(), "all traffic, or only between nodes");
+    field("value_dtype", c.value_dtype, any(), "topk: type of the elements that are sent");
+    field("block", c.block, in_range(16, 65536),
+          "elements that are compressed together; auto is 8192 with topk and 256 with int8");
+    field("error_feedback", c.error_feedback, any(),
+          "add what was not sent to the next gradient; costs 4 bytes per gradient element");
+    field("dense_steps", c.dense_steps, at_least(0),
+          "optimizer steps at the start of the run that send everything");
+    field("scope", c.scope, any(),
+          "all traffic of gradients, or only between nodes (inside them sums are exact)");
   }
 };
 

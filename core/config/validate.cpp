@@ -258,6 +258,11 @@ void check_training(const Config& c, Rules& rules) {
   if (c.compression.method == CompressionMethod::topk && c.compression.density <= 0)
     rules.broken("compression.density", "0.05 sends one element in twenty",
                  "compression.density must be above 0 with method topk");
+  else if (c.compression.method == CompressionMethod::topk && !c.compression.block.is_auto() &&
+           c.compression.density * static_cast<double>(c.compression.block.value) < 1)
+    rules.broken("compression.block", "write auto or a larger block",
+                 "compression.density ({}) of a block of {} elements is less than one element",
+                 c.compression.density, c.compression.block.value);
 }
 
 void check_layout(const Config& c, Rules& rules) {

@@ -140,6 +140,11 @@ TEST_CASE("validate: each broken rule names keys, values and a fix", "[config]")
       {{{"compression.method", "topk"}, {"compression.density", "0"}},
        "compression.density must be above 0",
        ""},
+      {{{"compression.method", "topk"},
+        {"compression.density", "0.01"},
+        {"compression.block", "64"}},
+       "compression.density (0.01) of a block of 64 elements is less than one element",
+       "write auto"},
       {{{"parallel.tensor", "3"}}, "parallel.tensor (3) does not divide the 4 heads", "try 2 or 4"},
       {{{"parallel.pipeline", "7"}},
        "parallel.pipeline (7) is more than model.num_hidden_layers (6)",
@@ -266,6 +271,7 @@ TEST_CASE("availability: everything that this build lacks is named", "[config]")
   all.cuda = all.quantization_aware = all.bf16_moments = all.ranks = all.compression =
       all.restarts = true;
   CHECK(unavailable_features(config, all).empty());
+  CHECK(unavailable_features(job({{"compression.method", "auto"}}).config, all).size() == 1);
   require_available({});
   try {
     require_available(unavailable_features(config, {}));
