@@ -16,22 +16,41 @@ struct AutoInt {
   bool operator==(const AutoInt&) const = default;
 };
 
+enum class PipelineOrder { one_f_one_b, interleaved, zero_bubble };
+DSTRAIN_ENUM_NAMES(PipelineOrder, {PipelineOrder::one_f_one_b, "1f1b"},
+                   {PipelineOrder::interleaved, "interleaved"},
+                   {PipelineOrder::zero_bubble, "zero_bubble"});
+
 struct ParallelConfig {
   AutoInt data;
   int64_t tensor = 1, pipeline = 1, expert = 1, context = 1;
+  PipelineOrder schedule = PipelineOrder::one_f_one_b;
+  int64_t virtual_stages = 1;  // model chunks of a pipeline stage
   int64_t zero = 1;
+  bool keep_full_grads = false;  // with ZeRO 2 and 3
   double expert_buffer = 1.5;
   bool hierarchical = true;
 
   static void fields(auto& field, auto& c) {
     field("data", c.data, in_range(1, 65536),
           "data-parallel ranks; auto takes what the other axes leave");
-    field("tensor", c.tensor, in_range(1, 65536), "tensor-parallel ranks");
-    field("pipeline", c.pipeline, in_range(1, 65536), "pipeline stages");
-    field("expert", c.expert, in_range(1, 65536), "expert-parallel ranks");
-    field("context", c.context, in_range(1, 65536), "context-parallel ranks");
+    field("tensor", c.tensor, in_range(1, 65536),
+          "tensor-parallel ranks: they share heads, widths and vocabulary");
+    field("pipeline", c.pipeline, in_range(1, 65536), "pipeline stages: they share the blocks");
+    field("expert", c.expert, in_range(1, 65536),
+          "ranks of a pipeline stage, of any axes, that share the routed experts");
+    field("context", c.context, in_range(1, 65536),
+          "context-parallel ranks: they share each sequence");
+    field("schedule", c.schedule, any(),
+          "order of a pipeline stage's work: 1f1b, interleaved (each stage holds virtual_stages "
+          "chunks of the model) or zero_bubble (weight gradients fill the gaps)");
+    field("virtual_stages", c.virtual_stages, in_range(1, 1024),
+          "model chunks per pipeline stage; interleaved only");
     field("zero", c.zero, in_range(0, 3),
           "ZeRO stage: 1 shards optimizer state, 2 gradients, 3 parameters");
+    field("keep_full_grads", c.keep_full_grads, any(),
+          "zero 2 and 3: keep all gradients on each rank and sum them once per step instead of after "
+          "each micro-batch");
     field("expert_buffer", c.expert_buffer, at_least(1.0),
           "receive buffer of expert parallelism over the balanced load; overflow runs exact extra "
           "rounds");

@@ -4,9 +4,10 @@
 
 #include <algorithm>
 #include <cmath>
-#include <set>
 
 #include "core/base/format_units.h"
+#include "core/config/layout.h"
+#include "core/config/near_numbers.h"
 
 namespace dstrain {
 namespace {
@@ -20,6 +21,9 @@ class Rules {
   void broken(const std::string& key, const std::string& hint, fmt::format_string<Args...> message,
               Args&&... args) {
     problems_.add(location(key), fmt::format(message, std::forward<Args>(args)...), hint);
+  }
+  void broken(const LayoutProblem& problem) {
+    problems_.add(location(problem.key), problem.message, problem.hint);
   }
   void throw_if_any() const { problems_.throw_if_any(loaded_.sources); }
 
@@ -35,24 +39,6 @@ class Rules {
   const LoadedConfig& loaded_;
   Problems problems_;
 };
-
-// The divisors of n next to `wanted`, below and above: "5 or 10".
-std::string nearest_divisors(int64_t n, int64_t wanted) {
-  std::set<int64_t> divisors;
-  for (int64_t d = 1; d * d <= n; ++d)
-    if (n % d == 0) divisors.insert({d, n / d});
-  const auto above = divisors.lower_bound(wanted);
-  std::string text;
-  if (above != divisors.begin()) text = fmt::to_string(*std::prev(above));
-  if (above != divisors.end()) text += (text.empty() ? "" : " or ") + fmt::to_string(*above);
-  return text;
-}
-
-// The multiples of `step` next to n: "16 or 24".
-std::string nearest_multiples(int64_t step, int64_t n) {
-  const int64_t below = n / step * step;
-  return below == 0 ? fmt::to_string(step) : fmt::format("{} or {}", below, below + step);
-}
 
 void check_run(const Config& c, Purpose purpose, Rules& rules) {
   if (c.run.name.empty()) {
@@ -225,17 +211,6 @@ void check_data(const Config& c, Purpose purpose, Rules& rules) {
 }
 
 void check_training(const Config& c, Rules& rules) {
-  const int64_t ranks = data_parallel_ranks(c), batch = c.train.global_batch;
-  if (batch % ranks != 0)
-    rules.broken("train.global_batch", "try " + nearest_multiples(ranks, batch),
-                 "train.global_batch ({}) does not divide over {} data-parallel ranks", batch,
-                 ranks);
-  else if (batch / ranks % c.train.micro_batch != 0)
-    rules.broken("train.micro_batch",
-                 "try micro_batch " + nearest_divisors(batch / ranks, c.train.micro_batch),
-                 "train.global_batch ({}) is not a multiple of train.micro_batch ({}) x {} "
-                 "data-parallel rank{}",
-                 batch, c.train.micro_batch, ranks, ranks == 1 ? "" : "s");
   for (const double beta : {c.optimizer.betas.first, c.optimizer.betas.second})
     if (beta >= 1.0) {
       rules.broken("optimizer.betas", "0.9 and 0.95 are usual",
@@ -265,41 +240,11 @@ void check_training(const Config& c, Rules& rules) {
                  c.compression.density, c.compression.block.value);
 }
 
-void check_layout(const Config& c, Rules& rules) {
-  const ParallelConfig& p = c.parallel;
-  const ModelConfig& m = c.model;
-  const int64_t heads = m.is_mla() ? m.num_attention_heads : m.kv_heads();
-  if (heads % p.tensor != 0)
-    rules.broken("parallel.tensor", "try " + nearest_divisors(heads, p.tensor),
-                 "parallel.tensor ({}) does not divide the {} of model.{}", p.tensor,
-                 format_plural(heads, "head"),
-                 m.is_mla() ? "num_attention_heads" : "num_key_value_heads");
-  if (p.pipeline > m.num_hidden_layers)
-    rules.broken("parallel.pipeline", fmt::format("write at most {}", m.num_hidden_layers),
-                 "parallel.pipeline ({}) is more than model.num_hidden_layers ({})", p.pipeline,
-                 m.num_hidden_layers);
-  if (p.expert > 1 && (m.n_routed_experts == 0 || m.n_routed_experts % p.expert != 0))
-    rules.broken("parallel.expert",
-                 m.n_routed_experts == 0 ? "write 1"
-                                         : "try " + nearest_divisors(m.n_routed_experts, p.expert),
-                 "model.n_routed_experts ({}) does not divide over parallel.expert ({})",
-                 m.n_routed_experts, p.expert);
-  if (c.data.seq_len % p.context != 0)
-    rules.broken("parallel.context", "try " + nearest_divisors(c.data.seq_len, p.context),
-                 "data.seq_len ({}) does not divide over parallel.context ({})", c.data.seq_len,
-                 p.context);
-
-  if (!c.launch.ranks.is_auto()) {
-    const int64_t ranks =
-        c.launch.ranks.value * std::max<int64_t>(1, static_cast<int64_t>(c.launch.hosts.size()));
-    const int64_t model_ranks = p.tensor * p.pipeline * p.context;
-    const int64_t used = model_ranks * (p.data.is_auto() ? 1 : p.data.value);
-    if (p.data.is_auto() ? ranks % used != 0 : ranks != used)
-      rules.broken("launch.ranks", "change launch.ranks or the layout under parallel",
-                   "{} ranks cannot be laid out as data {} x tensor {} x pipeline {} x context {}",
-                   ranks, p.data.is_auto() ? "auto" : fmt::to_string(p.data.value), p.tensor,
-                   p.pipeline, p.context);
-  }
+void check_ranks(const Config& c, Rules& rules) {
+  const std::optional<MeshShape> shape = planned_mesh(c);
+  if (!shape) rules.broken(misfit(c, launch_ranks(c.launch)));
+  for (const LayoutProblem& problem : check_layout(c, shape.value_or(smallest_mesh(c))))
+    rules.broken(problem);
   for (size_t i = 0; i < c.launch.hosts.size(); ++i) {
     const std::string& host = c.launch.hosts[i];
     const bool is_name = !host.empty() && host[0] != '-' &&
@@ -322,7 +267,7 @@ void validate(const LoadedConfig& loaded, Purpose purpose) {
   check_model(c.model, rules);
   check_data(c, purpose, rules);
   check_training(c, rules);
-  check_layout(c, rules);
+  check_ranks(c, rules);
   rules.throw_if_any();
 }
 
@@ -354,15 +299,14 @@ std::vector<std::string> config_warnings(const Config& c) {
         "model.first_k_dense_replace ({}) leaves none of the {} to the {}",
         c.model.first_k_dense_replace, format_plural(c.model.num_hidden_layers, "block"),
         format_plural(c.model.n_routed_experts, "routed expert")));
+  if (const std::optional<MeshShape> shape = planned_mesh(c))
+    for (std::string& note : layout_notes(c, *shape)) warnings.push_back(std::move(note));
   return warnings;
 }
 
 int64_t data_parallel_ranks(const Config& c) {
-  if (!c.parallel.data.is_auto()) return c.parallel.data.value;
-  if (c.launch.ranks.is_auto()) return 1;
-  const int64_t hosts = std::max<int64_t>(1, static_cast<int64_t>(c.launch.hosts.size()));
-  const int64_t model_ranks = c.parallel.tensor * c.parallel.pipeline * c.parallel.context;
-  return std::max<int64_t>(1, c.launch.ranks.value * hosts / model_ranks);
+  const std::optional<MeshShape> shape = planned_mesh(c);
+  return shape ? shape->data : std::max<int64_t>(1, c.parallel.data.value);
 }
 
 bool is_safe_name(const std::string& name) {

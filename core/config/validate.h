@@ -24,8 +24,7 @@ void validate_model(const ModelConfig& model, const std::string& name);
 // Legal choices that are probably not meant, one sentence each.
 std::vector<std::string> config_warnings(const Config& config);
 
-// Ranks that see different data: parallel.data, or what launch.ranks and launch.hosts leave over;
-// 1 if all of them are auto.
+// Ranks that see different data, before any has started: of planned_mesh() in layout.h.
 int64_t data_parallel_ranks(const Config& config);
 
 // Whether a name can be a folder's: letters, digits, '.', '_', '-', '+' and spaces inside; it

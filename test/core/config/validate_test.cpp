@@ -153,14 +153,14 @@ TEST_CASE("validate: each broken rule names keys, values and a fix", "[config]")
        "model.n_routed_experts (16) does not divide over parallel.expert (3)",
        "try 2 or 4"},
       {{{"parallel.context", "3"}},
-       "data.seq_len (256) does not divide over parallel.context (3)",
+       "data.seq_len (256) does not divide into 2 pieces for each of parallel.context (3) ranks",
        "try 2 or 4"},
       {{{"launch.ranks", "3"}, {"parallel.tensor", "2"}},
-       "3 ranks cannot be laid out as data auto x tensor 2",
-       ""},
-      {{{"launch.ranks", "4"}, {"parallel.data", "2"}},
-       "4 ranks cannot be laid out as data 2 x tensor 1",
-       ""},
+       "the layout data auto x tensor 2 needs a multiple of 2 ranks, but the job has 3",
+       "legal near it: pipeline 3"},
+      {{{"launch.ranks", "4"}, {"parallel.data", "2"}, {"train.micro_batch", "4"}},
+       "the layout data 2 does not use 4 ranks",
+       "legal near it: data 4; "},
       {{{"launch.hosts", "[ok, -oProxyCommand=x]"}},
        "launch.hosts: '-oProxyCommand=x' is no host name",
        ""},
@@ -247,6 +247,7 @@ TEST_CASE("validate: data-parallel ranks", "[config]") {
   CHECK(ranks({{"launch.ranks", "8"}, {"parallel.tensor", "2"}}) == 4);
   CHECK(ranks({{"launch.ranks", "8"}, {"launch.hosts", "[a, b]"}, {"parallel.pipeline", "4"}}) ==
         4);
+  CHECK(ranks({{"parallel.expert", "8"}, {"parallel.tensor", "2"}}) == 4);
 }
 
 TEST_CASE("availability: everything that this build lacks is named", "[config]") {
