@@ -1,0 +1,45 @@
+// What the communicators on host memory share: how a tensor is cut over ranks, what a call counts
+// as sent, and what is wrong with its arguments. The checks fail as internal checks that name the
+// call.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <span>
+
+#include "core/tensor/tensor.h"
+
+namespace dstrain {
+
+// An all-reduce over `size` ranks lets rank r sum elements [piece_begin(n, r, size), piece_begin(n,
+// r + 1, size)) of n; lengths differ by one at most.
+inline int64_t piece_begin(int64_t n, int rank, int size) {
+  return n / size * rank + n % size * rank / size;
+}
+
+// Bytes that one rank sends: its part of each other rank's piece, then its own piece to each of
+// them.
+inline int64_t all_reduce_bytes(const Tensor& x, int rank, int size) {
+  const int64_t own = piece_begin(x.numel(), rank + 1, size) - piece_begin(x.numel(), rank, size);
+  return (x.numel() + (size - 2) * own) * dtype_bytes(x.dtype());
+}
+
+// A rank's calls take contiguous tensors of one type; whole.numel() = size * part.numel().
+void check_tensor(const char* call, const Tensor& x);
+void check_part(const char* call, const Tensor& part, const Tensor& whole, int size);
+void check_peer(const char* call, int peer, int rank, int size);
+// size + 1 offsets that ascend within the rows of x.
+void check_rows(const char* call, const Tensor& x, std::span<const int64_t> offsets, int size);
+
+inline const char* bytes_at(const void* data, int64_t offset) {
+  return static_cast<const char*>(data) + offset;
+}
+inline char* bytes_at(void* data, int64_t offset) {
+  return static_cast<char*>(data) + offset;
+}
+// Nothing where both are the same place.
+inline void copy_bytes(void* to, const void* from, int64_t bytes) {
+  if (bytes > 0 && to != from) std::memcpy(to, from, static_cast<size_t>(bytes));
+}
+
+}  // namespace dstrain
