@@ -6,6 +6,7 @@
 #include "core/base/format_units.h"
 #include "core/base/log.h"
 #include "core/checkpoint/hf_format.h"
+#include "core/config/hf_config.h"
 #include "core/data/data_file.h"
 #include "core/data/tokenizer.h"
 #include "core/engine/parameter_io.h"
@@ -139,12 +140,16 @@ void load_state(TrainEngine& engine, CheckpointReader& reader, bool with_optimiz
   }
 }
 
-void load_hf_parameters(TrainEngine& engine, const std::string& folder) {
-  read_hf_weights(folder, engine.model().config(), engine.parameters(),
-                  [&](const std::string& name, const std::vector<float>& values) {
-                    write_tensor(engine.backend(), engine.stream(), values,
-                                 engine.parameters().find(name)->value);
-                  });
+HfOrigin load_hf_parameters(TrainEngine& engine, const std::string& folder) {
+  HfOrigin origin;
+  origin.folder = folder;
+  origin.config = read_small_file(join_path(folder, "config.json"), kMaxHfConfigBytes);
+  origin.types = read_hf_weights(folder, engine.model().config(), engine.parameters(),
+                                 [&](const std::string& name, const std::vector<float>& values) {
+                                   write_tensor(engine.backend(), engine.stream(), values,
+                                                engine.parameters().find(name)->value);
+                                 });
+  return origin;
 }
 
 VerifiedCheckpoint find_checkpoint(const std::string& path) {

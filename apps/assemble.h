@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "apps/hf_origin.h"
 #include "core/checkpoint/reshard.h"
 #include "core/config/availability.h"
 #include "core/config/config.h"
@@ -53,7 +54,7 @@ std::vector<StateTensor> state_tensors(TrainEngine& engine);
 // Reads all of it, or the parameters alone. DataError if the checkpoint holds another model.
 void load_state(TrainEngine& engine, CheckpointReader& reader, bool with_optimizer);
 // Fills the parameters from a Hugging Face folder.
-void load_hf_parameters(TrainEngine& engine, const std::string& folder);
+HfOrigin load_hf_parameters(TrainEngine& engine, const std::string& folder);
 
 // A run folder's newest verified checkpoint, or the step folder that `path` is; logs rejected ones.
 // NotFoundError if there is none.

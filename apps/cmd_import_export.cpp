@@ -10,14 +10,14 @@
 #include "core/checkpoint/hf_format.h"
 #include "core/config/hf_config.h"
 #include "core/config/validate.h"
-#include "core/engine/parameter_io.h"
 
 namespace dstrain {
 namespace {
 
-constexpr const char* kTypeKey = "hf_dtype";
-constexpr const char* kTokenizerFiles[] = {"tokenizer.json", "tokenizer_config.json",
-                                           "special_tokens_map.json", "generation_config.json"};
+constexpr const char* kTokenizerFiles[] = {
+    "tokenizer.json",   "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
+    "added_tokens.json", "chat_template.jinja",   "tokenizer.model",         "vocab.json",
+    "merges.txt"};
 
 void copy_tokenizer(const std::string& from, const std::string& to) {
   constexpr int64_t kMaxBytes = int64_t{256} << 20;
@@ -26,28 +26,43 @@ void copy_tokenizer(const std::string& from, const std::string& to) {
       write_file_atomic(join_path(to, name), read_small_file(join_path(from, name), kMaxBytes));
 }
 
-// F32 or BF16; any other type of the source is widened.
-std::string stored_type_name(SafetensorsType type) {
-  return type == SafetensorsType::bf16 ? "bf16" : "fp32";
+std::string torch_dtype_name(SafetensorsType type) {
+  switch (type) {
+    case SafetensorsType::bf16:
+      return "bfloat16";
+    case SafetensorsType::f16:
+      return "float16";
+    case SafetensorsType::f64:
+      return "float64";
+    default:
+      return "float32";
+  }
 }
 
-SafetensorsType export_type(const std::string& option, const CheckpointMeta& meta) {
-  std::string name = option;
-  if (name == "auto") {
-    const auto at = meta.program.find(kTypeKey);
-    name = at == meta.program.end() ? "fp32" : at->second;
-  }
-  if (name == "fp32") return SafetensorsType::f32;
-  if (name == "bf16") return SafetensorsType::bf16;
+SafetensorsType named_type(const std::string& option) {
+  if (option == "auto" || option == "fp32") return SafetensorsType::f32;
+  if (option == "bf16") return SafetensorsType::bf16;
   throw UsageError("--dtype takes auto, fp32 or bf16, not '" + option + "'");
 }
 
 void make_empty_folder(const std::string& path, bool overwrite) {
   create_folders(path);
-  if (!path_exists(join_path(path, "config.json"))) return;
+  if (!holds_hf_model(path)) return;
   if (!overwrite)
     throw ConfigError("'" + path + "' already holds a model; add --overwrite to replace it");
   remove_hf_model(path);
+}
+
+std::vector<float> read_parameter(CheckpointReader& reader, const std::string& name) {
+  const ManifestTensor& tensor = reader.manifest().at("param." + name);
+  if (tensor.dtype != DType::f32)
+    throw DataError(reader.path() + ": 'param." + name + "' is not f32");
+  int64_t count = 1;
+  for (int64_t n : tensor.shape) count *= n;
+  std::vector<float> values(static_cast<size_t>(count));
+  const std::vector<int64_t> zero(tensor.shape.size(), 0);
+  reader.read_slice(tensor.name, zero, tensor.shape, values.data());
+  return values;
 }
 
 }  // namespace
@@ -74,17 +89,11 @@ int cmd_import(const ImportOptions& options) {
   TrainEngine engine(*backend, config.model, engine_options(config, false));
   engine.allocate();
   engine.initialize(0);
-  const SafetensorsType type = read_hf_weights(
-      options.source, config.model, engine.parameters(),
-      [&](const std::string& name, const std::vector<float>& values) {
-        write_tensor(*backend, engine.stream(), values, engine.parameters().find(name)->value);
-      });
+  const HfOrigin origin = load_hf_parameters(engine, options.source);
   CheckpointMeta meta;
   meta.seed = config.run.seed;
-  meta.program = {{"version", DSTRAIN_VERSION},
-                  {"commit", DSTRAIN_COMMIT},
-                  {"imported_from", options.source},
-                  {kTypeKey, stored_type_name(type)}};
+  meta.program = {{"version", DSTRAIN_VERSION}, {"commit", DSTRAIN_COMMIT}};
+  put_hf_origin(origin, meta);
   meta.config_yaml = dump_config(config);
   const std::vector<StateTensor> state = state_tensors(engine);
   if (present) store.remove_all(lock);  // not before the new weights were read
@@ -102,30 +111,36 @@ int cmd_export(const ExportOptions& options) {
   const CheckpointMeta& meta = checkpoint.manifest.meta;
   Config config = parse_config_text(meta.config_yaml, join_path(checkpoint.path, kManifestFileName));
   resolve_vocab_size(config);
-  const SafetensorsType type = export_type(options.dtype, meta);
+  const std::optional<HfOrigin> origin = get_hf_origin(meta, checkpoint.path);
+  const bool as_imported = origin && options.dtype == "auto";
+  const DeepSeekModel shapes(config.model);
+  const HfTypes types = as_imported
+                            ? origin->types
+                            : uniform_hf_types(named_type(options.dtype), config.model, shapes.parameters());
   HfConfigExtras extras;
-  extras.torch_dtype = type == SafetensorsType::f32 ? "float32" : "bfloat16";
+  if (!as_imported) extras.torch_dtype = torch_dtype_name(types.usual);
+  if (origin) {
+    extras.original = origin->config;
+    extras.original_name = checkpoint.path + ": the imported config.json";
+  }
   const std::string config_text = hf_config_text(config.model, extras);
   make_empty_folder(options.output, options.overwrite);
 
-  const DeepSeekModel shapes(config.model);
   CheckpointReader reader(checkpoint.path, checkpoint.manifest);
-  write_hf_weights(options.output, config.model, shapes.parameters(), type, [&](const std::string& name) {
-    const ManifestTensor& tensor = reader.manifest().at("param." + name);
-    if (tensor.dtype != DType::f32)
-      throw DataError(checkpoint.path + ": 'param." + name + "' is not f32");
-    int64_t count = 1;
-    for (int64_t n : tensor.shape) count *= n;
-    std::vector<float> values(static_cast<size_t>(count));
-    const std::vector<int64_t> zero(tensor.shape.size(), 0);
-    reader.read_slice(tensor.name, zero, tensor.shape, values.data());
-    return values;
-  });
+  try {
+    write_hf_weights(options.output, config.model, shapes.parameters(), types,
+                     [&](const std::string& name) { return read_parameter(reader, name); });
+  } catch (...) {
+    remove_hf_model(options.output);  // a part of a model
+    throw;
+  }
   write_file_atomic(join_path(options.output, "config.json"), config_text);
-  if (!config.data.tokenizer.empty() && path_exists(config.data.tokenizer))
-    copy_tokenizer(parent_folder(config.data.tokenizer), options.output);
+  const bool has_tokenizer = !config.data.tokenizer.empty() && path_exists(config.data.tokenizer);
+  copy_tokenizer(has_tokenizer ? parent_folder(config.data.tokenizer) : RunPaths(config).folder,
+                 options.output);
   std::printf("wrote %s (%s, from step %lld): transformers loads it with from_pretrained\n",
-              options.output.c_str(), extras.torch_dtype.c_str(), static_cast<long long>(meta.step));
+              options.output.c_str(), torch_dtype_name(types.usual).c_str(),
+              static_cast<long long>(meta.step));
   return 0;
 }
 

@@ -94,7 +94,7 @@ void Trainer::start_from(const std::optional<VerifiedCheckpoint>& checkpoint) {
                          static_cast<size_t>(snapshot_memory_.bytes())));
   if (checkpoint) return restore(*checkpoint);
   engine_->initialize(static_cast<uint64_t>(config_.run.seed));
-  if (!config_.model.from.empty()) load_hf_parameters(*engine_, config_.model.from);
+  if (!config_.model.from.empty()) hf_origin_ = load_hf_parameters(*engine_, config_.model.from);
 }
 
 void Trainer::restore(const VerifiedCheckpoint& checkpoint) {
@@ -106,6 +106,7 @@ void Trainer::restore(const VerifiedCheckpoint& checkpoint) {
   const bool with_moments = meta.step > 0;
   if (!with_moments) log_info("{} holds weights without optimizer state: moments start at zero", checkpoint.path);
   load_state(*engine_, reader, with_moments);
+  hf_origin_ = get_hf_origin(meta, checkpoint.path);
   auto counter = [&](const char* name) {
     const auto at = meta.counters.find(name);
     return at == meta.counters.end() ? int64_t{0} : at->second;
@@ -148,6 +149,8 @@ void Trainer::open_stream() {
   options.global_batch = config_.train.global_batch;
   options.start = cursor_;
   options.skip = skipped_samples_;
+  if (!valid_data_.datasets.empty())
+    eval_memory_ = DeviceMemory(*backend_, evaluation_bytes(config_), MemoryKind::host);
   stream_ = std::make_unique<BatchStream>(train_data_.sources, options, batch_memory_.data(),
                                           batch_memory_.bytes());
 }
@@ -171,7 +174,7 @@ ExitCode Trainer::run() {
   started_ = Clock::now();
   std::string left_by;
   while (step_ < config_.train.steps) {
-    hub_.on_step(train_step());
+    queue_step();
     if (skipped_in_a_row_ >= config_.train.max_skipped_steps) {
       saver_->wait();
       report_saves();
@@ -188,6 +191,7 @@ ExitCode Trainer::run() {
     // A state that no gradient is finite at must not push good checkpoints out.
     if (asked || (due(config_.checkpoint.every) && skipped_in_a_row_ == 0)) request_save();
   }
+  complete_steps();
   if (!left_by.empty())
     log_info("{}: saving step {}, then leaving{}", left_by, step_,
              left_by == "SIGINT" ? "; a second Ctrl-C leaves at once" : "");
@@ -199,30 +203,44 @@ ExitCode Trainer::run() {
   return stopped ? ExitCode::preempted : ExitCode::ok;
 }
 
-StepRecord Trainer::train_step() {
-  const Clock::time_point begin = Clock::now();
-  StepRecord record;
-  record.lr = learning_rate(config_.schedule, config_.optimizer.lr, step_ + 1, config_.train.steps);
-  int64_t valid_tokens = 0;
+void Trainer::queue_step() {
+  QueuedStep step;
+  step.begin = Clock::now();
+  StepRecord& record = step.record;
+  record.step = ++step_;
+  record.steps = config_.train.steps;
+  record.lr = learning_rate(config_.schedule, config_.optimizer.lr, step_, config_.train.steps);
   for (int64_t m = 0; m < stream_->micro_batches_per_step(); ++m) {
     const Clock::time_point wait = Clock::now();
     const HostMicroBatch& batch = stream_->next();
     const Clock::time_point work = Clock::now();
     record.phases.data_ms += 1e3 * seconds_between(wait, work);
-    if (m == 0) engine_->begin_step(record.lr, valid_tokens = batch.step_valid_tokens);
-    engine_->accumulate(to_host_batch(batch));
+    if (m == 0) engine_->begin_step(record.lr, step.valid_tokens = batch.step_valid_tokens);
+    engine_->accumulate(to_host_batch(batch), batch.last_of_step);
     stream_->release();
     record.phases.forward_backward_ms += 1e3 * seconds_between(work, Clock::now());
   }
   const Clock::time_point update = Clock::now();
-  const StepResult result = engine_->finish_step();
-  const Clock::time_point end = Clock::now();
-  record.phases.optimizer_ms = 1e3 * seconds_between(update, end);
+  engine_->finish_step();
+  record.phases.optimizer_ms = 1e3 * seconds_between(update, Clock::now());
   cursor_ = stream_->cursor();
+  queued_.push_back(std::move(step));
+  const size_t behind = backend_->is_cpu() ? 0 : 1;
+  while (queued_.size() > behind) complete_step();
+}
 
-  const double seconds = seconds_between(begin, end);
-  record.step = ++step_;
-  record.steps = config_.train.steps;
+void Trainer::complete_steps() {
+  while (!queued_.empty()) complete_step();
+}
+
+void Trainer::complete_step() {
+  const StepResult result = engine_->take_result();
+  const Clock::time_point end = Clock::now();
+  QueuedStep step = std::move(queued_.front());
+  queued_.pop_front();
+  StepRecord& record = step.record;
+  const double seconds = seconds_between(std::max(step.begin, last_completed_), end);
+  last_completed_ = end;
   record.loss = last_loss_ = result.loss;
   if (config_.model.num_nextn_predict_layers > 0) record.mtp_loss = result.mtp_loss;
   record.grad_norm = result.grad_norm;
@@ -240,12 +258,12 @@ StepRecord Trainer::train_step() {
                                  unweighted_balance_loss(result.balance_loss));
   if (record.skipped)
     log_warning("step {}: the gradient is not finite (loss {}); nothing was updated, {} skipped so far",
-                step_, format_fixed(result.loss, 4), format_plural(skipped_steps_, "step"));
+                record.step, format_fixed(result.loss, 4), format_plural(skipped_steps_, "step"));
   skipped_in_a_row_ = record.skipped ? skipped_in_a_row_ + 1 : 0;
-  if (valid_tokens == 0) log_warning("step {}: no token of the batch has a target", step_);
+  if (step.valid_tokens == 0) log_warning("step {}: no token of the batch has a target", record.step);
   step_seconds_ += seconds;
   step_tokens_ += record.tokens;
-  return record;
+  hub_.on_step(record);
 }
 
 double Trainer::unweighted_balance_loss(double weighted) const {
@@ -256,9 +274,8 @@ double Trainer::unweighted_balance_loss(double weighted) const {
 
 void Trainer::evaluate() {
   if (valid_data_.datasets.empty() || evaluated_step_ == step_) return;
+  complete_steps();
   evaluated_step_ = step_;
-  if (!eval_memory_.data())
-    eval_memory_ = DeviceMemory(*backend_, evaluation_bytes(config_), MemoryKind::host);
   last_evals_.clear();
   for (size_t i = 0; i < valid_data_.datasets.size(); ++i) {
     EvalRecord record = evaluate_dataset(*engine_, config_, valid_data_.datasets[i], eval_memory_);
@@ -284,12 +301,14 @@ CheckpointMeta Trainer::checkpoint_meta() const {
                   {"isa", check_instruction_set()},
                   {"backend", backend_->describe()},
                   {"matmul", matmul_library()}};
+  if (hf_origin_) put_hf_origin(*hf_origin_, meta);
   meta.layout = "one rank";
   meta.config_yaml = dump_config(config_);
   return meta;
 }
 
 void Trainer::request_save() {
+  complete_steps();
   const double before = saver_->stall_seconds();
   saver_->request(checkpoint_meta(), state_tensors(*engine_));
   save_stall_ms_ = 1e3 * (saver_->stall_seconds() - before);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <chrono>
+#include <deque>
 #include <memory>
 #include <optional>
 #include <string>
@@ -42,7 +43,11 @@ class Trainer {
   void open_stream();
   void open_records(std::optional<int64_t> resume_step);
 
-  StepRecord train_step();
+  // Queues a step; its record follows from complete_step() when the device is done: at once on a CPU, and
+  // one step later elsewhere, so that the host never waits for the step it has just queued.
+  void queue_step();
+  void complete_step();
+  void complete_steps();  // all that are queued
   double unweighted_balance_loss(double weighted) const;
   void evaluate();
   void request_save();
@@ -59,6 +64,7 @@ class Trainer {
   std::optional<RunFolder> folder_;
   DataSet train_data_, valid_data_;
   std::map<std::string, std::string> fingerprints_;
+  std::optional<HfOrigin> hf_origin_;
   std::unique_ptr<Backend> backend_;
   std::unique_ptr<TrainEngine> engine_;
   double flops_per_token_ = 0;
@@ -69,7 +75,14 @@ class Trainer {
   std::unique_ptr<AsyncSaver> saver_;
 
   bool nothing_to_do_ = false;
-  int64_t step_ = 0;  // finished
+  struct QueuedStep {
+    StepRecord record;
+    Clock::time_point begin;
+    int64_t valid_tokens = 0;
+  };
+  std::deque<QueuedStep> queued_;
+  Clock::time_point last_completed_;
+  int64_t step_ = 0;  // queued; with queued_ empty, finished
   int64_t cursor_ = 0;
   std::vector<int64_t> skipped_samples_;
   int64_t total_tokens_ = 0, skipped_steps_ = 0;

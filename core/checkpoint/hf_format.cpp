@@ -2,11 +2,12 @@
 
 #include <algorithm>
 #include <charconv>
+#include <cmath>
 #include <cstring>
 #include <filesystem>
-#include <map>
 #include <set>
 
+#include "core/base/log.h"
 #include "core/checkpoint/json_strict.h"
 
 namespace dstrain {
@@ -167,35 +168,88 @@ std::vector<std::string> HfWeights::names() const {
   return out;
 }
 
-SafetensorsType read_hf_weights(
-    const std::string& folder, const ModelConfig& model, const ParameterSet& parameters,
-    const std::function<void(const std::string&, const std::vector<float>&)>& store) {
-  const HfWeights weights(folder);
-  const std::vector<HfTensor> maps = hf_tensors(model, parameters);
+namespace {
+
+void check_names(const std::string& folder, const HfWeights& weights, const ModelConfig& model,
+                 const std::vector<HfTensor>& maps) {
   std::set<std::string> known;
   for (const HfTensor& map : maps) known.insert(map.name);
   for (const std::string& name : weights.names())
     if (!known.contains(name) && !may_be_ignored(name, model))
       throw DataError(folder + ": tensor '" + name + "' has no place in the model that config.json " +
                       "describes; training without it would be another model");
+}
 
-  std::map<SafetensorsType, int64_t> elements_by_type;
-  std::vector<float> values, part;
-  std::vector<char> raw;
+// `raw` holds F64.
+void warn_if_rounded(const std::string& name, const std::vector<char>& raw,
+                     const std::vector<float>& values) {
+  int64_t rounded = 0;
+  for (size_t i = 0; i < values.size(); ++i) {
+    double stored = 0;
+    std::memcpy(&stored, raw.data() + i * sizeof stored, sizeof stored);
+    rounded += !std::isnan(stored) && stored != static_cast<double>(values[i]);
+  }
+  if (rounded > 0)
+    log_warning("tensor '{}' is F64 and {} of its {} values had to be rounded to F32: an export will not give "
+                "back their bits",
+                name, rounded, values.size());
+}
+
+std::vector<float> read_tensor_as_f32(const HfWeights::Place& place, const HfTensor& map) {
+  const SafetensorsEntry& entry = *place.entry;
+  const int64_t count = product(map.shape);
+  if (entry.shape != map.shape)
+    throw DataError(place.file->path() + ": tensor '" + map.name + "' has another shape than config.json " +
+                    "says (" + std::to_string(product(entry.shape)) + " elements instead of " +
+                    std::to_string(count) + ")");
+  if (!is_weight_type(entry.type))
+    throw DataError(place.file->path() + ": tensor '" + map.name + "' is " +
+                    safetensors_type_name(entry.type) + "; weights are read from F16, BF16, F32 and F64");
+  std::vector<char> raw(static_cast<size_t>(entry.bytes));
+  std::vector<float> values(static_cast<size_t>(count));
+  place.file->read(entry, raw.data());
+  convert_to_f32(entry.type, raw.data(), count, values.data());
+  if (entry.type == SafetensorsType::f64) warn_if_rounded(map.name, raw, values);
+  return values;
+}
+
+// The one of most elements is the usual one.
+HfTypes types_of(const HfWeights& weights, const std::vector<HfTensor>& maps) {
+  std::map<SafetensorsType, int64_t> elements;
+  for (const HfTensor& map : maps) elements[weights.at(map.name).entry->type] += product(map.shape);
+  HfTypes types;
+  types.usual = std::max_element(elements.begin(), elements.end(), [](const auto& a, const auto& b) {
+                  return a.second < b.second;
+                })->first;
+  for (const HfTensor& map : maps) {
+    const SafetensorsType type = weights.at(map.name).entry->type;
+    if (type != types.usual) types.others[map.name] = type;
+  }
+  return types;
+}
+
+}  // namespace
+
+HfTypes uniform_hf_types(SafetensorsType type, const ModelConfig& model,
+                         const ParameterSet& parameters) {
+  HfTypes types;
+  types.usual = type;
+  if (type == SafetensorsType::f32) return types;
+  for (const HfTensor& map : hf_tensors(model, parameters))
+    if (map.name.ends_with("e_score_correction_bias")) types.others[map.name] = SafetensorsType::f32;
+  return types;
+}
+
+HfTypes read_hf_weights(
+    const std::string& folder, const ModelConfig& model, const ParameterSet& parameters,
+    const std::function<void(const std::string&, const std::vector<float>&)>& store) {
+  const HfWeights weights(folder);
+  const std::vector<HfTensor> maps = hf_tensors(model, parameters);
+  check_names(folder, weights, model, maps);
+  std::vector<float> values;
   for (size_t i = 0; i < maps.size(); ++i) {
     const HfTensor& map = maps[i];
-    const auto [file, entry] = weights.at(map.name);
-    if (entry->shape != map.shape)
-      throw DataError(file->path() + ": tensor '" + map.name + "' has another shape than config.json " +
-                      "says (" + std::to_string(product(entry->shape)) + " elements instead of " +
-                      std::to_string(product(map.shape)) + ")");
-    const int64_t count = product(map.shape);
-    raw.resize(static_cast<size_t>(entry->bytes));
-    part.resize(static_cast<size_t>(count));
-    file->read(*entry, raw.data());
-    convert_to_f32(entry->type, raw.data(), count, part.data());
-    if (!map.name.ends_with("e_score_correction_bias")) elements_by_type[entry->type] += count;
-
+    const std::vector<float> part = read_tensor_as_f32(weights.at(map.name), map);
     const bool first = i == 0 || maps[i - 1].parameter != map.parameter;
     const bool last = i + 1 == maps.size() || maps[i + 1].parameter != map.parameter;
     if (first) {
@@ -207,32 +261,18 @@ SafetensorsType read_hf_weights(
     copy_from_hf(map, part.data(), values.data());
     if (last) store(map.parameter, values);
   }
-  return std::max_element(elements_by_type.begin(), elements_by_type.end(),
-                          [](const auto& a, const auto& b) { return a.second < b.second; })
-      ->first;
+  return types_of(weights, maps);
 }
 
 namespace {
 
-SafetensorsType stored_type(const HfTensor& map, SafetensorsType type) {
-  return map.name.ends_with("e_score_correction_bias") ? SafetensorsType::f32 : type;
-}
-
-// Round to nearest even; NaN stays NaN.
-uint16_t to_bf16(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40u);
-  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-}
-
-void append_as(SafetensorsWriter& writer, SafetensorsType type, const std::vector<float>& values) {
-  if (type == SafetensorsType::f32)
-    return writer.append(values.data(), std::ssize(values) * static_cast<int64_t>(sizeof(float)));
-  DSTRAIN_CHECK(type == SafetensorsType::bf16, "weights are written as F32 or BF16");
-  std::vector<uint16_t> rounded(values.size());
-  std::transform(values.begin(), values.end(), rounded.begin(), to_bf16);
-  writer.append(rounded.data(), std::ssize(rounded) * static_cast<int64_t>(sizeof(uint16_t)));
+void append_as(SafetensorsWriter& writer, SafetensorsType type, const std::string& name,
+               const std::vector<float>& values) {
+  std::vector<char> raw(values.size() * static_cast<size_t>(safetensors_type_bytes(type)));
+  if (!convert_from_f32(type, values.data(), std::ssize(values), raw.data()))
+    throw DataError("tensor '" + name + "' holds values that " + safetensors_type_name(type) +
+                    " cannot represent; export with --dtype bf16 or --dtype fp32");
+  writer.append(raw.data(), std::ssize(raw));
 }
 
 struct Shard {
@@ -240,10 +280,10 @@ struct Shard {
   int64_t bytes = 0;
 };
 
-std::vector<Shard> split_into_shards(const std::vector<HfTensor>& maps, SafetensorsType type) {
+std::vector<Shard> split_into_shards(const std::vector<HfTensor>& maps, const HfTypes& types) {
   std::vector<Shard> shards(1);
   for (const HfTensor& map : maps) {
-    const int64_t bytes = product(map.shape) * safetensors_type_bytes(stored_type(map, type));
+    const int64_t bytes = product(map.shape) * safetensors_type_bytes(types.of(map.name));
     if (!shards.back().tensors.empty() && shards.back().bytes + bytes > kMaxShardBytes)
       shards.emplace_back();
     shards.back().tensors.push_back(&map);
@@ -252,7 +292,7 @@ std::vector<Shard> split_into_shards(const std::vector<HfTensor>& maps, Safetens
   // Larger element types first, so that every tensor is aligned.
   for (Shard& shard : shards)
     std::stable_sort(shard.tensors.begin(), shard.tensors.end(), [&](const auto* a, const auto* b) {
-      return safetensors_type_bytes(stored_type(*a, type)) > safetensors_type_bytes(stored_type(*b, type));
+      return safetensors_type_bytes(types.of(a->name)) > safetensors_type_bytes(types.of(b->name));
     });
   return shards;
 }
@@ -260,10 +300,10 @@ std::vector<Shard> split_into_shards(const std::vector<HfTensor>& maps, Safetens
 }  // namespace
 
 void write_hf_weights(const std::string& folder, const ModelConfig& model,
-                      const ParameterSet& parameters, SafetensorsType type,
+                      const ParameterSet& parameters, const HfTypes& types,
                       const std::function<std::vector<float>(const std::string&)>& load) {
   const std::vector<HfTensor> maps = hf_tensors(model, parameters);
-  const std::vector<Shard> shards = split_into_shards(maps, type);
+  const std::vector<Shard> shards = split_into_shards(maps, types);
   std::string index;
   int64_t total_bytes = 0;
   for (size_t i = 0; i < shards.size(); ++i) {
@@ -272,7 +312,7 @@ void write_hf_weights(const std::string& folder, const ModelConfig& model,
       std::snprintf(name, sizeof name, "model-%05zu-of-%05zu.safetensors", i + 1, shards.size());
     std::vector<SafetensorsSpec> specs;
     for (const HfTensor* map : shards[i].tensors) {
-      specs.push_back({map->name, stored_type(*map, type), map->shape});
+      specs.push_back({map->name, types.of(map->name), map->shape});
       index += (index.empty() ? "" : ",\n") + ("    " + json_quote(map->name)) + ": " + json_quote(name);
     }
     SafetensorsWriter writer(File::create_new(join_path(folder, name)), std::move(specs),
@@ -283,7 +323,7 @@ void write_hf_weights(const std::string& folder, const ModelConfig& model,
       if (loaded != map->parameter) values = load(loaded = map->parameter);
       part.resize(static_cast<size_t>(product(map->shape)));
       copy_to_hf(*map, values.data(), part.data());
-      append_as(writer, stored_type(*map, type), part);
+      append_as(writer, types.of(map->name), map->name, part);
     }
     writer.finish();
     total_bytes += shards[i].bytes;
@@ -294,12 +334,24 @@ void write_hf_weights(const std::string& folder, const ModelConfig& model,
                           "},\n  \"weight_map\": {\n" + index + "\n  }\n}\n");
 }
 
-void remove_hf_model(const std::string& folder) {
+namespace {
+
+std::vector<std::filesystem::path> model_files(const std::string& folder) {
+  std::vector<std::filesystem::path> files;
   for (const auto& entry : std::filesystem::directory_iterator(folder)) {
     const std::string name = entry.path().filename().string();
     const bool weights = name.starts_with("model") && name.ends_with(".safetensors");
-    if (weights || name == "config.json" || name == kIndexName) std::filesystem::remove(entry.path());
+    if (weights || name == "config.json" || name == kIndexName) files.push_back(entry.path());
   }
+  return files;
+}
+
+}  // namespace
+
+bool holds_hf_model(const std::string& folder) { return !model_files(folder).empty(); }
+
+void remove_hf_model(const std::string& folder) {
+  for (const std::filesystem::path& file : model_files(folder)) std::filesystem::remove(file);
 }
 
 }  // namespace dstrain

@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "core/checkpoint/hf_types.h"
 #include "core/checkpoint/safetensors.h"
 #include "core/config/config.h"
 #include "core/dist/parameter.h"
@@ -65,20 +66,27 @@ class HfWeights {
   std::vector<SafetensorsReader> files_;
 };
 
+// One type for all but the router's biases, which are F32: a step of balancing is lost in BF16.
+HfTypes uniform_hf_types(SafetensorsType type, const ModelConfig& model,
+                         const ParameterSet& parameters);
+
 // Reads every tensor of the model as f32 and hands it to `store(parameter name, values)`, a whole parameter
 // at a time. Checks shapes; a missing tensor, or one the model has no place for, is a DataError. Tensors that
-// training does not need (rotary tables, prediction modules beyond the model's) are skipped.
-// Returns the type most tensors had, for an export that gives the bytes back.
-SafetensorsType read_hf_weights(
+// training does not need (rotary tables, prediction modules beyond the model's) are skipped. An F64 that has
+// to be rounded is logged.
+// With the types returned, write_hf_weights gives back the bits of every tensor that was read.
+HfTypes read_hf_weights(
     const std::string& folder, const ModelConfig& model, const ParameterSet& parameters,
     const std::function<void(const std::string&, const std::vector<float>&)>& store);
 
 // Writes model.safetensors (or numbered shards of at most 5 GB with an index) into the folder, which
-// exists and holds none. `load` returns a whole parameter. The router's bias is always written as F32.
+// exists and holds none. `load` returns a whole parameter. DataError if a value is beyond its type.
 void write_hf_weights(const std::string& folder, const ModelConfig& model,
-                      const ParameterSet& parameters, SafetensorsType type,
+                      const ParameterSet& parameters, const HfTypes& types,
                       const std::function<std::vector<float>(const std::string&)>& load);
 
+// Whether config.json or weight files are in the folder.
+bool holds_hf_model(const std::string& folder);
 // Removes config.json and the weight files of an earlier export; other files stay.
 void remove_hf_model(const std::string& folder);
 

@@ -47,6 +47,9 @@ std::optional<DType> to_dtype(SafetensorsType type);  // nothing where we have n
 
 // f16, bf16, f32 and f64 to f32; DataError for another type. src need not be aligned.
 void convert_to_f32(SafetensorsType type, const void* src, int64_t count, float* dst);
+// Back, rounded to nearest even; gives back the bits that convert_to_f32 read, NaN payloads included, except
+// of an F64 that f32 had to round. False if a finite value became infinite. DataError for another type.
+bool convert_from_f32(SafetensorsType type, const float* src, int64_t count, void* dst);
 
 // Product of the dims times the element size; nothing if it exceeds 2^63 - 1. A dim of 0 does not
 // hide an overflow of the others.

@@ -1,7 +1,9 @@
 // Element types of safetensors files: names, sizes and conversion to f32.
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <bit>
+#include <cmath>
 #include <cstring>
 
 #include "core/base/error.h"
@@ -45,6 +47,47 @@ float f16_to_f32(uint16_t bits) {
   // Infinity and NaN keep an exponent of all ones; others move from bias 15 to bias 127.
   const uint32_t f32_exponent = exponent == 0x1F ? 0xFF : exponent + 127 - 15;
   return std::bit_cast<float>(sign | f32_exponent << 23 | mantissa << 13);
+}
+
+// A NaN keeps the payload bits that fit, and one where none does.
+uint16_t f32_to_bf16(float value) {
+  const uint32_t bits = std::bit_cast<uint32_t>(value);
+  if ((bits & 0x7FFFFFFF) > 0x7F800000)
+    return static_cast<uint16_t>(bits >> 16 | ((bits & 0x7F0000) == 0 ? 0x40 : 0));
+  return static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}
+
+uint16_t f32_to_f16(float value) {
+  const uint32_t bits = std::bit_cast<uint32_t>(value);
+  const uint32_t sign = bits >> 16 & 0x8000, magnitude = bits & 0x7FFFFFFF;
+  uint32_t f16 = 0;
+  if (magnitude > 0x7F800000) {
+    const uint32_t payload = magnitude >> 13 & 0x3FF;
+    f16 = 0x7C00 | (payload == 0 ? 0x200 : payload);
+  } else if (magnitude < 0x38800000) {
+    // Below 2^-14 steps are 2^-24, which is also the step of f32 at 0.5: the sum rounds to it.
+    const float sum = std::bit_cast<float>(magnitude) + 0.5f;
+    f16 = std::bit_cast<uint32_t>(sum) - std::bit_cast<uint32_t>(0.5f);
+  } else {
+    // From bias 127 to bias 15; a carry out of the mantissa is the next exponent, at last infinity.
+    const uint32_t rounded = magnitude + 0xFFF + (magnitude >> 13 & 1);
+    f16 = std::min<uint32_t>((rounded - (112u << 23)) >> 13, 0x7C00);
+  }
+  return static_cast<uint16_t>(sign | f16);
+}
+
+// `is_infinite` tells whether a stored value is.
+template <class Stored, class Convert, class IsInfinite>
+bool convert_back(const float* src, int64_t count, void* dst, Convert convert,
+                  IsInfinite is_infinite) {
+  char* bytes = static_cast<char*>(dst);
+  bool fits = true;
+  for (int64_t i = 0; i < count; ++i) {
+    const Stored value = convert(src[i]);
+    fits = fits && (!is_infinite(value) || std::isinf(src[i]));
+    std::memcpy(bytes + i * static_cast<int64_t>(sizeof value), &value, sizeof value);
+  }
+  return fits;
 }
 
 template <class Stored, class Convert>
@@ -109,6 +152,27 @@ void convert_to_f32(SafetensorsType type, const void* src, int64_t count, float*
       return convert_each<uint16_t>(src, count, dst, f16_to_f32);
     default:
       throw DataError(fmt::format("cannot convert {} to F32; F16, BF16, F32 and F64 are supported",
+                                  safetensors_type_name(type)));
+  }
+}
+
+bool convert_from_f32(SafetensorsType type, const float* src, int64_t count, void* dst) {
+  switch (type) {
+    case SafetensorsType::f32:
+      if (count > 0) std::memcpy(dst, src, static_cast<size_t>(count) * sizeof(float));
+      return true;
+    case SafetensorsType::f64:
+      return convert_back<double>(
+          src, count, dst, [](float x) { return static_cast<double>(x); },
+          [](double) { return false; });
+    case SafetensorsType::bf16:
+      return convert_back<uint16_t>(src, count, dst, f32_to_bf16,
+                                    [](uint16_t x) { return (x & 0x7FFF) == 0x7F80; });
+    case SafetensorsType::f16:
+      return convert_back<uint16_t>(src, count, dst, f32_to_f16,
+                                    [](uint16_t x) { return (x & 0x7FFF) == 0x7C00; });
+    default:
+      throw DataError(fmt::format("cannot convert F32 to {}; F16, BF16, F32 and F64 are supported",
                                   safetensors_type_name(type)));
   }
 }

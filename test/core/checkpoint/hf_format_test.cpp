@@ -6,6 +6,7 @@
 #include <numeric>
 
 #include "core/base/rng.h"
+#include "core/checkpoint/json_strict.h"
 #include "core/model/model.h"
 #include "test/core/checkpoint/checkpoint_fixture.h"
 
@@ -64,17 +65,17 @@ Weights random_weights(const ParameterSet& parameters) {
 
 void write(const std::string& folder, const ModelConfig& model, const ParameterSet& parameters,
            SafetensorsType type, const Weights& weights) {
-  write_hf_weights(folder, model, parameters, type,
+  write_hf_weights(folder, model, parameters, uniform_hf_types(type, model, parameters),
                    [&](const std::string& name) { return weights.at(name); });
 }
 
 Weights read(const std::string& folder, const ModelConfig& model, const ParameterSet& parameters,
-             SafetensorsType* type = nullptr) {
+             HfTypes* types = nullptr) {
   Weights out;
-  const SafetensorsType found = read_hf_weights(
+  const HfTypes found = read_hf_weights(
       folder, model, parameters,
       [&](const std::string& name, const std::vector<float>& values) { out[name] = values; });
-  if (type) *type = found;
+  if (types) *types = found;
   return out;
 }
 
@@ -133,9 +134,10 @@ TEST_CASE("hf_format: weights come back as they were written", "[checkpoint]") {
       const DeepSeekModel model(config);
       const Weights weights = random_weights(model.parameters());
       write(folder.path(), config, model.parameters(), type, weights);
-      SafetensorsType found = SafetensorsType::f64;
+      HfTypes found;
       CHECK(read(folder.path(), config, model.parameters(), &found) == weights);
-      CHECK(found == type);
+      CHECK(found == uniform_hf_types(type, config, model.parameters()));
+      CHECK(found.usual == type);
       const HfWeights files(folder.path());
       if (config.n_routed_experts > 0)
         CHECK(files.at("model.layers.1.mlp.gate.e_score_correction_bias").entry->type ==
@@ -175,6 +177,96 @@ TEST_CASE("hf_format: shards are found through the index", "[checkpoint]") {
   write_bytes(path, "{\"weight_map\": {\"a\": \"../elsewhere.safetensors\"}}");
   CHECK_THAT(message_of([&] { read(sharded.path(), config, model.parameters()); }),
              Catch::Contains("not a plain file name"));
+}
+
+// Every bit pattern of 16 bits occurs in the folder, and F32 bits of every kind.
+TEST_CASE("hf_format: mixed types come back to the bit, shards or not", "[checkpoint]") {
+  constexpr SafetensorsType kTypes[] = {SafetensorsType::f16, SafetensorsType::bf16,
+                                        SafetensorsType::f32, SafetensorsType::f64};
+  ModelConfig config = tiny_mla();
+  config.vocab_size = 8192;  // 2^16 elements in the embedding
+  const int turn = GENERATE(0, 1, 2, 3);
+  const bool sharded = GENERATE(false, true);
+  const DeepSeekModel model(config);
+  const std::vector<HfTensor> maps = hf_tensors(config, model.parameters());
+  std::vector<SafetensorsSpec> specs[2];
+  std::map<std::string, std::string> bytes;
+  std::string index;
+  for (size_t i = 0; i < maps.size(); ++i) {
+    const SafetensorsType type = kTypes[(i + static_cast<size_t>(turn)) % 4];
+    const int shard = sharded ? static_cast<int>(i / 3 % 2) : 0;
+    specs[shard].push_back({maps[i].name, type, maps[i].shape});
+    const int64_t count = *checked_tensor_bytes(maps[i].shape, 1);
+    std::string& raw = bytes[maps[i].name];
+    const auto append = [&](const auto& value) {
+      raw.append(reinterpret_cast<const char*>(&value), sizeof value);
+    };
+    for (int64_t j = 0; j < count; ++j) {
+      const uint64_t random = random_u64(3, i, static_cast<uint64_t>(j));
+      if (safetensors_type_bytes(type) == 2) append(static_cast<uint16_t>(j));
+      if (type == SafetensorsType::f32) append(static_cast<uint32_t>(random));
+      if (type == SafetensorsType::f64)  // as an F64 file has them whose values are those of f32
+        append(static_cast<double>(static_cast<int64_t>(random % 1000)) / 64);
+    }
+    index += (index.empty() ? "" : ", ") + json_quote(maps[i].name) + ": \"" +
+             (shard == 0 ? "a" : "b") + ".safetensors\"";
+  }
+  const ScratchFolder source, target;
+  for (int shard = 0; shard < (sharded ? 2 : 1); ++shard) {
+    std::stable_sort(specs[shard].begin(), specs[shard].end(), [](const auto& a, const auto& b) {
+      return safetensors_type_bytes(a.type) > safetensors_type_bytes(b.type);
+    });
+    const std::string name = !sharded ? "model" : shard == 0 ? "a" : "b";
+    SafetensorsWriter writer(File::create_new(source / (name + ".safetensors")), specs[shard], {});
+    for (const SafetensorsSpec& spec : specs[shard])
+      writer.append(bytes[spec.name].data(), std::ssize(bytes[spec.name]));
+    writer.finish();
+  }
+  if (sharded) write_bytes(source / "model.safetensors.index.json", "{\"weight_map\": {" + index + "}}");
+
+  HfTypes types;
+  const Weights weights = read(source.path(), config, model.parameters(), &types);
+  types = parse_hf_types(encode_hf_types(types), "metadata");
+  write_hf_weights(target.path(), config, model.parameters(), types,
+                   [&](const std::string& name) { return weights.at(name); });
+  const SafetensorsReader written(target / "model.safetensors");
+  REQUIRE(written.tensors().size() == maps.size());
+  for (int shard = 0; shard < 2; ++shard)
+    for (const SafetensorsSpec& spec : specs[shard]) {
+      CAPTURE(spec.name, safetensors_type_name(spec.type));
+      const SafetensorsEntry& entry = written.at(spec.name);
+      CHECK(entry.type == spec.type);
+      std::string back(static_cast<size_t>(entry.bytes), '\0');
+      written.read(entry, back.data());
+      CHECK((back == bytes[spec.name]));  // not expanded: it would print megabytes
+    }
+}
+
+TEST_CASE("hf_format: a value beyond its type is refused by tensor", "[checkpoint]") {
+  const ModelConfig config = tiny_gqa();
+  const DeepSeekModel model(config);
+  Weights weights = random_weights(model.parameters());
+  weights.at("model.norm.weight")[3] = 70000;
+  const auto write_as = [&](SafetensorsType type) {
+    const ScratchFolder folder;
+    write(folder.path(), config, model.parameters(), type, weights);
+  };
+  CHECK_THAT(message_of([&] { write_as(SafetensorsType::f16); }),
+             Catch::Contains("model.norm.weight") && Catch::Contains("F16 cannot represent"));
+  write_as(SafetensorsType::bf16);
+}
+
+TEST_CASE("hf_format: types as text", "[checkpoint]") {
+  HfTypes types;
+  types.usual = SafetensorsType::bf16;
+  CHECK(encode_hf_types(types) == "BF16");
+  types.others = {{"a.b", SafetensorsType::f32}, {"c", SafetensorsType::f16}};
+  CHECK(encode_hf_types(types) == "BF16\nF32 a.b\nF16 c");
+  CHECK(parse_hf_types("BF16\nF32 a.b\nF16 c", "x") == types);
+  for (const char* text : {"", "bf16", "I8", "BF16\n", "BF16\nF32", "BF16\nF7 a", "BF16\n\n"}) {
+    CAPTURE(text);
+    CHECK_THAT(message_of([&] { parse_hf_types(text, "here"); }), Catch::StartsWith("here: "));
+  }
 }
 
 TEST_CASE("hf_format: weights of another model are refused by name", "[checkpoint]") {

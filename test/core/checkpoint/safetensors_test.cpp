@@ -2,8 +2,10 @@
 
 #include <fmt/format.h>
 
+#include <bit>
 #include <cmath>
 #include <limits>
+#include <utility>
 
 #include "core/base/error.h"
 #include "core/base/rng.h"
@@ -297,6 +299,44 @@ TEST_CASE("safetensors: half and brain floats become f32 exactly", "[safetensors
   CHECK(out[0] == 0.1f);
   CHECK(std::isinf(out[1]));
   CHECK_THROWS_AS(convert_to_f32(SafetensorsType::i8, f64, 1, out), DataError);
+}
+
+TEST_CASE("safetensors: f32 becomes 16 bits by rounding to nearest even", "[safetensors]") {
+  const auto f16 = [](float value) {
+    uint16_t bits = 0;
+    const bool fits = convert_from_f32(SafetensorsType::f16, &value, 1, &bits);
+    return std::pair<int, bool>(bits, fits);
+  };
+  using Bits = std::pair<int, bool>;
+  CHECK(f16(1.0f) == Bits(0x3C00, true));
+  CHECK(f16(1.0f + 0x1p-11f) == Bits(0x3C00, true));                // half way: to even
+  CHECK(f16(1.0f + 0x1p-11f + 0x1p-20f) == Bits(0x3C01, true));     // above half way
+  CHECK(f16(1.0f + 0x1p-10f + 0x1p-11f) == Bits(0x3C02, true));     // half way: to even, upwards
+  CHECK(f16(-65504.0f) == Bits(0xFBFF, true));
+  CHECK(f16(65519.0f) == Bits(0x7BFF, true));
+  CHECK(f16(65520.0f) == Bits(0x7C00, false));
+  CHECK(f16(std::numeric_limits<float>::infinity()) == Bits(0x7C00, true));
+  CHECK(f16(1e30f) == Bits(0x7C00, false));
+  CHECK(f16(0x1p-24f) == Bits(0x0001, true));
+  CHECK(f16(-0x1p-25f) == Bits(0x8000, true));                      // half a step: to even
+  CHECK(f16(0x1.8p-25f) == Bits(0x0001, true));
+  CHECK(f16(0x1.ffcp-15f) == Bits(0x0400, true));                   // up to the first normal number
+  CHECK(f16(-0.0f) == Bits(0x8000, true));
+
+  const auto bf16 = [](float value) {
+    uint16_t bits = 0;
+    const bool fits = convert_from_f32(SafetensorsType::bf16, &value, 1, &bits);
+    return std::pair<int, bool>(bits, fits);
+  };
+  CHECK(bf16(1.0f + 0x1p-8f) == Bits(0x3F80, true));
+  CHECK(bf16(1.0f + 0x1p-7f + 0x1p-8f) == Bits(0x3F82, true));
+  CHECK(bf16(std::numeric_limits<float>::max()) == Bits(0x7F80, false));
+  CHECK(bf16(-std::numeric_limits<float>::infinity()) == Bits(0xFF80, true));
+  // A NaN stays one, also where no bit of its payload fits.
+  const float nan = std::bit_cast<float>(uint32_t{0xFF800001});
+  CHECK(bf16(nan).first == 0xFFC0);
+  CHECK(f16(nan).first == 0xFE00);
+  CHECK_THROWS_AS(convert_from_f32(SafetensorsType::u8, &nan, 0, nullptr), DataError);
 }
 
 TEST_CASE("safetensors: our element types have names there and back", "[safetensors]") {
