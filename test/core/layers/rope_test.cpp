@@ -46,7 +46,7 @@ TEST_CASE("rope: YaRN as DeepSeek-V3 publishes it", "[layers]") {
   CHECK(attention_scale(m) == Catch::Approx(0.1352337788608801).epsilon(1e-12));
 }
 
-// Literals are what transformers 5.17 computes, with its tables in float64.
+// Literals are what transformers 5.23 computes, with its tables in float64.
 TEST_CASE("rope: llama3 as Llama 3.1 publishes it", "[layers]") {
   ModelConfig m = gqa(128, 500000);
   m.rope_scaling.type = RopeType::llama3;
