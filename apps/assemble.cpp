@@ -97,23 +97,18 @@ void require_memory(int64_t bytes) {
                                   format_bytes(bytes), format_bytes(available)));
 }
 
-std::vector<StateTensor> state_tensors(TrainEngine& engine) {
+static std::vector<StateTensor> whole_tensors(const std::vector<StateSlice>& slices) {
   std::vector<StateTensor> out;
-  auto add = [&](const char* prefix, const Parameter& p, const Tensor& x) {
-    const std::vector<int64_t> zero(p.spec.shape.size(), 0);
-    out.push_back({prefix + p.spec.name, x.dtype(), p.spec.shape, zero, p.local_shape, x.raw()});
-  };
-  auto slice = [](const Tensor& flat, const Parameter& p) {
-    return flat.rows(p.offset, p.offset + p.numel());
-  };
-  for (const Parameter& p : engine.parameters().all()) {
-    add("param.", p, p.value);
-    if (!p.spec.trainable || !engine.options().training) continue;
-    add("adamw.exp_avg.", p, slice(engine.exp_avg(), p));
-    add("adamw.exp_avg_sq.", p, slice(engine.exp_avg_sq(), p));
+  for (const StateSlice& slice : slices) {
+    const Parameter& p = *slice.parameter;
+    DSTRAIN_CHECK(slice.begin == 0 && slice.end == p.numel(), "part of '" + p.spec.name + "'");
+    out.push_back({slice.kind + "." + p.spec.name, slice.data.dtype(), p.spec.shape, p.local_begin,
+                   p.local_shape, slice.data.raw()});
   }
   return out;
 }
+
+std::vector<StateTensor> state_tensors(TrainEngine& engine) { return whole_tensors(engine.saved_state()); }
 
 // A parameter that only the checkpoint has would be dropped without a word; one that only the model has
 // is reported by the reader.
@@ -128,7 +123,7 @@ static void check_all_used(const CheckpointReader& reader, const std::vector<Sta
 }
 
 void load_state(TrainEngine& engine, CheckpointReader& reader, bool with_optimizer) {
-  const std::vector<StateTensor> state = state_tensors(engine);
+  const std::vector<StateTensor> state = whole_tensors(engine.loaded_state());
   check_all_used(reader, state);
   std::vector<char> host;
   for (const StateTensor& tensor : state) {

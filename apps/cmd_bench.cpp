@@ -101,7 +101,8 @@ BenchResult run_bench(const Config& config, int64_t steps) {
     const Clock::time_point begin = Clock::now();
     engine.begin_step(3e-4, micro_batches * engine.options().micro_batch * engine.options().seq_len);
     for (int64_t m = 0; m < micro_batches; ++m) engine.accumulate(synthetic.batch);
-    result.loss = engine.finish_step().loss;
+    engine.finish_step();
+    result.loss = engine.take_result().loss;
     if (s >= kWarmUp)
       result.step_seconds.push_back(std::chrono::duration<double>(Clock::now() - begin).count());
   }
@@ -124,6 +125,7 @@ std::vector<ProductShape> products_of_step(const Config& config) {
   const int64_t micro_batches = config.train.global_batch / config.train.micro_batch;
   for (int64_t m = 0; m < micro_batches; ++m) engine.accumulate(synthetic.batch);
   engine.finish_step();
+  engine.take_result();
   return log.take();
 }
 

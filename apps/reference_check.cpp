@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "apps/assemble.h"
 #include "core/checkpoint/hf_format.h"
 #include "core/config/hf_config.h"
 #include "core/engine/parameter_io.h"
@@ -120,11 +121,7 @@ class ReferenceCheck {
 
   void load_weights() {
     engine_->initialize(0);
-    read_hf_weights(folder_, model_, engine_->parameters(),
-                    [&](const std::string& name, const std::vector<float>& values) {
-                      write_tensor(backend_, engine_->stream(), values,
-                                   engine_->parameters().find(name)->value);
-                    });
+    load_hf_parameters(*engine_, folder_);
   }
 
   HostBatch batch(const int32_t* tokens, const int32_t* targets) const {
@@ -151,14 +148,15 @@ class ReferenceCheck {
     if (ids.size() != labels.size()) throw DataError(folder_ + ": labels and input_ids differ in size");
     engine_->begin_step(0.0, std::ssize(ids));
     engine_->accumulate(batch(ids.data(), labels.data()));
-    engine_->finish_gradients();
+    engine_->reduce_gradients();
     ReferenceRow row{"gradient, relative L2", 0, 0, limits_.gradient, ""};
     for (const Parameter& p : engine_->parameters().all())
       if (p.spec.trainable)
         for_each_part(p, "grad.", read(p.grad), [&](const std::string& name, const std::vector<float>& ours) {
           note(row, compare(ours, reference_.floats("grad." + name)).relative_l2, name);
         });
-    const StepResult step = engine_->finish_step();  // lr 0: only the loss is wanted
+    engine_->finish_step();  // lr 0: only the loss is wanted
+    const StepResult step = engine_->take_result();
     const double loss = reference_.floats("loss").at(0);
     ReferenceRow loss_row{"loss, relative", 0, 0, limits_.loss, ""};
     note(loss_row, std::abs(step.loss - loss) / std::abs(loss), "loss");
@@ -188,7 +186,8 @@ class ReferenceCheck {
       }
       engine_->begin_step(limits_.lr, B * T);
       engine_->accumulate(batch(tokens.data(), targets.data()));
-      const double loss = engine_->finish_step().loss, wanted = losses[static_cast<size_t>(s)];
+      engine_->finish_step();
+      const double loss = engine_->take_result().loss, wanted = losses[static_cast<size_t>(s)];
       note(row, std::abs(loss - wanted) / std::abs(wanted), "step " + std::to_string(s + 1));
     }
     report_.rows.push_back(row);

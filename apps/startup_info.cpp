@@ -31,7 +31,8 @@ StartupInfo startup_info_of(const Config& config, TrainEngine* engine) {
     for (const MemoryOwner& owner : engine->memory()) info.memory.push_back({owner.name, owner.bytes});
     if (config.checkpoint.async) info.memory.push_back({"checkpoint snapshot", AsyncSaver::snapshot_bytes(state_tensors(*engine))});
     const int64_t slot = BatchStream::slot_bytes(config.train.micro_batch, config.data.seq_len);
-    info.memory.push_back({"input batches", slot * config.data.prefetch + evaluation_bytes(config)});
+    const int64_t evaluation = config.data.valid.empty() ? 0 : evaluation_bytes(config);
+    info.memory.push_back({"input batches", slot * config.data.prefetch + evaluation});
   }
   const int64_t available = available_memory_bytes();
   if (available > 0) info.memory_available_bytes = available;

@@ -48,6 +48,9 @@ class Backend {
   virtual void* allocate(int64_t bytes, MemoryKind kind) = 0;
   virtual void deallocate(void* memory, int64_t bytes, MemoryKind kind) noexcept = 0;
 
+  // What its operations keep for themselves, allocated when it was made.
+  virtual int64_t workspace_bytes() const = 0;
+
   virtual std::unique_ptr<Stream> make_stream() = 0;
   virtual std::unique_ptr<Event> make_event() = 0;
 

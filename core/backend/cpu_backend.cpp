@@ -45,6 +45,10 @@ class CpuBackend : public Backend {
     free_cpu_memory(memory, bytes);
   }
 
+  int64_t workspace_bytes() const override {
+    return pool_.threads() * kScratchBytes + Workspace::kBytes;
+  }
+
   std::unique_ptr<Stream> make_stream() override { return std::make_unique<CpuStream>(); }
   std::unique_ptr<Event> make_event() override { return std::make_unique<CpuEvent>(); }
 

@@ -70,9 +70,11 @@ class CpuOps : public Ops {
                       const Tensor& weights_TK) override;
   void router_backward(Stream&, const Tensor& dweights_TK, const Tensor& scores_TE,
                        const Tensor& indices_TK, const RouterParams& params,
-                       const Tensor& balance_coeff_SE, const Tensor& dlogits_TE) override;
+                       const Tensor& balance_coeff_SE, const SequenceRows& rows,
+                       const Tensor& dlogits_TE) override;
   void balance_statistics(Stream&, const Tensor& scores_TE, const Tensor& indices_TK,
-                          const Tensor& load_SE, const Tensor& prob_SE) override;
+                          const SequenceRows& rows, const Tensor& load_SE,
+                          const Tensor& prob_SE) override;
   void balance_loss(Stream&, const Tensor& load_SE, const Tensor& prob_SE,
                     int64_t tokens_per_sequence, int64_t experts_per_token, double alpha,
                     const Tensor& loss_1, const Tensor& coeff_SE) override;
@@ -101,9 +103,11 @@ class CpuOps : public Ops {
                               int64_t vocab_begin, const Tensor& lse_T, const StepScalars* scalars,
                               double factor) override;
   void add_sum_squares(Stream&, const Tensor& x, const Tensor& sum_1) override;
-  void clip_scale(Stream&, const Tensor& sum_1, double max_norm, StepScalars* scalars) override;
+  void clip_scale(Stream&, const Tensor& sum_1, double max_norm, double beta1, double beta2,
+                  StepScalars* scalars) override;
   void adamw(Stream&, const AdamWParams& params, const StepScalars* scalars, const Tensor& grad,
-             const Tensor& param, const Tensor& exp_avg, const Tensor& exp_avg_sq) override;
+             const Tensor& param, const Tensor& param_low, const Tensor& exp_avg,
+             const Tensor& exp_avg_sq) override;
   void fill(Stream&, const Tensor& x, double value) override;
   void add(Stream&, const Tensor& a, const Tensor& b, const Tensor& out) override;
   void convert(Stream&, const Tensor& source, const Tensor& destination) override;

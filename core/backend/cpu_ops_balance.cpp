@@ -26,18 +26,18 @@ void add_statistics(const Tensor& scores_TE, const Tensor& indices_TK, int64_t b
 }  // namespace
 
 void CpuOps::balance_statistics(Stream&, const Tensor& scores_TE, const Tensor& indices_TK,
-                                const Tensor& load_SE, const Tensor& prob_SE) {
+                                const SequenceRows& rows, const Tensor& load_SE,
+                                const Tensor& prob_SE) {
   const DType dtype = scores_TE.dtype();
   const int64_t T = scores_TE.size(0), E = scores_TE.size(1), S = load_SE.size(0);
   expect_strided(indices_TK, "balance_statistics: indices_TK", DType::i32, {T, indices_TK.size(1)});
   expect(load_SE, "balance_statistics: load_SE", dtype, {S, E});
   expect(prob_SE, "balance_statistics: prob_SE", dtype, {S, E});
   if (S == 0) return;
-  DSTRAIN_CHECK(T % S == 0, "balance_statistics: " + std::to_string(T) + " tokens are not " +
-                                std::to_string(S) + " equal sequences");
+  expect_rows(rows, T, S, "balance_statistics");
   dispatch_float(dtype, [&]<class F>() {
     // One row of partial results holds load, then prob. Sequences share the workspace in turns.
-    const int64_t n = T / S, stride = partial_stride<F>(2 * E);
+    const int64_t n = rows.rows_per_sequence, stride = partial_stride<F>(2 * E);
     const RowChunks chunks(n, stride * static_cast<int64_t>(sizeof(F)), /*min_rows=*/128);
     const int64_t per_sequence = std::max<int64_t>(1, chunks.count) * stride;
     const int64_t at_once = std::clamp<int64_t>(
@@ -49,9 +49,9 @@ void CpuOps::balance_statistics(Stream&, const Tensor& scores_TE, const Tensor& 
         const int64_t s = task / chunks.count, chunk = task % chunks.count;
         F* const partial = partials + s * per_sequence + chunk * stride;
         std::fill(partial, partial + 2 * E, F(0));
-        const int64_t token = (first + s) * n;
-        add_statistics(scores_TE, indices_TK, token + chunks.begin(chunk),
-                       token + chunks.end(chunk), partial, partial + E);
+        const int64_t token = (first + s) * n - rows.first_row;  // of the sequence's first row
+        add_statistics(scores_TE, indices_TK, std::clamp<int64_t>(token + chunks.begin(chunk), 0, T),
+                       std::clamp<int64_t>(token + chunks.end(chunk), 0, T), partial, partial + E);
       });
       for (int64_t s = 0; s < sequences; ++s) {
         const F* const partial = partials + s * per_sequence;

@@ -133,6 +133,8 @@ void CpuOps::fill(Stream&, const Tensor& x, double value) {
       return fill_with(pool_, x, static_cast<int64_t>(value));
     case DType::u8:
       return fill_with(pool_, x, static_cast<uint8_t>(value));
+    case DType::u16:
+      return fill_with(pool_, x, static_cast<uint16_t>(value));
   }
 }
 
@@ -204,15 +206,16 @@ void CpuOps::bias_backward(Stream&, const Tensor& dy_TD, Accumulate accumulate,
 
 void CpuOps::fill_normal(Stream&, const Tensor& x, uint64_t seed, uint64_t stream, double std,
                          const SliceOf& slice) {
-  const auto& [outer, global, begin, extent, inner] = slice;
-  DSTRAIN_CHECK(x.numel() == outer * extent * inner && x.contiguous() && begin >= 0 &&
-                    begin + extent <= global,
+  const auto& [outer, global, begin, extent, inner, first_element] = slice;
+  DSTRAIN_CHECK(first_element >= 0 && first_element + x.numel() <= outer * extent * inner &&
+                    x.contiguous() && begin >= 0 && begin + extent <= global,
                 "fill_normal: the slice does not fit " + x.describe());
   dispatch_float(x.dtype(), [&]<class F>() {
     const int64_t run = extent * inner;  // elements that are neighbours in the global tensor, too
     pool_.run_ranges(x.numel(), 2048, [&](int64_t first, int64_t end) {
       for (int64_t i = first; i < end; ++i) {
-        const int64_t index = (i / run * global + begin) * inner + i % run;
+        const int64_t at = first_element + i;
+        const int64_t index = (at / run * global + begin) * inner + at % run;
         const double value = std * random_normal(seed, stream, static_cast<uint64_t>(index));
         x.data<F>()[i] = static_cast<F>(value);
       }

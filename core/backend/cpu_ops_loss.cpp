@@ -174,7 +174,7 @@ void CpuOps::cross_entropy_backward(Stream&, const Tensor& logits_TV,
   expect_targets(targets, dtype, T);
   expect(lse_T, "cross_entropy_backward: lse_T", dtype, {T});
   dispatch_float(dtype, [&]<class F>() {
-    const F scale = static_cast<F>(scalars->loss_scale * factor);
+    const F scale = static_cast<F>(scalars->in.loss_scale * factor);
     pool_.run_ranges(T, loss_rows_per_task(V), [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {
         F* const logits = row<F>(logits_TV, t);

@@ -27,8 +27,8 @@ struct Update {
         one_minus_beta1(static_cast<F>(1 - params.beta1)),
         beta2(static_cast<F>(params.beta2)),
         one_minus_beta2(static_cast<F>(1 - params.beta2)),
-        keep(static_cast<F>(1 - scalars.lr * params.weight_decay)),
-        step(static_cast<F>(scalars.lr / scalars.bias_correction1)),
+        keep(static_cast<F>(1 - scalars.in.lr * params.weight_decay)),
+        step(static_cast<F>(scalars.in.lr / scalars.bias_correction1)),
         inverse_root_c2(static_cast<F>(1 / std::sqrt(scalars.bias_correction2))),
         eps(static_cast<F>(params.eps)) {}
 
@@ -72,20 +72,27 @@ void CpuOps::add_sum_squares(Stream&, const Tensor& x, const Tensor& sum_1) {
   });
 }
 
-void CpuOps::clip_scale(Stream&, const Tensor& sum_1, double max_norm, StepScalars* scalars) {
+void CpuOps::clip_scale(Stream&, const Tensor& sum_1, double max_norm, double beta1, double beta2,
+                        StepScalars* scalars) {
   expect(sum_1, "clip_scale: sum_1", DType::f64, {1});
   const double sum = *sum_1.data<double>();
   scalars->finite = std::isfinite(sum) ? 1 : 0;
   scalars->grad_norm = std::sqrt(sum);
   scalars->grad_scale = 1;
+  if (scalars->finite) {
+    const double t = static_cast<double>(++scalars->updates);
+    scalars->bias_correction1 = 1 - std::pow(beta1, t);
+    scalars->bias_correction2 = 1 - std::pow(beta2, t);
+  }
   if (max_norm > 0) scalars->grad_scale = std::min(1.0, max_norm / (scalars->grad_norm + 1e-6));
 }
 
 void CpuOps::adamw(Stream&, const AdamWParams& params, const StepScalars* scalars,
-                   const Tensor& grad, const Tensor& param, const Tensor& exp_avg,
-                   const Tensor& exp_avg_sq) {
+                   const Tensor& grad, const Tensor& param, const Tensor& param_low,
+                   const Tensor& exp_avg, const Tensor& exp_avg_sq) {
   const DType dtype = param.dtype();
   const int64_t n = param.numel();
+  DSTRAIN_CHECK(!param_low.defined(), "adamw: the low half of a master value belongs to bf16");
   expect_flat(grad, "adamw: grad", dtype, n);
   expect_flat(param, "adamw: param", dtype, n);
   expect_flat(exp_avg, "adamw: exp_avg", dtype, n);

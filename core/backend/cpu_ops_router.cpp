@@ -238,7 +238,8 @@ void CpuOps::router_weights(Stream&, const Tensor& logits_TE, const RouterParams
 
 void CpuOps::router_backward(Stream&, const Tensor& dweights_TK, const Tensor& scores_TE,
                              const Tensor& indices_TK, const RouterParams& params,
-                             const Tensor& balance_coeff_SE, const Tensor& dlogits_TE) {
+                             const Tensor& balance_coeff_SE, const SequenceRows& rows,
+                             const Tensor& dlogits_TE) {
   const DType dtype = scores_TE.dtype();
   const int64_t T = scores_TE.size(0), E = scores_TE.size(1), K = params.experts_per_token;
   expect_router(params, E, "router_backward");
@@ -246,14 +247,10 @@ void CpuOps::router_backward(Stream&, const Tensor& dweights_TK, const Tensor& s
   expect_strided(indices_TK, "router_backward: indices_TK", DType::i32, {T, K});
   expect_strided(dlogits_TE, "router_backward: dlogits_TE", dtype, {T, E});
   if (T == 0) return;
-  int64_t tokens_per_sequence = T;
   if (balance_coeff_SE.defined()) {
     const int64_t S = balance_coeff_SE.size(0);
     expect_strided(balance_coeff_SE, "router_backward: balance_coeff_SE", dtype, {S, E});
-    DSTRAIN_CHECK(S > 0 && T % S == 0, "router_backward: " + std::to_string(T) +
-                                           " tokens are not " + std::to_string(S) +
-                                           " equal sequences");
-    tokens_per_sequence = T / S;
+    expect_rows(rows, T, S, "router_backward");
   }
   dispatch_float(dtype, [&]<class F>() {
     pool_.run_ranges(T, rows_per_task(4 * E), [&](int64_t begin, int64_t end) {
@@ -261,7 +258,7 @@ void CpuOps::router_backward(Stream&, const Tensor& dweights_TK, const Tensor& s
         const F* const scores = row<F>(scores_TE, t);
         F* const dlogits = row<F>(dlogits_TE, t);  // holds d(scores) first
         if (balance_coeff_SE.defined()) {
-          const F* const coeff = row<F>(balance_coeff_SE, t / tokens_per_sequence);
+          const F* const coeff = row<F>(balance_coeff_SE, (rows.first_row + t) / rows.rows_per_sequence);
           balance_row_backward(scores, coeff, E, dlogits);
         } else {
           std::fill(dlogits, dlogits + E, F(0));

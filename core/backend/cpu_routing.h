@@ -20,6 +20,15 @@ inline int32_t checked_expert(int32_t index, int64_t experts) {
   return index;
 }
 
+// That T rows lie in S sequences.
+inline void expect_rows(const SequenceRows& rows, int64_t T, int64_t S, const char* op) {
+  DSTRAIN_CHECK(rows.first_row >= 0 && rows.rows_per_sequence > 0 &&
+                    rows.first_row + T <= S * rows.rows_per_sequence,
+                std::string(op) + ": rows " + std::to_string(rows.first_row) + " to " +
+                    std::to_string(rows.first_row + T) + " are not all in " + std::to_string(S) +
+                    " sequences of " + std::to_string(rows.rows_per_sequence));
+}
+
 // Counts i32 choices (any shape, contiguous) in the workspace. Throws if an index is not in [0,
 // experts).
 class ExpertCounts {

@@ -45,8 +45,8 @@ class NullOps : public Ops {
   void router_weights(Stream&, const Tensor&, const RouterParams&, const Tensor&, const Tensor&,
                       const Tensor&) override {}
   void router_backward(Stream&, const Tensor&, const Tensor&, const Tensor&, const RouterParams&,
-                       const Tensor&, const Tensor&) override {}
-  void balance_statistics(Stream&, const Tensor&, const Tensor&, const Tensor&,
+                       const Tensor&, const SequenceRows&, const Tensor&) override {}
+  void balance_statistics(Stream&, const Tensor&, const Tensor&, const SequenceRows&, const Tensor&,
                           const Tensor&) override {}
   void balance_loss(Stream&, const Tensor&, const Tensor&, int64_t, int64_t, double, const Tensor&,
                     const Tensor&) override {}
@@ -67,9 +67,9 @@ class NullOps : public Ops {
   void cross_entropy_backward(Stream&, const Tensor&, const CrossEntropyTargets&, int64_t,
                               const Tensor&, const StepScalars*, double) override {}
   void add_sum_squares(Stream&, const Tensor&, const Tensor&) override {}
-  void clip_scale(Stream&, const Tensor&, double, StepScalars*) override {}
+  void clip_scale(Stream&, const Tensor&, double, double, double, StepScalars*) override {}
   void adamw(Stream&, const AdamWParams&, const StepScalars*, const Tensor&, const Tensor&,
-             const Tensor&, const Tensor&) override {}
+             const Tensor&, const Tensor&, const Tensor&) override {}
   void fill(Stream&, const Tensor&, double) override {}
   void add(Stream&, const Tensor&, const Tensor&, const Tensor&) override {}
   void convert(Stream&, const Tensor&, const Tensor&) override {}

@@ -69,16 +69,28 @@ struct CrossEntropyTargets {
   Tensor soft_index_TK, soft_prob_TK;  // i32, S
 };
 
-// What a step reads from device memory, so that a captured graph can be replayed.
-struct StepScalars {
+// What a step reads from device memory, so that a captured graph can be replayed. The host writes the
+// inputs before each step and `updates` when a run starts or resumes; clip_scale writes the rest.
+struct StepInputs {
   double lr = 0;
-  double bias_correction1 = 1;  // 1 - beta1^t
-  double bias_correction2 = 1;
   double loss_scale = 1;  // factor of d(loss)/d(token loss): 1 / valid tokens of the global batch
-  double grad_norm = 0;   // written by clip_scale
-  double grad_scale = 1;  // clipping coefficient, written by clip_scale
-  int32_t finite = 1;     // 0: the update is skipped; written by clip_scale
+};
+struct StepScalars {
+  StepInputs in;
+  double grad_norm = 0;
+  double grad_scale = 1;        // clipping coefficient
+  double bias_correction1 = 1;  // 1 - beta1^updates
+  double bias_correction2 = 1;
+  int64_t updates = 0;          // applied so far, the one of this step included
+  int32_t finite = 1;           // 0: the update is skipped
   int32_t unused = 0;
+};
+
+// Which sequences the rows of a tensor belong to: row t is part of sequence (first_row + t) /
+// rows_per_sequence. A rank may hold any run of rows.
+struct SequenceRows {
+  int64_t first_row = 0;
+  int64_t rows_per_sequence = 1;
 };
 
 struct AdamWParams {
@@ -90,8 +102,10 @@ class Ops {
   virtual ~Ops() = default;
 
   // --- matrix products -------------------------------------------------------------------------
-  // c[M,N] = alpha * op(a) op(b) + beta * c. a, b, c are matrices whose rows may be strided; c is F
-  // or f32 (weight gradients). beta 0 ignores what c held.
+  // c[M,N] = alpha * op(a) op(b) + beta * c. a, b, c are matrices whose rows may be strided. a and b are F;
+  // c is F or S (router logits, weight gradients). For the router, one of a and b may be S beside
+  // an F: it is not rounded to F (logit gradients have to stay in f32), and c is F or S. Products are
+  // summed in S. beta 0 ignores what c held.
   virtual void matmul(Stream&, Trans ta, Trans tb, double alpha, const Tensor& a, const Tensor& b,
                       double beta, const Tensor& c) = 0;
 
@@ -193,11 +207,13 @@ class Ops {
   // with respect to the sum over a sequence's tokens of scores / sum(scores).
   virtual void router_backward(Stream&, const Tensor& dweights_TK, const Tensor& scores_TE,
                                const Tensor& indices_TK, const RouterParams& params,
-                               const Tensor& balance_coeff_SE, const Tensor& dlogits_TE) = 0;
-  // Per sequence (rows of T in S equal runs): load_SE = tokens that chose e, prob_SE = sum of
-  // scores / sum(scores). Both S. Overwritten.
+                               const Tensor& balance_coeff_SE, const SequenceRows& rows,
+                               const Tensor& dlogits_TE) = 0;
+  // Per sequence, over the rows that are here: load_SE = tokens that chose e, prob_SE = sum of
+  // scores / sum(scores). Both S. Overwritten, with zeros for sequences without rows.
   virtual void balance_statistics(Stream&, const Tensor& scores_TE, const Tensor& indices_TK,
-                                  const Tensor& load_SE, const Tensor& prob_SE) = 0;
+                                  const SequenceRows& rows, const Tensor& load_SE,
+                                  const Tensor& prob_SE) = 0;
   // DeepSeek-V3 (arXiv:2412.19437) eq. 17-20: loss_1 (f64) += alpha * sum_s sum_e f_e P_e with
   // f_e = load E / (K n), P_e = prob / n, n tokens in the sequence; coeff = d loss / d prob. The caller
   // divides alpha by the sequences of the global batch.
@@ -246,7 +262,7 @@ class Ops {
                                   const Tensor& sum_exp_T, const Tensor& target_T,
                                   const Tensor& lse_T, const Tensor& loss_sum_1,
                                   const Tensor& token_loss_T) = 0;
-  // In place: dlogits = (softmax * weight - target distribution) * scalars.loss_scale * factor.
+  // In place: dlogits = (softmax * weight - target distribution) * scalars.in.loss_scale * factor.
   virtual void cross_entropy_backward(Stream&, const Tensor& logits_TV,
                                       const CrossEntropyTargets& targets, int64_t vocab_begin,
                                       const Tensor& lse_T, const StepScalars* scalars,
@@ -256,22 +272,28 @@ class Ops {
   // sum_1 (f64) += sum of squares, in an order that depends on x's length only.
   virtual void add_sum_squares(Stream&, const Tensor& x, const Tensor& sum_1) = 0;
   // grad_norm = sqrt(sum); grad_scale = min(1, max_norm / (norm + 1e-6)) (1 if max_norm is 0);
-  // finite = whether the sum is. scalars is device memory.
-  virtual void clip_scale(Stream&, const Tensor& sum_1, double max_norm, StepScalars* scalars) = 0;
+  // finite = whether the sum is; if so, the next update's number and bias corrections. scalars is
+  // device memory.
+  virtual void clip_scale(Stream&, const Tensor& sum_1, double max_norm, double beta1, double beta2,
+                          StepScalars* scalars) = 0;
   // Decoupled AdamW (Loshchilov & Hutter, arXiv:1711.05101) over a flat range; does nothing if
   // scalars->finite is 0. g = grad * grad_scale; p -= lr * (weight_decay * p + m^ / (sqrt(v^) + eps)).
+  // param is F. A bf16 param needs param_low (u16, absent otherwise): together they are the f32 master
+  // value, whose nearest bf16 is param and whose lower 16 bits are param_low. grad is S; moments are S or
+  // bf16.
   virtual void adamw(Stream&, const AdamWParams& params, const StepScalars* scalars,
-                     const Tensor& grad, const Tensor& param, const Tensor& exp_avg,
-                     const Tensor& exp_avg_sq) = 0;
+                     const Tensor& grad, const Tensor& param, const Tensor& param_low,
+                     const Tensor& exp_avg, const Tensor& exp_avg_sq) = 0;
 
   // --- elementwise -----------------------------------------------------------------------------------
   virtual void fill(Stream&, const Tensor& x, double value) = 0;
   virtual void add(Stream&, const Tensor& a, const Tensor& b, const Tensor& out) = 0;  // may alias
   virtual void convert(Stream&, const Tensor& source, const Tensor& destination) = 0;  // f32 f64 bf16
-  // x[i] = std * normal(seed, stream, index of element i in the global tensor). x is the slice
-  // [begin, begin + extent) of dim `dim` of a tensor whose dims are [outer, global, inner].
+  // x[i] = std * normal(seed, stream, index of element i in the global tensor). x is a run, from element
+  // `first` on, of the slice [begin, begin + extent) of the middle dim of a tensor [outer, global, inner].
   struct SliceOf {
     int64_t outer = 1, global = 1, begin = 0, extent = 1, inner = 1;
+    int64_t first = 0;
   };
   virtual void fill_normal(Stream&, const Tensor& x, uint64_t seed, uint64_t stream, double std,
                            const SliceOf& slice) = 0;

@@ -59,7 +59,7 @@ DSTRAIN_HOST_DEVICE inline double random_normal(uint64_t seed, uint64_t stream, 
 
 // A stream number from a name (FNV-1a), for keys such as a tensor's name.
 inline uint64_t stream_id(const char* text, uint64_t length) {
-  uint64_t hash = 1469598103934665603ull;
+  uint64_t hash = 14695981039346656037ull;
   for (uint64_t i = 0; i < length; ++i) hash = (hash ^ static_cast<uint8_t>(text[i])) * 1099511628211ull;
   return hash;
 }

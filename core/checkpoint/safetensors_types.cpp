@@ -127,6 +127,7 @@ SafetensorsType to_safetensors_type(DType dtype) {
       return SafetensorsType::i32;
     case DType::i64:
       return SafetensorsType::i64;
+    case DType::u16:
     case DType::u8:
       return SafetensorsType::u8;
   }

@@ -4,7 +4,7 @@
 
 namespace dstrain {
 
-void LocalDispatcher::route(DistStream dist, int64_t num_experts, Routing& routing, Arena& keep) {
+void sort_routing(DistStream dist, int64_t num_experts, Routing& routing, Arena& keep) {
   const int64_t T = routing.indices_TK.size(0), K = routing.indices_TK.size(1);
   routing.offsets_E1 = keep.make(DType::i32, {num_experts + 1}, "expert offsets");
   routing.token_of_row_R = keep.make(DType::i32, {T * K}, "token of row");
@@ -14,43 +14,93 @@ void LocalDispatcher::route(DistStream dist, int64_t num_experts, Routing& routi
                           routing.token_of_row_R, routing.row_of_slot_TK, routing.row_weight_R);
 }
 
-void LocalDispatcher::dispatch_backward_finish(DistStream dist, const Tensor& dx_RD,
-                                               const Tensor& drow_weight_R, const Routing& routing,
-                                               const Tensor& addend_TD, const Tensor& dx_TD,
-                                               const Tensor& dweights_TK) {
-  dist.ops.combine_rows(dist.stream, dx_RD, routing.row_of_slot_TK, addend_TD, dx_TD);
-  const int64_t R = drow_weight_R.numel();
-  dist.ops.gather_rows(dist.stream, drow_weight_R.view({R, 1}), routing.row_of_slot_TK.view({R}),
-                       dweights_TK.view({R, 1}));
+void LocalDispatcher::route(DistStream dist, int64_t num_experts, Routing& routing, Arena& keep) {
+  sort_routing(dist, num_experts, routing, keep);
 }
 
-LocalParamStore::LocalParamStore(const ParameterSet& parameters) : parameters_(parameters) {
-  for (const Parameter& p : parameters_.all())
+GradContributions::GradContributions(const ParameterSet& parameters) {
+  for (const Parameter& p : parameters.all())
     if (p.spec.trainable) written_.emplace_back(&p, false);
   std::sort(written_.begin(), written_.end());
 }
 
-size_t LocalParamStore::index_of(const Parameter& parameter) const {
+size_t GradContributions::index_of(const Parameter& parameter) const {
   const auto at = std::lower_bound(written_.begin(), written_.end(), std::pair(&parameter, false));
   DSTRAIN_CHECK(at != written_.end() && at->first == &parameter,
                 "no gradient for '" + parameter.spec.name + "'");
   return static_cast<size_t>(at - written_.begin());
 }
 
-void LocalParamStore::begin_step() {
+void GradContributions::begin() {
   for (auto& [parameter, written] : written_) written = false;
 }
 
-GradTarget LocalParamStore::grad(const Parameter& parameter) {
+void GradContributions::begin(int block) {
+  for (auto& [parameter, written] : written_)
+    if (parameter->spec.block == block) written = false;
+}
+
+Accumulate GradContributions::next(const Parameter& parameter) {
   bool& written = written_[index_of(parameter)].second;
   const Accumulate accumulate = written ? Accumulate::add : Accumulate::overwrite;
   written = true;
-  return {parameter.grad, accumulate};
+  return accumulate;
 }
 
-void LocalParamStore::finish_step(DistStream dist) {
-  for (auto& [parameter, written] : written_)
-    if (!written) dist.ops.fill(dist.stream, parameter->grad, 0.0);
+LocalParamStore::LocalParamStore(ParameterSet& parameters, const ParamStoreOptions& options)
+    : parameters_(parameters), options_(options), contributions_(parameters) {}
+
+void LocalParamStore::make_memory(const OwnerVisitor& visit) {
+  const int64_t N = parameters_.trainable_elements();
+  const DType gradient = stat_dtype(options_.dtype);
+  visit("parameters", MemoryKind::device, [&](Arena& a) {
+    values_ = a.make(options_.dtype, {N}, "parameters");
+    buffers_ = a.make(gradient, {parameters_.buffer_elements()}, "router bias");
+  });
+  if (options_.training) {
+    visit("gradients", MemoryKind::device, [&](Arena& a) { grads_ = a.make(gradient, {N}, "gradients"); });
+    visit("optimizer state", MemoryKind::device, [&](Arena& a) {
+      exp_avg_ = a.make(gradient, {N}, "first moment");
+      exp_avg_sq_ = a.make(gradient, {N}, "second moment");
+    });
+  }
+  parameters_.bind(values_, grads_, buffers_);
+  ranges_.clear();
+  if (!options_.training) return;
+  for (const ParameterGroup& group : parameters_.groups()) {
+    auto part = [&](const Tensor& flat) { return flat.rows(group.begin, group.end); };
+    ranges_.push_back({group.weight_decay, part(values_), part(grads_), part(exp_avg_), part(exp_avg_sq_)});
+  }
+}
+
+void LocalParamStore::clear(DistStream dist) {
+  for (const Tensor& x : {values_, buffers_, grads_, exp_avg_, exp_avg_sq_})
+    if (x.defined()) dist.ops.fill(dist.stream, x, 0.0);
+}
+
+GradTarget LocalParamStore::grad(const Parameter& parameter) {
+  return {parameter.grad, contributions_.next(parameter)};
+}
+
+void LocalParamStore::reduce_gradients(DistStream dist) {
+  for (const Parameter& p : parameters_.all())
+    if (p.spec.trainable && !contributions_.any(p)) dist.ops.fill(dist.stream, p.grad, 0.0);
+}
+
+void LocalParamStore::add_norm(DistStream dist, const Tensor& sum_1) {
+  for (const OptimizerRange& range : ranges_) dist.ops.add_sum_squares(dist.stream, range.grad, sum_1);
+}
+
+std::vector<StateSlice> LocalParamStore::saved() const {
+  std::vector<StateSlice> out;
+  for (const Parameter& p : parameters_.all()) {
+    const int64_t n = p.numel();
+    out.push_back({"param", &p, 0, n, p.value.view({n})});
+    if (!p.spec.trainable || !options_.training) continue;
+    out.push_back({"adamw.exp_avg", &p, 0, n, exp_avg_.rows(p.offset, p.offset + n)});
+    out.push_back({"adamw.exp_avg_sq", &p, 0, n, exp_avg_sq_.rows(p.offset, p.offset + n)});
+  }
+  return out;
 }
 
 }  // namespace dstrain

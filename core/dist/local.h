@@ -2,9 +2,10 @@
 // distributed versions must return.
 #pragma once
 
+#include <memory>
 #include <vector>
 
-#include "core/dist/dist_context.h"
+#include "core/dist/distribution.h"
 
 namespace dstrain {
 
@@ -12,10 +13,10 @@ class LocalTensorParallel : public TensorParallel {
  public:
   int rank() const override { return 0; }
   int size() const override { return 1; }
-  void gather_start(DistStream, const Tensor&) override {}
-  Tensor gather_finish(DistStream, const Tensor& x_TD, Arena&) override { return x_TD; }
-  void reduce_scatter_start(DistStream, const Tensor&) override {}
-  Tensor reduce_scatter_finish(DistStream, const Tensor& y_TD, Arena&) override { return y_TD; }
+  void gather_start(DistStream, const Tensor&, const Tensor&) override {}
+  void gather_finish(DistStream, const Tensor&, const Tensor&) override {}
+  void reduce_scatter_start(DistStream, const Tensor&, const Tensor&) override {}
+  void reduce_scatter_finish(DistStream, const Tensor&, const Tensor&) override {}
   void all_reduce_sum(DistStream, const Tensor&) override {}
   void all_reduce_max(DistStream, const Tensor&) override {}
 };
@@ -23,30 +24,22 @@ class LocalTensorParallel : public TensorParallel {
 // Experts read token rows through the sorted index; gathered rows are never stored.
 class LocalDispatcher : public TokenDispatcher {
  public:
-  int64_t num_local_experts(int64_t num_experts) const override { return num_experts; }
+  bool local() const override { return true; }
   int64_t max_rows(int64_t tokens, int64_t experts_per_token) const override {
     return tokens * experts_per_token;
   }
   void route(DistStream, int64_t num_experts, Routing& routing, Arena& keep) override;
-  void dispatch_start(DistStream, const Tensor&, const Routing&) override {}
-  ExpertRows dispatch_finish(DistStream, const Tensor& x_TD, const Routing& routing, Arena&) override {
-    return {x_TD, routing.token_of_row_R};
+  int rounds(DistStream, const Routing&) const override { return 1; }
+  void dispatch_start(DistStream, int, const Tensor&, const Routing&, Arena&, Arena&) override {}
+  ExpertRows dispatch_finish(DistStream, int, const Tensor& x_TD, const Routing& routing) override {
+    return {x_TD, routing.token_of_row_R, routing.offsets_E1, routing.row_weight_R};
   }
-  void combine_start(DistStream, const Tensor&, const Routing&) override {}
-  void combine_finish(DistStream dist, const Tensor& y_RD, const Routing& routing,
-                      const Tensor& addend_TD, const Tensor& out_TD) override {
-    dist.ops.combine_rows(dist.stream, y_RD, routing.row_of_slot_TK, addend_TD, out_TD);
-  }
-  void combine_backward_start(DistStream, const Tensor&, const Routing&) override {}
-  ExpertRows combine_backward_finish(DistStream, const Tensor& dout_TD, const Routing& routing,
-                                     Arena&) override {
-    return {dout_TD, routing.token_of_row_R};
-  }
-  void dispatch_backward_start(DistStream, const Tensor&, const Tensor&, const Routing&) override {}
-  void dispatch_backward_finish(DistStream, const Tensor& dx_RD, const Tensor& drow_weight_R,
-                                const Routing& routing, const Tensor& addend_TD, const Tensor& dx_TD,
-                                const Tensor& dweights_TK) override;
+  void return_start(DistStream, int, const Tensor&, const Routing&, const Tensor&, Arena&) override {}
+  void return_finish(DistStream, int, const Tensor&, const Routing&, const Tensor&) override {}
 };
+
+// Sorts the choices by expert: what every dispatcher's route() starts with.
+void sort_routing(DistStream dist, int64_t num_experts, Routing& routing, Arena& keep);
 
 class LocalKvExchange : public KvExchange {
  public:
@@ -63,36 +56,76 @@ class LocalKvExchange : public KvExchange {
   }
 };
 
-// Values are always whole. The first contribution to a gradient after begin_step() overwrites what the
-// last step left, later ones add.
+class LocalSequenceSums : public SequenceSums {
+ public:
+  void reduce_start(DistStream, const Tensor&) override {}
+  void reduce_finish(DistStream, const Tensor&) override {}
+};
+
+// Which parameters have had a contribution to their gradient since begin(): the first overwrites what was
+// there, later ones add.
+class GradContributions {
+ public:
+  explicit GradContributions(const ParameterSet& parameters);
+  void begin();                   // for all
+  void begin(int block);          // for those of a block
+  Accumulate next(const Parameter& parameter);
+  bool any(const Parameter& parameter) const { return written_[index_of(parameter)].second; }
+
+ private:
+  size_t index_of(const Parameter& parameter) const;
+  std::vector<std::pair<const Parameter*, bool>> written_;  // sorted by address
+};
+
+// Values, gradients and moments are whole and lie here.
 class LocalParamStore : public ParamStore {
  public:
-  explicit LocalParamStore(const ParameterSet& parameters);
-  void begin_step();
-  // Gradients without a contribution in this step are set to zero.
-  void finish_step(DistStream dist);
+  explicit LocalParamStore(ParameterSet& parameters, const ParamStoreOptions& options = {});
 
+  void make_memory(const OwnerVisitor& visit) override;
+  void clear(DistStream dist) override;
   void acquire_start(DistStream, int) override {}
   void acquire_finish(DistStream, int) override {}
   void release(DistStream, int) override {}
   GradTarget grad(const Parameter& parameter) override;
   void grads_ready(DistStream, int) override {}
-  void grads_wait(DistStream) override {}
+  void begin_step() override { contributions_.begin(); }
+  void begin_micro_batch(bool) override {}
+  void reduce_gradients(DistStream dist) override;
+  void add_norm(DistStream dist, const Tensor& sum_1) override;
+  std::span<const OptimizerRange> ranges() const override { return ranges_; }
+  void publish(DistStream) override {}
+  std::vector<StateSlice> saved() const override;
+  std::vector<StateSlice> loaded() const override { return saved(); }
 
  private:
-  size_t index_of(const Parameter& parameter) const;
-  const ParameterSet& parameters_;
-  std::vector<std::pair<const Parameter*, bool>> written_;  // sorted by address
+  ParameterSet& parameters_;
+  ParamStoreOptions options_;
+  GradContributions contributions_;
+  Tensor values_, buffers_, grads_, exp_avg_, exp_avg_sq_;
+  std::vector<OptimizerRange> ranges_;
 };
 
-// A single-rank context with its parts.
-struct LocalDist {
-  explicit LocalDist(const ParameterSet& parameters) : params(parameters) {}
-  LocalTensorParallel tensor;
-  LocalDispatcher dispatcher;
-  LocalKvExchange kv;
-  LocalParamStore params;
-  DistContext context() { return {tensor, dispatcher, kv, params}; }
+// One rank.
+class LocalDistribution : public Distribution {
+ public:
+  const RankPlace& place() const override { return place_; }
+  TensorParallel& tensor() override { return tensor_; }
+  TokenDispatcher& dispatcher() override { return dispatcher_; }
+  KvExchange& kv() override { return kv_; }
+  SequenceSums& sequences() override { return sequences_; }
+  std::unique_ptr<ParamStore> make_param_store(ParameterSet& parameters,
+                                               const ParamStoreOptions& options) override {
+    return std::make_unique<LocalParamStore>(parameters, options);
+  }
+  void sum_over_ranks(DistStream, const Tensor&) override {}
+
+ private:
+  RankPlace place_;
+  LocalTensorParallel tensor_;
+  LocalDispatcher dispatcher_;
+  LocalKvExchange kv_;
+  LocalSequenceSums sequences_;
 };
 
 }  // namespace dstrain

@@ -39,6 +39,7 @@ struct StateSlice {
   const Parameter* parameter = nullptr;
   int64_t begin = 0, end = 0;
   Tensor data;  // flat, end - begin elements
+  bool add = false;  // reading adds to what data holds, instead of replacing it
 };
 
 // Calls `make` on an arena that measures, or on one that has memory.
@@ -57,13 +58,11 @@ class ParamStore {
  public:
   virtual ~ParamStore() = default;
 
-  // --- set-up: all memory of the store, by owner; run on measuring arenas first, then on real ones, after
-  // which the parameters' values are bound.
+  // --- set-up: all memory of the store, by owner; run on measuring arenas first, then on real ones.
   virtual void make_memory(const OwnerVisitor& visit) = 0;
-  // Values of whole local tensors: initialize, load and compare between begin_values and end_values;
-  // end_values makes what layers read from them.
-  virtual void begin_values(DistStream) = 0;
-  virtual void end_values(DistStream) = 0;
+  // Zeroes values, gradients and optimizer state, padding included. What loaded() names is to be filled
+  // after it.
+  virtual void clear(DistStream) = 0;
 
   // --- layers. Between acquire_finish and release the values of a block are whole and their addresses
   // (Parameter::value) hold; acquires of one block nest. start prefetches; it may be left out.
@@ -87,10 +86,25 @@ class ParamStore {
   // After the update: every rank gets the values that it needs.
   virtual void publish(DistStream) = 0;
 
-  // --- checkpoints. Over all ranks, saved() holds each element once; loaded() is what this rank needs.
-  // Call end_values() after filling.
+  // --- checkpoints. Over all ranks, saved() holds each element once; loaded() is what this rank has to fill.
   virtual std::vector<StateSlice> saved() const = 0;
   virtual std::vector<StateSlice> loaded() const = 0;
+};
+
+// The values of a block, from here to the end of the scope.
+class AcquiredBlock {
+ public:
+  AcquiredBlock(ParamStore& store, DistStream dist, int block) : store_(store), dist_(dist), block_(block) {
+    store_.acquire_finish(dist_, block_);
+  }
+  ~AcquiredBlock() { store_.release(dist_, block_); }
+  AcquiredBlock(const AcquiredBlock&) = delete;
+  AcquiredBlock& operator=(const AcquiredBlock&) = delete;
+
+ private:
+  ParamStore& store_;
+  DistStream dist_;
+  int block_;
 };
 
 }  // namespace dstrain

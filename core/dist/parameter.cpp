@@ -1,6 +1,7 @@
 #include "core/dist/parameter.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "core/backend/ops.h"
 #include "core/base/rng.h"
@@ -60,7 +61,11 @@ Parameter& ParameterSet::declare(ParameterSpec spec, const ShardPlace& place) {
 }
 
 Parameter* ParameterSet::find(const std::string& name) {
-  for (Parameter& p : parameters_)
+  return const_cast<Parameter*>(std::as_const(*this).find(name));
+}
+
+const Parameter* ParameterSet::find(const std::string& name) const {
+  for (const Parameter& p : parameters_)
     if (p.spec.name == name) return &p;
   return nullptr;
 }
@@ -114,20 +119,24 @@ void ParameterSet::bind(const Tensor& values, const Tensor& grads, const Tensor&
 void ParameterSet::initialize(Ops& ops, Stream& stream, uint64_t seed) {
   ops.fill(stream, values_, 0.0);
   ops.fill(stream, buffers_, 0.0);
-  for (Parameter& p : parameters_) {
-    if (p.spec.init == Init::ones) ops.fill(stream, p.value, 1.0);
-    if (p.spec.init != Init::normal) continue;
-    Ops::SliceOf slice{1, 1, 0, 1, 1};
-    const int dim = p.is_expert() ? p.spec.shard.expert_dim : std::max(0, p.spec.shard.tensor_dim);
-    for (int d = 0; d < std::ssize(p.spec.shape); ++d) {
-      const int64_t size = p.spec.shape[static_cast<size_t>(d)];
-      (d < dim ? slice.outer : d == dim ? slice.global : slice.inner) *= size;
-    }
-    slice.begin = p.local_begin[static_cast<size_t>(dim)];
-    slice.extent = p.local_shape[static_cast<size_t>(dim)];
-    const uint64_t key = stream_id(p.spec.name.data(), p.spec.name.size());
-    ops.fill_normal(stream, p.value, seed, key, p.spec.std, slice);
+  for (Parameter& p : parameters_)
+    initialize_elements(ops, stream, p, 0, p.numel(), p.value.view({p.numel()}), seed);
+}
+
+void initialize_elements(Ops& ops, Stream& stream, const Parameter& p, int64_t begin, int64_t end,
+                         const Tensor& data, uint64_t seed) {
+  DSTRAIN_CHECK(data.numel() == end - begin, "elements of '" + p.spec.name + "' do not fit " + data.describe());
+  if (p.spec.init != Init::normal) return ops.fill(stream, data, p.spec.init == Init::ones ? 1.0 : 0.0);
+  Ops::SliceOf slice{.outer = 1, .global = 1, .begin = 0, .extent = 1, .inner = 1, .first = begin};
+  const int dim = p.is_expert() ? p.spec.shard.expert_dim : std::max(0, p.spec.shard.tensor_dim);
+  for (int d = 0; d < std::ssize(p.spec.shape); ++d) {
+    const int64_t size = p.spec.shape[static_cast<size_t>(d)];
+    (d < dim ? slice.outer : d == dim ? slice.global : slice.inner) *= size;
   }
+  slice.begin = p.local_begin[static_cast<size_t>(dim)];
+  slice.extent = p.local_shape[static_cast<size_t>(dim)];
+  const uint64_t key = stream_id(p.spec.name.data(), p.spec.name.size());
+  ops.fill_normal(stream, data, seed, key, p.spec.std, slice);
 }
 
 }  // namespace dstrain

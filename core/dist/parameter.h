@@ -33,6 +33,10 @@ struct ShardPlace {
   AxisPlace tensor, expert;
 };
 
+// A parameter that the first and the last pipeline stage both hold (the embedding, as tied head or for
+// multi-token prediction). Gradients are summed over both; norm, and checkpoint count the owner's.
+enum class Tie { none, owner, copy };
+
 struct ParameterSpec {
   std::string name;  // checkpoint name; Hugging Face's where one tensor corresponds to one tensor
   std::vector<int64_t> shape;  // global, up to four dims
@@ -41,6 +45,7 @@ struct ParameterSpec {
   double std = 0.02;       // of Init::normal
   bool weight_decay = true;
   bool trainable = true;
+  Tie tie = Tie::none;
   int block = 0;  // 0 embedding, 1..L transformer blocks, L+1.. head and prediction modules
 };
 
@@ -73,6 +78,11 @@ struct ParameterGroup {
   int64_t begin = 0, end = 0;  // elements in the flat range
 };
 
+// Fills elements [begin, end) of the parameter's local slice (data: flat, so many elements) with their initial
+// numbers, keyed by (seed, name, global index): every layout starts from the same model.
+void initialize_elements(Ops& ops, Stream& stream, const Parameter& parameter, int64_t begin, int64_t end,
+                         const Tensor& data, uint64_t seed);
+
 class ParameterSet {
  public:
   // Elements between parameters; matrices of at least 128 x 128 start at 128 x 128 tiles.
@@ -86,6 +96,7 @@ class ParameterSet {
   std::deque<Parameter>& all() { return parameters_; }
   const std::deque<Parameter>& all() const { return parameters_; }
   Parameter* find(const std::string& name);
+  const Parameter* find(const std::string& name) const;
   const std::vector<ParameterGroup>& groups() const { return groups_; }
   int64_t trainable_elements() const { return trainable_elements_; }
   int64_t buffer_elements() const { return buffer_elements_; }
@@ -93,8 +104,7 @@ class ParameterSet {
   // Points every parameter into these arrays (trainable_elements() and buffer_elements() long).
   // grads may be absent for evaluation.
   void bind(const Tensor& values, const Tensor& grads, const Tensor& buffers);
-  // Zeroes everything and fills values with their initial numbers, keyed by (seed, name, global index), so
-  // that every layout starts from the same model. Values must be bound and whole.
+  // Zeroes everything, then initialize_elements() of all. Values must be bound and whole.
   void initialize(Ops& ops, Stream& stream, uint64_t seed);
 
  private:

@@ -37,7 +37,7 @@ Generator::Generator(Backend& backend, DeepSeekModel& model, int64_t context, DT
       stream_(backend.make_stream()),
       kv_(backend, context),
       params_(model.parameters()),
-      dist_{tensor_, dispatcher_, kv_, params_},
+      dist_{tensor_, dispatcher_, kv_, sequences_, params_},
       slot_("activations"),
       scratch_("scratch"),
       inputs_("inputs"),
@@ -52,7 +52,7 @@ Generator::Generator(Backend& backend, DeepSeekModel& model, int64_t context, DT
   };
   make_inputs();
   batch_.sequences = 1;
-  batch_.tokens_per_sequence = chunk;
+  batch_.tokens_per_sequence = batch_.sequence_length = chunk;
   NullOps null_ops;
   StepContext ctx = step_context(null_ops, *stream_);
   model_.forward(ctx, state_);
@@ -77,10 +77,12 @@ StepContext Generator::step_context(Ops& ops, Stream& stream) {
                      .scalars = nullptr,
                      .sums = {},
                      .balance_factor = 0,
+                     .routing_hook = nullptr,
                      .training = false,
                      .recompute = Recompute::full,
                      .recomputing = false,
-                     .token_loss_T = {}};
+                     .token_loss_T = {},
+                     .dry = &ops != &backend_.ops()};
 }
 
 const std::vector<float>& Generator::feed(std::span<const int32_t> tokens) {
@@ -103,7 +105,7 @@ void Generator::feed_chunk(std::span<const int32_t> tokens) {
   const Tensor all_tokens = batch_.tokens_T, all_positions = batch_.positions_T;
   batch_.tokens_T = all_tokens.rows(0, T);
   batch_.positions_T = all_positions.rows(0, T);
-  batch_.tokens_per_sequence = T;
+  batch_.tokens_per_sequence = batch_.sequence_length = T;
   backend_.copy(*stream_, batch_.tokens_T.raw(), tokens.data(), batch_.tokens_T.bytes());
   backend_.copy(*stream_, batch_.positions_T.raw(), positions.data(), batch_.positions_T.bytes());
   backend_.copy(*stream_, table_14_.raw(), row, sizeof row);

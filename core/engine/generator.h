@@ -57,7 +57,8 @@ class Generator {
   LocalTensorParallel tensor_;
   LocalDispatcher dispatcher_;
   CachedKvExchange kv_;
-  LocalParamStore params_;
+  LocalSequenceSums sequences_;
+  LocalParamStore params_;  // without memory: the parameters are bound
   DistContext dist_;
   Arena slot_, scratch_, inputs_;
   DeviceMemory slot_memory_, scratch_memory_, input_memory_;

@@ -14,21 +14,26 @@ float widen_bf16(uint16_t bits) {
 
 }  // namespace
 
-std::vector<float> read_tensor(Backend& backend, Stream& stream, const Tensor& x) {
+std::vector<double> read_doubles(Backend& backend, Stream& stream, const Tensor& x) {
   DSTRAIN_CHECK(x.contiguous(), "reads whole tensors");
   std::vector<char> raw(static_cast<size_t>(x.bytes()));
   backend.copy(stream, raw.data(), x.raw(), x.bytes());
   stream.synchronize();
-  std::vector<float> out(static_cast<size_t>(x.numel()));
+  std::vector<double> out(static_cast<size_t>(x.numel()));
   for (size_t i = 0; i < out.size(); ++i) {
     if (x.dtype() == DType::f64)
-      out[i] = static_cast<float>(reinterpret_cast<const double*>(raw.data())[i]);
+      out[i] = reinterpret_cast<const double*>(raw.data())[i];
     else if (x.dtype() == DType::bf16)
       out[i] = widen_bf16(reinterpret_cast<const uint16_t*>(raw.data())[i]);
     else
       out[i] = reinterpret_cast<const float*>(raw.data())[i];
   }
   return out;
+}
+
+std::vector<float> read_tensor(Backend& backend, Stream& stream, const Tensor& x) {
+  const std::vector<double> wide = read_doubles(backend, stream, x);
+  return {wide.begin(), wide.end()};
 }
 
 void write_tensor(Backend& backend, Stream& stream, const std::vector<float>& values, const Tensor& x) {

@@ -9,7 +9,8 @@
 
 namespace dstrain {
 
-// Copies and waits. Values are converted between float and the tensor's own type (f32, f64 or bf16).
+// They copy and wait. Values are converted between float and the tensor's own type (f32, f64 or bf16).
+std::vector<double> read_doubles(Backend& backend, Stream& stream, const Tensor& x);
 std::vector<float> read_tensor(Backend& backend, Stream& stream, const Tensor& x);
 void write_tensor(Backend& backend, Stream& stream, const std::vector<float>& values, const Tensor& x);
 

@@ -1,9 +1,11 @@
 #include "core/engine/train_engine.h"
 
+#include <algorithm>
 #include <cstring>
-#include <functional>
+#include <utility>
 
 #include "core/backend/null_ops.h"
+#include "core/engine/parameter_io.h"
 
 namespace dstrain {
 namespace {
@@ -14,19 +16,42 @@ class NullStream : public Stream {
   void synchronize() override {}
 };
 
+constexpr int64_t kInputsBytes = static_cast<int64_t>(sizeof(StepInputs));
+
 }  // namespace
 
-TrainEngine::TrainEngine(Backend& backend, const ModelConfig& model, const EngineOptions& options)
+TrainEngine::TrainEngine(Backend& backend, const ModelConfig& model, const EngineOptions& options,
+                         Distribution* distribution)
     : backend_(backend),
       stream_(backend.make_stream()),
       options_(options),
-      model_(model),
-      dist_(model_.parameters()),
-      dist_context_(dist_.context()),
-      slot_("activations"),
-      scratch_("scratch"),
-      state_(model_.make_state()) {
+      distribution_(distribution ? *distribution : one_rank_),
+      adamw_(options.optimizer),
+      scratch_("scratch") {
+  make_chunks(model);
+  for (int i = 0; i < options_.loaded_batches; ++i)
+    batches_.emplace_back(options_.micro_batch, options_.seq_len, 1 + model.num_nextn_predict_layers,
+                          distribution_.place().context);
+  batch_is_last_.resize(batches_.size());
   plan();
+}
+
+void TrainEngine::make_chunks(const ModelConfig& model) {
+  const RankPlace& place = distribution_.place();
+  chunks_.reserve(options_.chunks.size());
+  for (const EngineChunk& part : options_.chunks) {
+    Chunk& chunk = chunks_.emplace_back();
+    chunk.model = std::make_unique<DeepSeekModel>(
+        model, ModelPart{part.first_layer, part.last_layer, {place.tensor, place.expert}});
+    chunk.first = chunk.model->has_embedding();
+    chunk.last = chunk.model->has_head();
+    chunk.store = distribution_.make_param_store(chunk.model->parameters(),
+                                                 {options_.dtype, options_.training});
+    chunk.context = std::make_unique<DistContext>(
+        DistContext{distribution_.tensor(), distribution_.dispatcher(), distribution_.kv(),
+                    distribution_.sequences(), *chunk.store});
+    for (int i = 0; i < part.in_flight; ++i) chunk.slots.emplace_back(chunk.model->make_state());
+  }
 }
 
 int64_t TrainEngine::memory_bytes() const {
@@ -36,282 +61,391 @@ int64_t TrainEngine::memory_bytes() const {
 }
 
 // The fixed tensors of the run by owner. Runs twice: on measuring arenas, and on real ones.
-void TrainEngine::for_each_owner(const std::function<void(const char*, MemoryKind, MakeTensors)>& visit) {
-  const int64_t N = parameters().trainable_elements(), T = options_.micro_batch * options_.seq_len;
-  const DType dtype = options_.dtype, gradient = stat_dtype(dtype);
-  visit("parameters", MemoryKind::device, [=, this](Arena& a) {
-    values_ = a.make(dtype, {N}, "parameters");
-    buffers_ = a.make(gradient, {parameters().buffer_elements()}, "router bias");
-  });
-  if (options_.training) {
-    visit("gradients", MemoryKind::device,
-          [=, this](Arena& a) { grads_ = a.make(gradient, {N}, "gradients"); });
-    visit("optimizer state", MemoryKind::device, [=, this](Arena& a) {
-      exp_avg_ = a.make(gradient, {N}, "first moment");
-      exp_avg_sq_ = a.make(gradient, {N}, "second moment");
-    });
-  }
-  visit("batch and constants", MemoryKind::device, [=, this](Arena& a) {
-    batch_.sequences = options_.micro_batch;
-    batch_.tokens_per_sequence = options_.seq_len;
-    batch_.tokens_T = a.make(DType::i32, {T}, "tokens");
-    batch_.positions_T = a.make(DType::i32, {T}, "positions");
-    const int64_t targets = 1 + model_.config().num_nextn_predict_layers;
-    target_memory_.clear();
-    for (int64_t k = 0; k < targets; ++k)
-      target_memory_.push_back(a.make(DType::i32, {T}, "targets"));
-    batch_.segments.table_N4 = a.make(DType::i32, {T, 4}, "segments");
-    batch_.segments.count_1 = a.make(DType::i32, {1}, "segment count");
-    model_.make_constants(backend_, *stream_, a, options_.seq_len, dtype);
+void TrainEngine::for_each_owner(const OwnerVisitor& visit) {
+  for (Chunk& chunk : chunks_) chunk.store->make_memory(visit);
+  visit("batch and constants", MemoryKind::device, [this](Arena& a) {
+    for (BatchSlot& batch : batches_) batch.make_device(a);
+    for (Chunk& chunk : chunks_)
+      chunk.model->make_constants(backend_, *stream_, a, options_.seq_len, options_.dtype);
     make_sums(a);
   });
-  visit("host staging", MemoryKind::host, [=, this](Arena& a) {
-    host_table_N4_ = a.make(DType::i32, {T + 1, 4}, "segments");
-    host_targets_KT_ = a.make(DType::i32, {std::max<int64_t>(1, std::ssize(target_memory_)), T}, "targets");
-    host_sums_ = a.make(DType::u8, {sums_memory_.numel()}, "sums");
+  visit("host staging", MemoryKind::host, [this](Arena& a) {
+    for (BatchSlot& batch : batches_) batch.make_host(a);
+    host_inputs_ = a.make(DType::u8, {2, kInputsBytes}, "step inputs");
+    host_zeros_ = a.make(DType::u8, {zeroed_.numel()}, "zeros");
+    host_results_2X_ = a.make(DType::u8, {2, read_back_.numel()}, "results");
+    host_evaluation_1_ = a.make(DType::f64, {1}, "evaluation loss");
   });
 }
 
-// Everything that is read back after a step lies together.
+// Everything that is read back after a step lies together, and of it all that is zeroed before one.
 void TrainEngine::make_sums(Arena& arena) {
-  const int64_t L = model_.num_moe_layers(), E = model_.config().n_routed_experts;
+  const DeepSeekModel& model = *chunks_[0].model;
+  const int64_t L = model.num_moe_layers(), E = model.config().n_routed_experts;
   const int64_t scalars = static_cast<int64_t>(sizeof(StepScalars)), counts = L * E * 8;
-  sums_memory_ = arena.make(DType::u8, {scalars + 4 * 8 + counts}, "sums");
-  char* at = static_cast<char*>(sums_memory_.raw());
+  read_back_ = arena.make(DType::u8, {scalars + 4 * 8 + counts}, "sums");
+  char* at = static_cast<char*>(read_back_.raw());
   scalars_ = reinterpret_cast<StepScalars*>(at);
-  sums_.loss_1 = Tensor(at + scalars, DType::f64, {1});
-  sums_.mtp_1 = Tensor(at + scalars + 8, DType::f64, {1});
-  sums_.balance_1 = Tensor(at + scalars + 16, DType::f64, {1});
-  norm_1_ = Tensor(at + scalars + 24, DType::f64, {1});
+  zeroed_ = read_back_.rows(scalars, read_back_.numel());
+  sums_4_ = Tensor(at + scalars, DType::f64, {4});
+  sums_.loss_1 = sums_4_.rows(0, 1);
+  sums_.mtp_1 = sums_4_.rows(1, 2);
+  sums_.balance_1 = sums_4_.rows(2, 3);
+  norm_1_ = sums_4_.rows(3, 4);
   sums_.counts_LE = Tensor(at + scalars + 32, DType::i64, {L, E});
   evaluation_1_ = arena.make(DType::f64, {1}, "evaluation loss");
-  token_loss_T_ =
-      arena.make(stat_dtype(options_.dtype), {options_.micro_batch * options_.seq_len}, "token losses");
+  token_loss_T_ = arena.make(stat_dtype(options_.dtype), {batches_[0].batch().num_tokens()}, "token losses");
 }
 
 void TrainEngine::plan() {
-  memory_.clear();
-  for_each_owner([&](const char* name, MemoryKind, const MakeTensors& make) {
+  auto add = [&](const std::string& name, int64_t bytes) {
+    for (MemoryOwner& owner : memory_)
+      if (owner.name == name) return void(owner.bytes += bytes);
+    memory_.push_back({name, bytes});
+  };
+  for_each_owner([&](const char* name, MemoryKind, const std::function<void(Arena&)>& make) {
     Arena arena(name);
     make(arena);
-    memory_.push_back({name, arena.peak()});
+    planned_.push_back(arena.peak());
+    add(name, arena.peak());
   });
-  bind();
   dry_run();
-  memory_.push_back({"activations", slot_.peak()});
-  memory_.push_back({"scratch", scratch_.peak()});
-}
-
-void TrainEngine::bind() {
-  parameters().bind(values_, grads_, buffers_);
-  if (options_.training)
-    adamw_ = std::make_unique<AdamW>(options_.optimizer, parameters(), values_, grads_, exp_avg_,
-                                     exp_avg_sq_, scalars_, norm_1_);
+  for (const Chunk& chunk : chunks_)
+    for (const Slot& slot : chunk.slots) add("activations", slot.arena.peak());
+  add("scratch", scratch_.peak());
+  add("workspace", backend_.workspace_bytes());
 }
 
 // Micro-batches without arithmetic, one of training and one of evaluation: the arenas' peaks are the plan.
 void TrainEngine::dry_run() {
   NullOps ops;
   NullStream stream;
-  set_targets(true);
-  StepContext evaluation = context(ops, stream, false);
-  model_.forward(evaluation, state_);
-  slot_.reset();
-  if (!options_.training) return;
-  StepContext training = context(ops, stream, true);
-  model_.forward(training, state_);
-  model_.backward(training, state_);
-  slot_.reset();
+  batches_[0].assume_targets();
+  for (size_t i = 0; i < chunks_.size(); ++i) run_micro_batch_dry(i, ops, stream);
+}
+
+void TrainEngine::run_micro_batch_dry(size_t index, Ops& ops, Stream& stream) {
+  Chunk& chunk = chunks_[index];
+  const Batch& batch = batches_[0].batch();
+  for (Slot& slot : chunk.slots) {
+    StepContext evaluation = context(ops, stream, chunk, slot, batch, Pass::evaluation);
+    evaluation.dry = true;
+    const int64_t t = evaluation.local_tokens(), D = chunk.model->config().hidden_size;
+    auto make_room = [&] {
+      slot.arena.reset();
+      auto room = [&](bool wanted, const char* tag) {
+        return wanted ? slot.arena.make(options_.dtype, {t, D}, tag) : Tensor();
+      };
+      slot.x_in_tD = room(!chunk.first, "input of the chunk");
+      slot.dx_in_tD = room(!chunk.first && options_.training, "d input of the chunk");
+      slot.dx_out_tD = room(!chunk.last && options_.training, "d output of the chunk");
+    };
+    make_room();
+    chunk.model->forward(evaluation, slot.state, slot.x_in_tD);
+    if (!options_.training) continue;
+    make_room();
+    StepContext training = context(ops, stream, chunk, slot, batch, Pass::training);
+    training.dry = true;
+    chunk.model->forward(training, slot.state, slot.x_in_tD);
+    if (options_.split_backward) {
+      chunk.model->backward_input(training, slot.state, slot.dx_out_tD, slot.dx_in_tD);
+      chunk.model->backward_weight(training, slot.state);
+    } else {
+      chunk.model->backward(training, slot.state, slot.dx_out_tD, slot.dx_in_tD);
+    }
+  }
 }
 
 void TrainEngine::allocate() {
-  size_t index = 0;
-  auto take = [&](const char* name, MemoryKind kind) {
-    const int64_t bytes = memory_.at(index++).bytes;
+  auto take = [&](const char* name, MemoryKind kind, int64_t bytes) {
     blocks_.emplace_back(backend_, std::max<int64_t>(bytes, Arena::kAlignment), kind);
     return Arena(name, blocks_.back().data(), bytes);
   };
-  for_each_owner([&](const char* name, MemoryKind kind, const MakeTensors& make) {
-    Arena arena = take(name, kind);
+  size_t index = 0;
+  for_each_owner([&](const char* name, MemoryKind kind, const std::function<void(Arena&)>& make) {
+    Arena arena = take(name, kind, planned_.at(index++));
     make(arena);
   });
-  slot_ = take("activations", MemoryKind::device);
-  scratch_ = take("scratch", MemoryKind::device);
-  bind();
+  for (Chunk& chunk : chunks_)
+    for (Slot& slot : chunk.slots) slot.arena = take("activations", MemoryKind::device, slot.arena.peak());
+  scratch_ = take("scratch", MemoryKind::device, scratch_.peak());
+  for (BatchSlot& batch : batches_) batch.prepare(backend_);
+  std::memset(host_zeros_.raw(), 0, static_cast<size_t>(host_zeros_.bytes()));
+  for (int64_t i = 0; i < 2; ++i)
+    free_.push_back({0, host_results_2X_.rows(i, i + 1), backend_.make_event()});
+  set_updates(0);
 }
 
 void TrainEngine::initialize(uint64_t seed) {
   Ops& ops = backend_.ops();
-  parameters().initialize(ops, *stream_, seed);
-  if (!options_.training) return;
-  ops.fill(*stream_, grads_, 0.0);  // padding between parameters stays zero
-  ops.fill(*stream_, exp_avg_, 0.0);
-  ops.fill(*stream_, exp_avg_sq_, 0.0);
-  updates_ = 0;
+  for (Chunk& chunk : chunks_) {
+    chunk.store->clear(dist_stream());
+    for (const StateSlice& slice : chunk.store->loaded())
+      if (slice.kind == "param")
+        initialize_elements(ops, *stream_, *slice.parameter, slice.begin, slice.end, slice.data, seed);
+  }
+  set_updates(0);
 }
 
-StepContext TrainEngine::context(Ops& ops, Stream& stream, bool training) {
+void TrainEngine::set_updates(int64_t updates) {
+  StepScalars scalars;
+  scalars.updates = updates_ = updates;
+  std::memcpy(host_results_2X_.raw(), &scalars, sizeof scalars);
+  backend_.copy(*stream_, scalars_, host_results_2X_.raw(), sizeof scalars);
+  stream_->synchronize();
+}
+
+StepContext TrainEngine::context(Ops& ops, Stream& stream, Chunk& chunk, Slot& slot, const Batch& batch,
+                                 Pass pass) {
+  const bool training = pass == Pass::training;
   const Recompute recompute = training ? options_.recompute : Recompute::full;
-  const double balance =
-      model_.config().aux_loss_alpha / static_cast<double>(options_.global_batch);
+  const double alpha = chunk.model->config().aux_loss_alpha;
   return StepContext{.ops = ops,
                      .stream = stream,
-                     .dist = dist_context_,
-                     .batch = batch_,
-                     .arena = arenas_for(recompute, slot_, scratch_),
+                     .dist = *chunk.context,
+                     .batch = batch,
+                     .arena = arenas_for(recompute, slot.arena, scratch_, training && options_.split_backward),
                      .dtype = options_.dtype,
                      .scalars = scalars_,
                      .sums = sums_,
-                     .balance_factor = balance,
+                     .balance_factor = alpha / static_cast<double>(options_.global_batch),
+                     .routing_hook = training ? routing_hook_ : nullptr,
                      .training = training,
                      .recompute = recompute,
                      .recomputing = false,
-                     .token_loss_T = {}};
+                     .token_loss_T = {},
+                     .dry = false};
 }
 
-void TrainEngine::set_targets(bool present) {
-  batch_.targets.clear();
-  if (present) batch_.targets = target_memory_;
+StepContext TrainEngine::context(Chunk& chunk, Slot& slot, int64_t m, Pass pass) {
+  return context(backend_.ops(), *stream_, chunk, slot, batch_of(m).batch(), pass);
 }
 
-// Target k of position t is target k - 1 of the position after it, inside the same segment.
-void TrainEngine::stage_targets(const HostBatch& batch) {
-  const int64_t T = batch_.num_tokens();
-  int32_t* row = host_targets_KT_.data<int32_t>();
-  std::memcpy(row, batch.targets_T, static_cast<size_t>(T) * sizeof(int32_t));
-  for (size_t k = 1; k < target_memory_.size(); ++k) {
-    int32_t* next = row + T;
-    for (int64_t s = 0; s < batch.num_segments; ++s) {
-      const int64_t begin = batch.segment_offsets[s], end = batch.segment_offsets[s + 1];
-      for (int64_t t = begin; t < end; ++t) next[t] = t + 1 < end ? row[t + 1] : -1;
-    }
-    row = next;
-  }
-  for (size_t k = 0; k < target_memory_.size(); ++k)
-    backend_.copy(*stream_, target_memory_[k].raw(),
-                  host_targets_KT_.rows(static_cast<int64_t>(k), static_cast<int64_t>(k) + 1).raw(),
-                  target_memory_[k].bytes());
-}
-
-void TrainEngine::upload(const HostBatch& batch) {
-  const int64_t T = batch_.num_tokens();
-  DSTRAIN_CHECK(batch.sequences * batch.tokens_per_sequence == T && batch.num_segments <= T,
-                "the micro-batch does not fit the engine's shape");
-  int32_t* table = host_table_N4_.data<int32_t>();
-  int32_t longest = 0;
-  for (int64_t s = 0; s < batch.num_segments; ++s) {
-    const int32_t begin = batch.segment_offsets[s], length = batch.segment_offsets[s + 1] - begin;
-    const int32_t row[4] = {begin, length, begin, length};
-    std::memcpy(table + 4 * s, row, sizeof row);
-    longest = std::max(longest, length);
-  }
-  table[4 * T] = static_cast<int32_t>(batch.num_segments);
-  batch_.segments.max_queries = batch_.segments.max_keys = longest;
-  backend_.copy(*stream_, batch_.tokens_T.raw(), batch.tokens_T, batch_.tokens_T.bytes());
-  backend_.copy(*stream_, batch_.positions_T.raw(), batch.positions_T, batch_.positions_T.bytes());
-  backend_.copy(*stream_, batch_.segments.table_N4.raw(), table, batch.num_segments * 16);
-  backend_.copy(*stream_, batch_.segments.count_1.raw(), table + 4 * T, 4);
-  set_targets(batch.targets_T != nullptr);
-  if (batch.targets_T) stage_targets(batch);
+TrainEngine::Slot& TrainEngine::slot_of(int chunk, int64_t m) {
+  std::vector<Slot>& slots = chunk_at(chunk).slots;
+  return slots[static_cast<size_t>(m) % slots.size()];
 }
 
 void TrainEngine::begin_step(double lr, int64_t valid_tokens) {
   valid_tokens_ = valid_tokens;
-  StepScalars scalars;
-  scalars.lr = lr;
-  scalars.loss_scale = valid_tokens > 0 ? 1.0 / static_cast<double>(valid_tokens) : 0.0;
-  adamw_->set_bias_corrections(scalars, updates_ + 1);
-  std::memset(host_sums_.raw(), 0, static_cast<size_t>(host_sums_.bytes()));
-  std::memcpy(host_sums_.raw(), &scalars, sizeof scalars);
-  backend_.copy(*stream_, sums_memory_.raw(), host_sums_.raw(), sums_memory_.bytes());
-  dist_.params.begin_step();
+  reduced_ = false;
+  const StepInputs inputs{lr, valid_tokens > 0 ? 1.0 / static_cast<double>(valid_tokens) : 0.0};
+  // Two stagings take turns: the step before the last has been read, so its inputs are not needed any more.
+  DSTRAIN_CHECK(!free_.empty(), "take the result of an earlier step first");
+  char* staging = static_cast<char*>(host_inputs_.raw()) + (steps_begun_++ % 2) * kInputsBytes;
+  std::memcpy(staging, &inputs, sizeof inputs);
+  backend_.copy(*stream_, &scalars_->in, staging, kInputsBytes);
+  backend_.copy(*stream_, zeroed_.raw(), host_zeros_.raw(), zeroed_.bytes());
+  for (Chunk& chunk : chunks_) chunk.store->begin_step();
 }
 
-void TrainEngine::accumulate(const HostBatch& batch) {
-  upload(batch);
-  StepContext ctx = context(backend_.ops(), *stream_, true);
-  model_.forward(ctx, state_);
-  model_.backward(ctx, state_);
-  slot_.reset();
+void TrainEngine::load(int64_t m, const HostBatch& batch, bool last_of_step) {
+  batch_of(m).load(backend_, *stream_, batch);
+  batch_is_last_[static_cast<size_t>(m) % batches_.size()] = last_of_step;
 }
 
-void TrainEngine::finish_gradients() {
-  dist_.params.finish_step({backend_.ops(), *stream_});
+Tensor TrainEngine::receive_buffer(int index, int64_t m, bool gradient) {
+  Slot& slot = slot_of(index, m);
+  const Chunk& chunk = chunk_at(index);
+  const int64_t t = batches_[0].batch().num_tokens() / distribution_.tensor().size();
+  const int64_t D = chunk.model->config().hidden_size;
+  if (gradient) return slot.dx_out_tD;
+  DSTRAIN_CHECK(slot.micro_batch < 0, "the slot is in use");
+  slot.arena.reset();
+  auto room = [&](bool wanted, const char* tag) {
+    return wanted ? slot.arena.make(options_.dtype, {t, D}, tag) : Tensor();
+  };
+  slot.x_in_tD = room(!chunk.first, "input of the chunk");
+  slot.dx_in_tD = room(!chunk.first && options_.training, "d input of the chunk");
+  slot.dx_out_tD = room(!chunk.last && options_.training, "d output of the chunk");
+  return slot.x_in_tD;
 }
 
-StepResult TrainEngine::finish_step() {
-  finish_gradients();
-  adamw_->step(backend_.ops(), *stream_);
-  model_.update_router_bias(backend_.ops(), *stream_, sums_.counts_LE, scalars_);
-  backend_.copy(*stream_, host_sums_.raw(), sums_memory_.raw(), sums_memory_.bytes());
-  stream_->synchronize();
-  return read_result();
+Tensor TrainEngine::forward(int index, int64_t m, const Tensor& x_in_tD, Pass pass) {
+  Chunk& chunk = chunk_at(index);
+  Slot& slot = slot_of(index, m);
+  if (!x_in_tD.defined()) receive_buffer(index, m, false);
+  DSTRAIN_CHECK(slot.micro_batch < 0, "micro-batch " + std::to_string(slot.micro_batch) +
+                                          " is still in the slot of micro-batch " + std::to_string(m));
+  StepContext ctx = context(chunk, slot, m, pass);
+  if (pass == Pass::evaluation) ctx.sums.loss_1 = evaluation_1_;
+  chunk.model->forward(ctx, slot.state, x_in_tD);
+  if (pass == Pass::training) slot.micro_batch = m;
+  return slot.state.out_tD;
 }
 
-StepResult TrainEngine::read_result() {
-  const char* at = static_cast<const char*>(host_sums_.raw());
+TrainEngine::Slot& TrainEngine::begin_backward(int index, int64_t m, const Tensor& dx_out_tD) {
+  Chunk& chunk = chunk_at(index);
+  Slot& slot = slot_of(index, m);
+  DSTRAIN_CHECK(slot.micro_batch == m, "the backward of a micro-batch follows its forward");
+  DSTRAIN_CHECK(dx_out_tD.defined() != chunk.last, "every chunk but the last is given a gradient");
+  return slot;
+}
+
+Tensor TrainEngine::backward(int index, int64_t m, const Tensor& dx_out_tD) {
+  Chunk& chunk = chunk_at(index);
+  Slot& slot = begin_backward(index, m, dx_out_tD);
+  chunk.store->begin_micro_batch(batch_is_last_[static_cast<size_t>(m) % batches_.size()]);
+  StepContext ctx = context(chunk, slot, m, Pass::training);
+  chunk.model->backward(ctx, slot.state, dx_out_tD, slot.dx_in_tD);
+  slot.micro_batch = -1;
+  return slot.dx_in_tD;
+}
+
+Tensor TrainEngine::backward_input(int index, int64_t m, const Tensor& dx_out_tD) {
+  Chunk& chunk = chunk_at(index);
+  Slot& slot = begin_backward(index, m, dx_out_tD);
+  chunk.store->begin_micro_batch(batch_is_last_[static_cast<size_t>(m) % batches_.size()]);
+  StepContext ctx = context(chunk, slot, m, Pass::training);
+  chunk.model->backward_input(ctx, slot.state, dx_out_tD, slot.dx_in_tD);
+  return slot.dx_in_tD;
+}
+
+void TrainEngine::backward_weight(int index, int64_t m) {
+  Chunk& chunk = chunk_at(index);
+  Slot& slot = slot_of(index, m);
+  DSTRAIN_CHECK(slot.micro_batch == m, "weight gradients follow the input gradients");
+  chunk.store->begin_micro_batch(batch_is_last_[static_cast<size_t>(m) % batches_.size()]);
+  StepContext ctx = context(chunk, slot, m, Pass::training);
+  chunk.model->backward_weight(ctx, slot.state);
+  slot.micro_batch = -1;
+}
+
+void TrainEngine::accumulate(const HostBatch& batch, bool last_of_step) {
+  load(0, batch, last_of_step);
+  forward(0, 0);
+  backward(0, 0);
+}
+
+void TrainEngine::reduce_gradients() {
+  if (std::exchange(reduced_, true)) return;
+  for (Chunk& chunk : chunks_) chunk.store->reduce_gradients(dist_stream());
+}
+
+// Every contribution counts once: tensor-parallel ranks have the same losses, and ranks that share a
+// sequence the same balance loss.
+void TrainEngine::sum_results() {
+  Ops& ops = backend_.ops();
+  const RankPlace& place = distribution_.place();
+  if (place.in_world().size == 1) return;
+  if (place.tensor.rank != 0) ops.fill(*stream_, sums_4_.rows(0, 2), 0.0);
+  if (place.tensor.rank != 0 || place.context.rank != 0) ops.fill(*stream_, sums_.balance_1, 0.0);
+  distribution_.sum_over_ranks(dist_stream(), sums_4_);
+  if (sums_.counts_LE.numel() > 0) distribution_.sum_over_ranks(dist_stream(), sums_.counts_LE);
+}
+
+void TrainEngine::finish_step() {
+  DSTRAIN_CHECK(!free_.empty(), "take the result of an earlier step first");
+  Ops& ops = backend_.ops();
+  reduce_gradients();
+  ops.fill(*stream_, norm_1_, 0.0);
+  for (Chunk& chunk : chunks_) chunk.store->add_norm(dist_stream(), norm_1_);
+  sum_results();
+  adamw_.clip(ops, *stream_, norm_1_, scalars_);
+  for (Chunk& chunk : chunks_) {
+    adamw_.update(ops, *stream_, chunk.store->ranges(), scalars_);
+    chunk.model->update_router_bias(ops, *stream_, sums_.counts_LE, scalars_);
+    chunk.store->publish(dist_stream());
+  }
+  Pending pending = std::move(free_.back());
+  free_.pop_back();
+  pending.valid_tokens = valid_tokens_;
+  backend_.copy(*stream_, pending.host.raw(), read_back_.raw(), read_back_.bytes());
+  pending.ready->record(*stream_);
+  pending_.push_back(std::move(pending));
+}
+
+StepResult TrainEngine::take_result() {
+  DSTRAIN_CHECK(!pending_.empty(), "no step has a result that was not taken");
+  Pending pending = std::move(pending_.front());
+  pending_.pop_front();
+  pending.ready->synchronize();
+  const char* at = static_cast<const char*>(pending.host.raw());
   StepScalars scalars;
   std::memcpy(&scalars, at, sizeof scalars);
   double sums[4];
   std::memcpy(sums, at + sizeof scalars, sizeof sums);
   StepResult result;
-  const double tokens = static_cast<double>(std::max<int64_t>(1, valid_tokens_));
-  const int64_t depth = model_.config().num_nextn_predict_layers;
+  const double tokens = static_cast<double>(std::max<int64_t>(1, pending.valid_tokens));
+  const int64_t depth = chunks_[0].model->config().num_nextn_predict_layers;
   result.loss = sums[0] / tokens;
   result.mtp_loss = depth > 0 ? sums[1] / tokens / static_cast<double>(depth) : 0.0;
   result.balance_loss = sums[2];
   result.grad_norm = scalars.grad_norm;
   result.finite = scalars.finite != 0;
+  result.updates = updates_ = scalars.updates;
   result.expert_counts_LE.resize(static_cast<size_t>(sums_.counts_LE.numel()));
   if (!result.expert_counts_LE.empty())
     std::memcpy(result.expert_counts_LE.data(), at + sizeof scalars + sizeof sums,
                 static_cast<size_t>(sums_.counts_LE.bytes()));
-  if (result.finite) ++updates_;
+  free_.push_back(std::move(pending));
   return result;
 }
 
+void TrainEngine::begin_evaluation() { backend_.ops().fill(*stream_, evaluation_1_, 0.0); }
+
+double TrainEngine::finish_evaluation() {
+  if (distribution_.place().tensor.rank != 0) backend_.ops().fill(*stream_, evaluation_1_, 0.0);
+  distribution_.sum_over_ranks(dist_stream(), evaluation_1_);
+  backend_.copy(*stream_, host_evaluation_1_.raw(), evaluation_1_.raw(), evaluation_1_.bytes());
+  stream_->synchronize();
+  return *host_evaluation_1_.data<double>();
+}
+
 double TrainEngine::evaluate(const HostBatch& batch, double* token_loss_T) {
-  upload(batch);
-  Ops& ops = backend_.ops();
-  ops.fill(*stream_, evaluation_1_, 0.0);
-  StepContext ctx = context(ops, *stream_, false);
+  begin_evaluation();
+  load(0, batch);
+  Chunk& chunk = chunk_at(0);
+  Slot& slot = slot_of(0, 0);
+  receive_buffer(0, 0, false);
+  StepContext ctx = context(chunk, slot, 0, Pass::evaluation);
   ctx.sums.loss_1 = evaluation_1_;
   ctx.token_loss_T = token_loss_T ? token_loss_T_ : Tensor();
-  model_.forward(ctx, state_);
-  slot_.reset();
-  double loss = 0;
-  backend_.copy(*stream_, host_sums_.raw(), evaluation_1_.raw(), sizeof loss);
-  stream_->synchronize();
-  std::memcpy(&loss, host_sums_.raw(), sizeof loss);
-  if (token_loss_T) read_floats(token_loss_T_, token_loss_T);
-  return loss;
+  chunk.model->forward(ctx, slot.state);
+  if (token_loss_T) {
+    const std::vector<double> losses = read_doubles(backend_, *stream_, token_loss_T_);
+    std::copy(losses.begin(), losses.end(), token_loss_T);
+  }
+  return finish_evaluation();
 }
 
 void TrainEngine::logits(const HostBatch& batch, int64_t begin, int64_t end, std::vector<float>& out) {
-  upload(batch);
-  StepContext ctx = context(backend_.ops(), *stream_, false);
-  model_.forward(ctx, state_);
-  const int64_t V = model_.config().vocab_size;
+  load(0, batch);
+  Chunk& chunk = chunk_at(0);
+  Slot& slot = slot_of(0, 0);
+  receive_buffer(0, 0, false);
+  StepContext ctx = context(chunk, slot, 0, Pass::evaluation);
+  chunk.model->forward(ctx, slot.state);
+  const int64_t V = chunk.model->config().vocab_size;
   out.resize(static_cast<size_t>((end - begin) * V));
   // Row by row, so that the plan needs no room for them.
   for (int64_t row = begin; row < end; ++row) {
     ArenaScope scope(scratch_);
     const Tensor logits_1V = scratch_.make(options_.dtype, {1, V}, "logits");
-    model_.logits(ctx, state_, row, row + 1, logits_1V);
-    read_floats(logits_1V, out.data() + (row - begin) * V);
+    chunk.model->logits(ctx, slot.state, row, row + 1, logits_1V);
+    const std::vector<float> values = read_tensor(backend_, *stream_, logits_1V);
+    std::copy(values.begin(), values.end(), out.begin() + (row - begin) * V);
   }
-  slot_.reset();
 }
 
-// Synchronises. F is float or double.
-template <class F>
-void TrainEngine::read_floats(const Tensor& x, F* out) {
-  std::vector<char> host(static_cast<size_t>(x.bytes()));
-  backend_.copy(*stream_, host.data(), x.raw(), x.bytes());
-  stream_->synchronize();
-  for (int64_t i = 0; i < x.numel(); ++i)
-    out[i] = x.dtype() == DType::f64 ? static_cast<F>(reinterpret_cast<const double*>(host.data())[i])
-                                     : static_cast<F>(reinterpret_cast<const float*>(host.data())[i]);
+namespace {
+
+void append(std::vector<StateSlice>& all, std::vector<StateSlice> more) {
+  all.insert(all.end(), std::make_move_iterator(more.begin()), std::make_move_iterator(more.end()));
+}
+
+}  // namespace
+
+std::vector<StateSlice> TrainEngine::saved_state() const {
+  std::vector<StateSlice> all;
+  for (const Chunk& chunk : chunks_) append(all, chunk.store->saved());
+  return all;
+}
+
+std::vector<StateSlice> TrainEngine::loaded_state() const {
+  std::vector<StateSlice> all;
+  for (const Chunk& chunk : chunks_) append(all, chunk.store->loaded());
+  return all;
 }
 
 }  // namespace dstrain

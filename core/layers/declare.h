@@ -1,4 +1,4 @@
-// How layers declare their parameters: a name prefix, a block and the ranks that dims divide over.
+// How layers declare their parameters: a name prefix, a block and this rank's place on the axes that cut.
 #pragma once
 
 #include <string>
@@ -13,8 +13,8 @@ struct Declare {
   std::string prefix;  // "model.layers.0.self_attn."
   int block = 0;
   double std = 0.02;
-  int64_t tensor_ranks = 1;
-  int64_t expert_ranks = 1;
+  ShardPlace place;
+  Tie tie = Tie::none;  // of matrices
 
   Declare in(const std::string& name) const {
     Declare inner = *this;
@@ -22,18 +22,50 @@ struct Declare {
     return inner;
   }
   Parameter& matrix(const std::string& name, std::vector<int64_t> shape, ShardSpec shard = {}) const {
-    return set.declare({prefix + name, std::move(shape), shard, Init::normal, std, true, true, block},
-                       tensor_ranks, expert_ranks);
+    return set.declare({.name = prefix + name,
+                        .shape = std::move(shape),
+                        .shard = shard,
+                        .init = Init::normal,
+                        .std = std,
+                        .weight_decay = true,
+                        .trainable = true,
+                        .tie = tie,
+                        .block = block},
+                       place);
   }
   Parameter& gain(const std::string& name, int64_t size) const {
-    return set.declare({prefix + name, {size}, {}, Init::ones, 0, false, true, block});
+    return set.declare({.name = prefix + name,
+                        .shape = {size},
+                        .shard = {},
+                        .init = Init::ones,
+                        .std = 0,
+                        .weight_decay = false,
+                        .trainable = true,
+                        .tie = Tie::none,
+                        .block = block});
   }
   Parameter& bias(const std::string& name, std::vector<int64_t> shape, ShardSpec shard = {}) const {
-    return set.declare({prefix + name, std::move(shape), shard, Init::zeros, 0, false, true, block},
-                       tensor_ranks, expert_ranks);
+    return set.declare({.name = prefix + name,
+                        .shape = std::move(shape),
+                        .shard = shard,
+                        .init = Init::zeros,
+                        .std = 0,
+                        .weight_decay = false,
+                        .trainable = true,
+                        .tie = Tie::none,
+                        .block = block},
+                       place);
   }
   Parameter& buffer(const std::string& name, int64_t size) const {
-    return set.declare({prefix + name, {size}, {}, Init::zeros, 0, false, false, block});
+    return set.declare({.name = prefix + name,
+                        .shape = {size},
+                        .shard = {},
+                        .init = Init::zeros,
+                        .std = 0,
+                        .weight_decay = false,
+                        .trainable = false,
+                        .tie = Tie::none,
+                        .block = block});
   }
 };
 

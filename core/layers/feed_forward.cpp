@@ -1,5 +1,7 @@
 #include "core/layers/feed_forward.h"
 
+#include "core/layers/sequence_parallel.h"
+
 namespace dstrain {
 
 FeedForward::FeedForward(const Declare& declare, int64_t hidden_size, int64_t intermediate_size)
@@ -9,29 +11,38 @@ FeedForward::FeedForward(const Declare& declare, int64_t hidden_size, int64_t in
       hidden_(hidden_size),
       inner_(gate_up_.local_shape[1]) {}
 
-void FeedForward::forward(StepContext& ctx, const Tensor& x_TD, FeedForwardSaved& saved,
-                          const Tensor& out_TD) const {
-  const int64_t T = x_TD.size(0);
-  saved.x_TD = x_TD;
+void FeedForward::forward(StepContext& ctx, const Tensor& x_tD, FeedForwardSaved& saved,
+                          const Tensor& out_tD) const {
+  const int64_t T = ctx.batch.num_tokens();
+  Arena& scratch = ctx.arena.scratch;
+  saved.x_tD = x_tD;
   saved.gate_up_T2I = ctx.arena.saved.make(ctx.dtype, {T, 2 * inner_}, "gate and up");
-  ArenaScope scope(ctx.arena.scratch);
-  const Tensor h_TI = ctx.arena.scratch.make(ctx.dtype, {T, inner_}, "SwiGLU output");
+  ArenaScope scope(scratch);
+  const Tensor x_TD = gather_tokens(ctx, x_tD, scratch, "all tokens");
+  const Tensor h_TI = scratch.make(ctx.dtype, {T, inner_}, "SwiGLU output");
   ctx.ops.ffn_up(ctx.stream, x_TD, {}, gate_up_.value.view({1, 2 * inner_, hidden_}), {}, {},
                  saved.gate_up_T2I, h_TI);
   if (ctx.recomputing) return;
-  ctx.ops.grouped_matmul(ctx.stream, h_TI, {}, down_.value.view({1, hidden_, inner_}), {}, out_TD);
+  const Tensor partial_TD = partial_sums(ctx, out_tD, scratch, "partial projection");
+  ctx.ops.grouped_matmul(ctx.stream, h_TI, {}, down_.value.view({1, hidden_, inner_}), {}, partial_TD);
+  reduce_tokens(ctx, partial_TD, out_tD);
 }
 
-void FeedForward::backward_input(StepContext& ctx, const Tensor& dout_TD, FeedForwardSaved& saved,
-                                 const Tensor& dx_TD) const {
-  const int64_t T = dout_TD.size(0);
-  saved.dout_TD = dout_TD;
-  saved.dgate_up_T2I = ctx.arena.grads.make(ctx.dtype, {T, 2 * inner_}, "d gate and up");
-  saved.h_TI = ctx.arena.grads.make(ctx.dtype, {T, inner_}, "SwiGLU output");
-  ctx.ops.ffn_down_backward_input(ctx.stream, dout_TD, {}, down_.value.view({1, hidden_, inner_}), {},
-                                  saved.gate_up_T2I, {}, saved.dgate_up_T2I, saved.h_TI, {});
+void FeedForward::backward_input(StepContext& ctx, const Tensor& dout_tD, FeedForwardSaved& saved,
+                                 const Tensor& dx_tD) const {
+  const int64_t T = ctx.batch.num_tokens();
+  Arena& grads = ctx.arena.grads;
+  saved.dout_TD = gather_tokens(ctx, dout_tD, grads, "d output of all tokens");
+  saved.x_TD = gather_tokens(ctx, saved.x_tD, grads, "all tokens");
+  saved.dgate_up_T2I = grads.make(ctx.dtype, {T, 2 * inner_}, "d gate and up");
+  saved.h_TI = grads.make(ctx.dtype, {T, inner_}, "SwiGLU output");
+  ctx.ops.ffn_down_backward_input(ctx.stream, saved.dout_TD, {}, down_.value.view({1, hidden_, inner_}),
+                                  {}, saved.gate_up_T2I, {}, saved.dgate_up_T2I, saved.h_TI, {});
+  ArenaScope scope(ctx.arena.scratch);
+  const Tensor partial_TD = partial_sums(ctx, dx_tD, ctx.arena.scratch, "partial d input");
   ctx.ops.grouped_matmul_backward_input(ctx.stream, saved.dgate_up_T2I, {},
-                                        gate_up_.value.view({1, 2 * inner_, hidden_}), {}, dx_TD);
+                                        gate_up_.value.view({1, 2 * inner_, hidden_}), {}, partial_TD);
+  reduce_tokens(ctx, partial_TD, dx_tD);
 }
 
 void FeedForward::backward_weight(StepContext& ctx, const FeedForwardSaved& saved) const {

@@ -1,5 +1,5 @@
 // Dense gated feed-forward (SwiGLU): out = (silu(x W_gate^T) * (x W_up^T)) W_down^T.
-// Gate and up are one parameter [2, I, D]. Only their product is saved; backward makes h again.
+// Gate and up are one parameter [2, I, D], cut over I. Only their product is saved; backward makes h again.
 #pragma once
 
 #include "core/layers/declare.h"
@@ -8,19 +8,19 @@
 namespace dstrain {
 
 struct FeedForwardSaved {
-  Tensor x_TD;  // given by the block
+  Tensor x_tD;  // given by the block
   Tensor gate_up_T2I;
-  Tensor dout_TD, dgate_up_T2I, h_TI;  // for backward_weight
+  Tensor x_TD, dout_TD, dgate_up_T2I, h_TI;  // for backward_weight
 };
 
 class FeedForward {
  public:
   FeedForward(const Declare& declare, int64_t hidden_size, int64_t intermediate_size);
 
-  // While recomputing, out_TD is left alone: backward does not need it.
-  void forward(StepContext& ctx, const Tensor& x_TD, FeedForwardSaved& saved, const Tensor& out_TD) const;
-  void backward_input(StepContext& ctx, const Tensor& dout_TD, FeedForwardSaved& saved,
-                      const Tensor& dx_TD) const;
+  // While recomputing, out_tD is left alone: backward does not need it.
+  void forward(StepContext& ctx, const Tensor& x_tD, FeedForwardSaved& saved, const Tensor& out_tD) const;
+  void backward_input(StepContext& ctx, const Tensor& dout_tD, FeedForwardSaved& saved,
+                      const Tensor& dx_tD) const;
   void backward_weight(StepContext& ctx, const FeedForwardSaved& saved) const;
 
  private:

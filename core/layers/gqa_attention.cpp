@@ -2,6 +2,7 @@
 
 #include "core/layers/mla_attention.h"
 #include "core/layers/rope.h"
+#include "core/layers/sequence_parallel.h"
 
 namespace dstrain {
 
@@ -19,20 +20,21 @@ GqaAttention::GqaAttention(const ModelConfig& model, const Declare& declare, int
 
 void GqaAttention::project(StepContext& ctx, const RopeTable& rope, AttentionSaved& saved,
                            Arena& arena) const {
-  const int64_t T = saved.x_TD.size(0), G = groups_, m = queries_per_group_, Q = head_dim_;
+  const int64_t T = ctx.batch.num_tokens(), G = groups_, m = queries_per_group_, Q = head_dim_;
   saved.q_THQ = arena.make(ctx.dtype, {T, G * m, Q}, "queries");
   saved.k_TGQ = arena.make(ctx.dtype, {T, G, Q}, "keys");
   saved.v_TGW = arena.make(ctx.dtype, {T, G, Q}, "values");
   ArenaScope scope(ctx.arena.scratch);
-  const Tensor qkv_TX = qkv_proj_.forward(ctx, saved.x_TD, ctx.arena.scratch, "queries, keys, values");
+  const Tensor x_TD = gather_tokens(ctx, saved.x_tD, ctx.arena.scratch, "all tokens");
+  const Tensor qkv_TX = qkv_proj_.forward(ctx, x_TD, ctx.arena.scratch, "queries, keys, values");
   ctx.ops.gqa_qkv(ctx.stream, qkv_TX.view({T, G, m + 2, Q}), rope, ctx.batch.positions_T, saved.q_THQ,
                   saved.k_TGQ, saved.v_TGW);
 }
 
-void GqaAttention::forward(StepContext& ctx, const RopeTable& rope, const Tensor& x_TD,
-                           AttentionSaved& saved, const Tensor& out_TD) const {
-  const int64_t T = x_TD.size(0), H = groups_ * queries_per_group_;
-  saved.x_TD = x_TD;
+void GqaAttention::forward(StepContext& ctx, const RopeTable& rope, const Tensor& x_tD,
+                           AttentionSaved& saved, const Tensor& out_tD) const {
+  const int64_t T = ctx.batch.num_tokens(), H = groups_ * queries_per_group_;
+  saved.x_tD = x_tD;
   saved.o_THW = ctx.arena.saved.make(ctx.dtype, {T, H, head_dim_}, "attention output");
   saved.lse_TH = ctx.arena.saved.make(ctx.stat(), {T, H}, "log-sum-exp");
   project(ctx, rope, saved, ctx.arena.cheap);
@@ -43,24 +45,26 @@ void GqaAttention::forward(StepContext& ctx, const RopeTable& rope, const Tensor
                                                   ctx.batch.segments, ctx.arena.scratch);
   ctx.ops.attention(ctx.stream, saved.q_THQ, kv.k_UGQ, kv.v_UGW, kv.segments, scale_, saved.o_THW,
                     saved.lse_TH);
-  o_proj_.forward_into(ctx, saved.o_THW.view({T, H * head_dim_}), out_TD);
+  o_proj_.forward_reduced(ctx, saved.o_THW.view({T, H * head_dim_}), out_tD);
 }
 
 void GqaAttention::restore(StepContext& ctx, const RopeTable& rope, AttentionSaved& saved) const {
   project(ctx, rope, saved, ctx.arena.scratch);
 }
 
-void GqaAttention::backward_input(StepContext& ctx, const RopeTable& rope, const Tensor& dout_TD,
-                                  AttentionSaved& saved, const Tensor& dx_TD) const {
-  const int64_t T = dout_TD.size(0), G = groups_, m = queries_per_group_, Q = head_dim_;
-  saved.dout_TD = dout_TD;
+void GqaAttention::backward_input(StepContext& ctx, const RopeTable& rope, const Tensor& dout_tD,
+                                  AttentionSaved& saved, const Tensor& dx_tD) const {
+  const int64_t T = ctx.batch.num_tokens(), G = groups_, m = queries_per_group_, Q = head_dim_;
+  saved.dout_tD = dout_tD;
+  saved.dout_TD = gather_tokens(ctx, dout_tD, ctx.arena.grads, "d output of all tokens");
+  saved.x_TD = gather_tokens(ctx, saved.x_tD, ctx.arena.grads, "all tokens");
   saved.dq_TX = ctx.arena.grads.make(ctx.dtype, {T, G * (m + 2) * Q}, "d queries, keys, values");
 
   ArenaScope scope(ctx.arena.scratch);
   Arena& scratch = ctx.arena.scratch;
   const DistStream dist = ctx.dist_stream();
   const Tensor do_THW = scratch.make(ctx.dtype, {T, G * m, Q}, "d attention output");
-  o_proj_.backward_input(ctx, dout_TD, do_THW.view({T, G * m * Q}));
+  o_proj_.backward_input(ctx, saved.dout_TD, do_THW.view({T, G * m * Q}));
 
   ctx.dist.kv.gather_start(dist, layer_, saved.k_TGQ, saved.v_TGW);
   const KeysValues kv = ctx.dist.kv.gather_finish(dist, layer_, saved.k_TGQ, saved.v_TGW,
@@ -74,12 +78,14 @@ void GqaAttention::backward_input(StepContext& ctx, const RopeTable& rope, const
   ctx.dist.kv.reduce_finish(dist, layer_, dk_UGQ, dv_UGW, dk_TGQ, dv_TGW, scratch);
   ctx.ops.gqa_qkv_backward(ctx.stream, dq_THQ, dk_TGQ, dv_TGW, rope, ctx.batch.positions_T,
                            saved.dq_TX.view({T, G, m + 2, Q}));
-  qkv_proj_.backward_input(ctx, saved.dq_TX, dx_TD);
+  const Tensor partial_TD = partial_sums(ctx, dx_tD, scratch, "partial d input");
+  qkv_proj_.backward_input(ctx, saved.dq_TX, partial_TD);
+  reduce_tokens(ctx, partial_TD, dx_tD);
 }
 
 void GqaAttention::backward_weight(StepContext& ctx, const AttentionSaved& saved) const {
-  const int64_t T = saved.x_TD.size(0), H = groups_ * queries_per_group_;
-  o_proj_.backward_weight(ctx, saved.dout_TD, saved.o_THW.view({T, H * head_dim_}));
+  const int64_t T = ctx.batch.num_tokens(), H = groups_ * queries_per_group_;
+  o_proj_.backward_weight(ctx, saved.dout_TD, saved.o_THW.view({T, H * head_dim_}), saved.dout_tD);
   qkv_proj_.backward_weight(ctx, saved.dq_TX, saved.x_TD);
 }
 

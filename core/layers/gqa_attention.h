@@ -10,11 +10,11 @@ namespace dstrain {
 class GqaAttention : public Attention {
  public:
   GqaAttention(const ModelConfig& model, const Declare& declare, int layer);
-  void forward(StepContext& ctx, const RopeTable& rope, const Tensor& x_TD, AttentionSaved& saved,
-               const Tensor& out_TD) const override;
+  void forward(StepContext& ctx, const RopeTable& rope, const Tensor& x_tD, AttentionSaved& saved,
+               const Tensor& out_tD) const override;
   void restore(StepContext& ctx, const RopeTable& rope, AttentionSaved& saved) const override;
-  void backward_input(StepContext& ctx, const RopeTable& rope, const Tensor& dout_TD,
-                      AttentionSaved& saved, const Tensor& dx_TD) const override;
+  void backward_input(StepContext& ctx, const RopeTable& rope, const Tensor& dout_tD,
+                      AttentionSaved& saved, const Tensor& dx_tD) const override;
   void backward_weight(StepContext& ctx, const AttentionSaved& saved) const override;
 
  private:

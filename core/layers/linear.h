@@ -20,11 +20,18 @@ class Linear {
 
   Tensor forward(StepContext& ctx, const Tensor& x_TI, Arena& arena, const char* tag) const;
   void forward_into(StepContext& ctx, const Tensor& x_TI, const Tensor& y_TO) const;
+  // For a weight that is cut over its inputs: the sum over ranks for this rank's tokens, then the bias.
+  void forward_reduced(StepContext& ctx, const Tensor& x_TI, const Tensor& y_tO) const;
   // dx (+)= dy W. dx may be strided.
   void backward_input(StepContext& ctx, const Tensor& dy_TO, const Tensor& dx_TI,
                       Accumulate accumulate = Accumulate::overwrite) const;
-  // dW += dy^T x, db += sum of dy. x and dy may be strided.
-  void backward_weight(StepContext& ctx, const Tensor& dy_TO, const Tensor& x_TI) const;
+  // dW += dy^T x, db += sum of dy. x and dy may be strided. After forward_reduced, dy_tO is this rank's part of
+  // dy_TO: there each token's bias is on one rank only.
+  void backward_weight(StepContext& ctx, const Tensor& dy_TO, const Tensor& x_TI) const {
+    backward_weight(ctx, dy_TO, x_TI, dy_TO);
+  }
+  void backward_weight(StepContext& ctx, const Tensor& dy_TO, const Tensor& x_TI,
+                       const Tensor& dy_tO) const;
 
  private:
   Tensor matrix(const Tensor& weight) const { return weight.view({out_, in_}); }

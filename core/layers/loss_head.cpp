@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "core/layers/sequence_parallel.h"
+
 namespace dstrain {
 namespace {
 
@@ -18,31 +20,40 @@ Tensor rows_of(const Tensor& x, int64_t begin, int64_t end) {
 }  // namespace
 
 LossHead::LossHead(const Declare& norm, const ModelConfig& model, const Parameter& weight)
-    : norm_(norm, model.hidden_size, model.rms_norm_eps), weight_(weight) {}
+    : norm_(norm, model.hidden_size, model.rms_norm_eps),
+      norm_block_(norm.block),
+      weight_(weight),
+      vocab_begin_(weight.local_begin[0]) {}
 
-void LossHead::forward_norm(StepContext& ctx, const Tensor& x_TD, const Tensor& delta_TD,
+void LossHead::forward_norm(StepContext& ctx, const Tensor& x_tD, const Tensor& delta_tD,
                             LossHeadSaved& saved) const {
-  saved.x_TD = ctx.arena.kept.like(x_TD, "last residual sum");
-  saved.rstd_T = ctx.arena.kept.make(ctx.stat(), {x_TD.size(0)}, "last rstd");
+  const AcquiredBlock values(ctx.dist.params, ctx.dist_stream(), norm_block_);
+  saved.x_tD = ctx.arena.kept.like(x_tD, "last residual sum");
+  saved.rstd_T = ctx.arena.kept.make(ctx.stat(), {x_tD.size(0)}, "last rstd");
   // Holds the norm's output; its gradient takes that place chunk by chunk.
-  saved.dy_TD = ctx.arena.kept.like(x_TD, "last norm");
-  norm_.forward_add(ctx, x_TD, delta_TD, saved.x_TD, saved.dy_TD, saved.rstd_T);
+  saved.dy_tD = ctx.arena.kept.like(x_tD, "last norm");
+  norm_.forward_add(ctx, x_tD, delta_tD, saved.x_tD, saved.dy_tD, saved.rstd_T);
 }
 
-void LossHead::forward(StepContext& ctx, const Tensor& x_TD, const Tensor& delta_TD,
+void LossHead::forward(StepContext& ctx, const Tensor& x_tD, const Tensor& delta_tD,
                        const CrossEntropyTargets& targets, double factor, const Tensor& loss_1,
                        LossHeadSaved& saved) const {
-  const int64_t T = x_TD.size(0), V = weight_.local_shape[0];
-  forward_norm(ctx, x_TD, delta_TD, saved);
-  const int64_t C = chunk_rows(V, ctx.stat());
+  const int64_t T = ctx.batch.num_tokens(), ranks = ctx.dist.tensor.size();
+  forward_norm(ctx, x_tD, delta_tD, saved);
+  const AcquiredBlock values(ctx.dist.params, ctx.dist_stream(), weight_.spec.block);
+  ArenaScope scope(ctx.arena.scratch);
+  const Tensor y_TD = gather_tokens(ctx, saved.dy_tD, ctx.arena.scratch, "last norm of all tokens");
+  // Of the largest slice, so that all ranks cut alike.
+  const int64_t C = chunk_rows((weight_.spec.shape[0] + ranks - 1) / ranks, ctx.stat());
   for (int64_t begin = 0; begin < T; begin += C) {
     const int64_t end = std::min(T, begin + C);
     const CrossEntropyTargets part = {rows_of(targets.hard_T, begin, end),
                                       rows_of(targets.soft_index_TK, begin, end),
                                       rows_of(targets.soft_prob_TK, begin, end)};
-    const Tensor y_CD = saved.dy_TD.rows(begin, end);
+    const Tensor y_CD = y_TD.rows(begin, end);
     chunk(ctx, y_CD, part, factor, loss_1, y_CD, rows_of(ctx.token_loss_T, begin, end));
   }
+  if (ctx.training) reduce_tokens(ctx, y_TD, saved.dy_tD);
 }
 
 void LossHead::chunk(StepContext& ctx, const Tensor& y_CD, const CrossEntropyTargets& targets,
@@ -78,11 +89,15 @@ void LossHead::chunk(StepContext& ctx, const Tensor& y_CD, const CrossEntropyTar
   ctx.ops.matmul(ctx.stream, Trans::no, Trans::no, 1.0, logits_CV, weight_.value, 0.0, dy_CD);
 }
 
-void LossHead::backward(StepContext& ctx, const LossHeadSaved& saved, const Tensor& dx_TD) const {
-  norm_.backward(ctx, saved.dy_TD, saved.x_TD, saved.rstd_T, {}, dx_TD);
+void LossHead::backward(StepContext& ctx, const LossHeadSaved& saved, const Tensor& dx_tD) const {
+  const AcquiredBlock values(ctx.dist.params, ctx.dist_stream(), norm_block_);
+  norm_.backward(ctx, saved.dy_tD, saved.x_tD, saved.rstd_T, {}, dx_tD);
 }
 
 void LossHead::logits(StepContext& ctx, const Tensor& x_CD, const Tensor& logits_CV) const {
+  DSTRAIN_CHECK(weight_.local_shape[0] == weight_.spec.shape[0], "logits need the whole vocabulary");
+  const AcquiredBlock norm(ctx.dist.params, ctx.dist_stream(), norm_block_);
+  const AcquiredBlock head(ctx.dist.params, ctx.dist_stream(), weight_.spec.block);
   ArenaScope scope(ctx.arena.scratch);
   const Tensor y_CD = ctx.arena.scratch.like(x_CD, "last norm");
   const Tensor rstd_C = ctx.arena.scratch.make(ctx.stat(), {x_CD.size(0)}, "last rstd");

@@ -9,9 +9,9 @@
 namespace dstrain {
 
 struct LossHeadSaved {
-  Tensor x_TD;       // sum of the residual stream; given by the model
+  Tensor x_tD;    // sum of the residual stream; given by the model
   Tensor rstd_T;
-  Tensor dy_TD;      // gradient of the normed rows, made in forward
+  Tensor dy_tD;   // gradient of the normed rows, made in forward
 };
 
 class LossHead {
@@ -19,18 +19,18 @@ class LossHead {
   // weight is the head or the tied embedding, [V, D], cut over the vocabulary.
   LossHead(const Declare& norm, const ModelConfig& model, const Parameter& weight);
 
-  // sum = x + delta; adds the sum of token losses to loss_1 (f64). When training, also adds the head's
-  // gradient, times `factor`, and keeps dy. ctx.token_loss_T, where defined,
-  // gets each token's loss.
-  void forward(StepContext& ctx, const Tensor& x_TD, const Tensor& delta_TD,
+  // sum = x + delta; adds the sum of token losses to loss_1 (f64), the same on each tensor-parallel rank.
+  // When training, also adds the head's gradient, times `factor`, and keeps dy. Targets are those of all
+  // T tokens; ctx.token_loss_T, where defined, gets each one's loss.
+  void forward(StepContext& ctx, const Tensor& x_tD, const Tensor& delta_tD,
                const CrossEntropyTargets& targets, double factor, const Tensor& loss_1,
                LossHeadSaved& saved) const;
-  // dx_TD = gradient with respect to the sum.
-  void backward(StepContext& ctx, const LossHeadSaved& saved, const Tensor& dx_TD) const;
+  // dx_tD = gradient with respect to the sum.
+  void backward(StepContext& ctx, const LossHeadSaved& saved, const Tensor& dx_tD) const;
   // Only the sum and its norm, for logits() without a loss.
-  void forward_norm(StepContext& ctx, const Tensor& x_TD, const Tensor& delta_TD,
+  void forward_norm(StepContext& ctx, const Tensor& x_tD, const Tensor& delta_tD,
                     LossHeadSaved& saved) const;
-  // logits_CV = norm(x) W^T for rows of saved.x_TD.
+  // logits_CV = norm(x) W^T for rows of saved.x_tD; the whole vocabulary on this rank.
   void logits(StepContext& ctx, const Tensor& x_CD, const Tensor& logits_CV) const;
 
  private:
@@ -38,8 +38,9 @@ class LossHead {
              const Tensor& loss_1, const Tensor& dy_CD, const Tensor& token_loss_C) const;
 
   RmsNorm norm_;
+  int norm_block_;
   const Parameter& weight_;
-  int64_t vocab_begin_ = 0;
+  int64_t vocab_begin_;  // of this rank's slice
 };
 
 }  // namespace dstrain

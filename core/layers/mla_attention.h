@@ -13,17 +13,18 @@ namespace dstrain {
 class MlaAttention : public Attention {
  public:
   MlaAttention(const ModelConfig& model, const Declare& declare, int layer);
-  void forward(StepContext& ctx, const RopeTable& rope, const Tensor& x_TD, AttentionSaved& saved,
-               const Tensor& out_TD) const override;
+  void forward(StepContext& ctx, const RopeTable& rope, const Tensor& x_tD, AttentionSaved& saved,
+               const Tensor& out_tD) const override;
   void restore(StepContext& ctx, const RopeTable& rope, AttentionSaved& saved) const override;
-  void backward_input(StepContext& ctx, const RopeTable& rope, const Tensor& dout_TD,
-                      AttentionSaved& saved, const Tensor& dx_TD) const override;
+  void backward_input(StepContext& ctx, const RopeTable& rope, const Tensor& dout_tD,
+                      AttentionSaved& saved, const Tensor& dx_tD) const override;
   void backward_weight(StepContext& ctx, const AttentionSaved& saved) const override;
 
  private:
   // Queries from their compressed form, keys and values from theirs.
   void expand(StepContext& ctx, const RopeTable& rope, AttentionSaved& saved, Arena& arena,
               bool rotate_q) const;
+  void queries_backward(StepContext& ctx, AttentionSaved& saved, const Tensor& dx_tD) const;
 
   int layer_;
   int64_t nope_, rope_, v_dim_, kv_rank_;

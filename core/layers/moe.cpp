@@ -7,10 +7,10 @@ Moe::Moe(const ModelConfig& model, const Declare& declare, int moe_index)
       gate_up_(declare.matrix("experts.gate_up_proj",
                               {model.n_routed_experts, 2, model.moe_intermediate_size,
                                model.hidden_size},
-                              {.tensor_dim = 2, .expert_dim = 0})),
+                              {.expert_dim = 0})),
       down_(declare.matrix("experts.down_proj",
                            {model.n_routed_experts, model.hidden_size, model.moe_intermediate_size},
-                           {.tensor_dim = 2, .expert_dim = 0})),
+                           {.expert_dim = 0})),
       hidden_(model.hidden_size),
       inner_(gate_up_.local_shape[2]),
       experts_(gate_up_.local_shape[0]),
@@ -20,77 +20,131 @@ Moe::Moe(const ModelConfig& model, const Declare& declare, int moe_index)
                     model.n_shared_experts * model.moe_intermediate_size);
 }
 
-void Moe::forward(StepContext& ctx, const Tensor& x_TD, MoeSaved& saved, const Tensor& out_TD) const {
-  saved.x_TD = x_TD;
-  router_.forward(ctx, x_TD, saved.router);
+void Moe::up(StepContext& ctx, ExpertRound& round, Arena& saved, Arena& scratch) const {
+  const int64_t C = round_rows(ctx);
+  round.gate_up_C2I = saved.make(ctx.dtype, {C, 2 * inner_}, "experts' gate and up");
+  round.h_CI = scratch.make(ctx.dtype, {C, inner_}, "experts' SwiGLU output");
+  ctx.ops.ffn_up(ctx.stream, round.x.x_XD, round.x.row_index_R, gate_up_matrix(gate_up_.value),
+                 round.x.offsets_E1, round.x.row_weight_R, round.gate_up_C2I, round.h_CI);
+}
+
+void Moe::forward(StepContext& ctx, const Tensor& x_tD, MoeSaved& saved, const Tensor& out_tD) const {
+  saved.x_tD = x_tD;
+  router_.forward(ctx, x_tD, saved.router);
   const Routing& routing = saved.router.routing;
+  TokenDispatcher& dispatcher = ctx.dist.dispatcher;
   const DistStream dist = ctx.dist_stream();
-  const int64_t R = ctx.dist.dispatcher.max_rows(x_TD.size(0), experts_per_token_);
+  Arena& scratch = ctx.arena.scratch;
 
-  ctx.dist.dispatcher.dispatch_start(dist, x_TD, routing);
-  if (shared_) shared_->forward(ctx, x_TD, saved.shared, out_TD);
-  saved.x_rows = ctx.dist.dispatcher.dispatch_finish(dist, x_TD, routing, ctx.arena.saved);
-  saved.gate_up_R2I = ctx.arena.saved.make(ctx.dtype, {R, 2 * inner_}, "experts' gate and up");
-
-  ArenaScope scope(ctx.arena.scratch);
-  const Tensor h_RI = ctx.arena.scratch.make(ctx.dtype, {R, inner_}, "experts' SwiGLU output");
-  const Tensor y_RD = ctx.arena.scratch.make(ctx.dtype, {R, hidden_}, "expert outputs");
-  ctx.ops.ffn_up(ctx.stream, saved.x_rows.x_XD, saved.x_rows.row_index_R,
-                 gate_up_matrix(gate_up_.value), routing.offsets_E1, routing.row_weight_R,
-                 saved.gate_up_R2I, h_RI);
+  dispatcher.dispatch_start(dist, 0, x_tD, routing, ctx.arena.saved, scratch);
+  if (shared_) shared_->forward(ctx, x_tD, saved.shared, out_tD);
+  saved.first.x = dispatcher.dispatch_finish(dist, 0, x_tD, routing);
+  // Under full recomputation `saved` is scratch, too: what backward needs lies below the scope.
+  up(ctx, saved.first, ctx.arena.saved, scratch);
   if (ctx.recomputing) return;
-  ctx.ops.grouped_matmul(ctx.stream, h_RI, {}, down_.value, routing.offsets_E1, y_RD);
-  ctx.dist.dispatcher.combine_start(dist, y_RD, routing);
-  ctx.dist.dispatcher.combine_finish(dist, y_RD, routing, shared_ ? out_TD : Tensor(), out_TD);
+
+  ArenaScope scope(scratch);
+  const int64_t R = routing.token_of_row_R.size(0), C = round_rows(ctx);
+  const Tensor returned_RD = scratch.make(ctx.dtype, {R, hidden_}, "returned expert outputs");
+  ExpertRound round = saved.first;
+  const int rounds = dispatcher.rounds(dist, routing);
+  for (int i = 0; i < rounds; ++i) {
+    ArenaScope round_scope(scratch);
+    if (i > 0) {
+      dispatcher.dispatch_start(dist, i, x_tD, routing, scratch, scratch);
+      round.x = dispatcher.dispatch_finish(dist, i, x_tD, routing);
+      up(ctx, round, scratch, scratch);
+    }
+    const Tensor y_CD = dispatcher.local()
+                            ? returned_RD
+                            : scratch.make(ctx.dtype, {C, hidden_}, "expert outputs");
+    ctx.ops.grouped_matmul(ctx.stream, round.h_CI, {}, down_.value, round.x.offsets_E1, y_CD);
+    dispatcher.return_start(dist, i, y_CD, routing, returned_RD, scratch);
+    dispatcher.return_finish(dist, i, y_CD, routing, returned_RD);
+  }
+  ctx.ops.combine_rows(ctx.stream, returned_RD, routing.row_of_slot_TK, shared_ ? out_tD : Tensor(),
+                       out_tD);
 }
 
-void Moe::restore(const Tensor& x_TD, MoeSaved& saved) const {
-  saved.x_TD = x_TD;
-  if (shared_) saved.shared.x_TD = x_TD;
-  if (saved.x_rows.row_index_R.defined()) saved.x_rows.x_XD = x_TD;
+void Moe::restore(StepContext& ctx, const Tensor& x_tD, MoeSaved& saved) const {
+  saved.x_tD = x_tD;
+  if (shared_) saved.shared.x_tD = x_tD;
+  if (ctx.dist.dispatcher.local()) saved.first.x.x_XD = x_tD;
 }
 
-void Moe::backward_input(StepContext& ctx, const Tensor& dout_TD, MoeSaved& saved,
-                         const Tensor& dx_TD) const {
+void Moe::round_backward(StepContext& ctx, const ExpertRound& round, const Tensor& dx_CD,
+                         const Tensor& drow_weight_C) const {
+  ctx.ops.ffn_down_backward_input(ctx.stream, round.dy.x_XD, round.dy.row_index_R, down_.value,
+                                  round.x.offsets_E1, round.gate_up_C2I, round.x.row_weight_R,
+                                  round.dgate_up_C2I, round.h_CI, drow_weight_C);
+  ctx.ops.grouped_matmul_backward_input(ctx.stream, round.dgate_up_C2I, {},
+                                        gate_up_matrix(gate_up_.value), round.x.offsets_E1, dx_CD);
+}
+
+void Moe::backward_input(StepContext& ctx, const Tensor& dout_tD, MoeSaved& saved,
+                         const Tensor& dx_tD) const {
   const Routing& routing = saved.router.routing;
+  TokenDispatcher& dispatcher = ctx.dist.dispatcher;
   const DistStream dist = ctx.dist_stream();
-  const int64_t R = saved.gate_up_R2I.size(0);
+  const int64_t R = routing.token_of_row_R.size(0), C = round_rows(ctx);
   Arena& grads = ctx.arena.grads;
-  saved.dgate_up_R2I = grads.make(ctx.dtype, {R, 2 * inner_}, "experts' d gate and up");
-  saved.h_RI = grads.make(ctx.dtype, {R, inner_}, "experts' SwiGLU output");
+  Arena& scratch = ctx.arena.scratch;
   saved.router.dlogits_TE = grads.like(saved.router.scores_TE, "d router logits");
 
-  ctx.dist.dispatcher.combine_backward_start(dist, dout_TD, routing);
-  if (shared_) shared_->backward_input(ctx, dout_TD, saved.shared, dx_TD);
-  saved.dy_rows = ctx.dist.dispatcher.combine_backward_finish(dist, dout_TD, routing, grads);
+  dispatcher.dispatch_start(dist, 0, dout_tD, routing, grads, scratch);
+  if (shared_) shared_->backward_input(ctx, dout_tD, saved.shared, dx_tD);
+  saved.first.dy = dispatcher.dispatch_finish(dist, 0, dout_tD, routing);
+  saved.first.dgate_up_C2I = grads.make(ctx.dtype, {C, 2 * inner_}, "experts' d gate and up");
+  saved.first.h_CI = grads.make(ctx.dtype, {C, inner_}, "experts' SwiGLU output");
 
-  ArenaScope scope(ctx.arena.scratch);
-  Arena& scratch = ctx.arena.scratch;
-  const Tensor drow_weight_R = scratch.make(ctx.stat(), {R}, "d row weight");
-  ctx.ops.ffn_down_backward_input(ctx.stream, saved.dy_rows.x_XD, saved.dy_rows.row_index_R,
-                                  down_.value, routing.offsets_E1, saved.gate_up_R2I,
-                                  routing.row_weight_R, saved.dgate_up_R2I, saved.h_RI, drow_weight_R);
-  const Tensor dx_RD = scratch.make(ctx.dtype, {R, hidden_}, "d expert inputs");
-  ctx.ops.grouped_matmul_backward_input(ctx.stream, saved.dgate_up_R2I, {},
-                                        gate_up_matrix(gate_up_.value), routing.offsets_E1, dx_RD);
+  ArenaScope scope(scratch);
+  const Tensor returned_RD = scratch.make(ctx.dtype, {R, hidden_}, "returned d expert inputs");
+  const Tensor returned_R1 = scratch.make(ctx.stat(), {R, 1}, "returned d row weights");
+  const int rounds = dispatcher.rounds(dist, routing);
+  for (int i = 0; i < rounds; ++i) {
+    ExpertRound further;
+    ExpertRound& round = i == 0 ? saved.first : further;
+    ArenaScope round_scope(scratch);
+    if (i > 0) {
+      dispatcher.dispatch_start(dist, i, saved.x_tD, routing, scratch, scratch);
+      round.x = dispatcher.dispatch_finish(dist, i, saved.x_tD, routing);
+      up(ctx, round, scratch, scratch);
+      round.dgate_up_C2I = scratch.like(round.gate_up_C2I, "experts' d gate and up");
+      dispatcher.dispatch_start(dist, i, dout_tD, routing, scratch, scratch);
+      round.dy = dispatcher.dispatch_finish(dist, i, dout_tD, routing);
+    }
+    const bool local = dispatcher.local();
+    const Tensor dx_CD =
+        local ? returned_RD : scratch.make(ctx.dtype, {C, hidden_}, "d expert inputs");
+    const Tensor dweight_C1 = local ? returned_R1 : scratch.make(ctx.stat(), {C, 1}, "d row weight");
+    round_backward(ctx, round, dx_CD, dweight_C1.view({C}));
+    if (i > 0) round_backward_weight(ctx, round);
+    dispatcher.return_start(dist, i, dx_CD, routing, returned_RD, scratch);
+    dispatcher.return_finish(dist, i, dx_CD, routing, returned_RD);
+    dispatcher.return_start(dist, i, dweight_C1, routing, returned_R1, scratch);
+    dispatcher.return_finish(dist, i, dweight_C1, routing, returned_R1);
+  }
+  ctx.ops.combine_rows(ctx.stream, returned_RD, routing.row_of_slot_TK, shared_ ? dx_tD : Tensor(), dx_tD);
   const Tensor dweights_TK = scratch.like(routing.weights_TK, "d expert weights");
-  ctx.dist.dispatcher.dispatch_backward_start(dist, dx_RD, drow_weight_R, routing);
-  ctx.dist.dispatcher.dispatch_backward_finish(dist, dx_RD, drow_weight_R, routing,
-                                               shared_ ? dx_TD : Tensor(), dx_TD, dweights_TK);
-  router_.backward_input(ctx, dweights_TK, saved.router, dx_TD);
+  ctx.ops.gather_rows(ctx.stream, returned_R1, routing.row_of_slot_TK.view({R}), dweights_TK.view({R, 1}));
+  router_.backward_input(ctx, dweights_TK, saved.router, dx_tD);
+}
+
+void Moe::round_backward_weight(StepContext& ctx, const ExpertRound& round) const {
+  const Tensor& offsets_E1 = round.x.offsets_E1;
+  const GradTarget down = ctx.dist.params.grad(down_);
+  ctx.ops.grouped_matmul_backward_weight(ctx.stream, round.dy.x_XD, round.dy.row_index_R, round.h_CI, {},
+                                         offsets_E1, down.accumulate, down.grad);
+  const GradTarget gate_up = ctx.dist.params.grad(gate_up_);
+  ctx.ops.grouped_matmul_backward_weight(ctx.stream, round.dgate_up_C2I, {}, round.x.x_XD,
+                                         round.x.row_index_R, offsets_E1, gate_up.accumulate,
+                                         gate_up_matrix(gate_up.grad));
 }
 
 void Moe::backward_weight(StepContext& ctx, const MoeSaved& saved) const {
-  const Tensor& offsets_E1 = saved.router.routing.offsets_E1;
-  const GradTarget down = ctx.dist.params.grad(down_);
-  ctx.ops.grouped_matmul_backward_weight(ctx.stream, saved.dy_rows.x_XD, saved.dy_rows.row_index_R,
-                                         saved.h_RI, {}, offsets_E1, down.accumulate, down.grad);
-  const GradTarget gate_up = ctx.dist.params.grad(gate_up_);
-  ctx.ops.grouped_matmul_backward_weight(ctx.stream, saved.dgate_up_R2I, {}, saved.x_rows.x_XD,
-                                         saved.x_rows.row_index_R, offsets_E1, gate_up.accumulate,
-                                         gate_up_matrix(gate_up.grad));
+  round_backward_weight(ctx, saved.first);
   if (shared_) shared_->backward_weight(ctx, saved.shared);
-  router_.backward_weight(ctx, saved.router, saved.x_TD);
+  router_.backward_weight(ctx, saved.router, saved.x_tD);
 }
 
 }  // namespace dstrain

@@ -12,37 +12,51 @@
 
 namespace dstrain {
 
+// One round of rows through the experts of this rank: C rows at most.
+struct ExpertRound {
+  ExpertRows x, dy;
+  Tensor gate_up_C2I, h_CI;  // h is made again in backward
+  Tensor dgate_up_C2I;
+};
+
 struct MoeSaved {
-  Tensor x_TD;  // given by the block
+  Tensor x_tD;  // given by the block
   RouterSaved router;
   FeedForwardSaved shared;
-  Tensor gate_up_R2I;
-  // For backward_weight.
-  ExpertRows x_rows, dy_rows;
-  Tensor dgate_up_R2I, h_RI;
+  ExpertRound first;  // further rounds are dispatched and computed again in backward
 };
 
 class Moe {
  public:
   Moe(const ModelConfig& model, const Declare& declare, int moe_index);
 
-  // While recomputing, out_TD is left alone: backward does not need it.
-  void forward(StepContext& ctx, const Tensor& x_TD, MoeSaved& saved, const Tensor& out_TD) const;
+  // While recomputing, out_tD is left alone: backward does not need it.
+  void forward(StepContext& ctx, const Tensor& x_tD, MoeSaved& saved, const Tensor& out_tD) const;
   // The input was made again at another address.
-  void restore(const Tensor& x_TD, MoeSaved& saved) const;
-  void backward_input(StepContext& ctx, const Tensor& dout_TD, MoeSaved& saved,
-                      const Tensor& dx_TD) const;
+  void restore(StepContext& ctx, const Tensor& x_tD, MoeSaved& saved) const;
+  void backward_input(StepContext& ctx, const Tensor& dout_tD, MoeSaved& saved,
+                      const Tensor& dx_tD) const;
   void backward_weight(StepContext& ctx, const MoeSaved& saved) const;
   const Router& router() const { return router_; }
 
  private:
+  // gate_up = x W^T and h = SwiGLU of it, times the row weight; both made here.
+  void up(StepContext& ctx, ExpertRound& round, Arena& saved, Arena& scratch) const;
+  // From the gradients of a round's outputs to those of its inputs and row weights. dgate_up and h have
+  // been made.
+  void round_backward(StepContext& ctx, const ExpertRound& round, const Tensor& dx_CD,
+                      const Tensor& drow_weight_C) const;
+  void round_backward_weight(StepContext& ctx, const ExpertRound& round) const;
+  int64_t round_rows(StepContext& ctx) const {
+    return ctx.dist.dispatcher.max_rows(ctx.local_tokens(), experts_per_token_);
+  }
   Tensor gate_up_matrix(const Tensor& t) const { return t.view({experts_, 2 * inner_, hidden_}); }
 
   Router router_;
   std::optional<FeedForward> shared_;
   const Parameter& gate_up_;  // [E, 2, I, D]
   const Parameter& down_;     // [E, D, I]
-  int64_t hidden_, inner_, experts_;  // experts_ and inner_ of this rank
+  int64_t hidden_, inner_, experts_;  // experts_ of this rank; each is whole
   int64_t experts_per_token_;
 };
 

@@ -22,16 +22,21 @@ class Router {
   Router(const ModelConfig& model, const Declare& declare, int moe_index);
 
   // Fills saved (in ctx.arena.kept). While recomputing it does nothing: all of it was kept.
-  void forward(StepContext& ctx, const Tensor& x_TD, RouterSaved& saved) const;
+  void forward(StepContext& ctx, const Tensor& x_tD, RouterSaved& saved) const;
   // dx += gradient through the logits, which go to saved.dlogits_TE (made by the caller).
   void backward_input(StepContext& ctx, const Tensor& dweights_TK, RouterSaved& saved,
-                      const Tensor& dx_TD) const;
-  void backward_weight(StepContext& ctx, const RouterSaved& saved, const Tensor& x_TD) const;
+                      const Tensor& dx_tD) const;
+  void backward_weight(StepContext& ctx, const RouterSaved& saved, const Tensor& x_tD) const;
   // Once a step, from the counts of the whole global batch.
   void update_bias(Ops& ops, Stream& stream, const Tensor& counts_LE,
                    const StepScalars* scalars) const;
 
  private:
+  void choose(StepContext& ctx, const Tensor& x_tD, RouterSaved& saved) const;
+  void balance(StepContext& ctx, RouterSaved& saved) const;
+  // Where this rank's tokens lie in the sequences.
+  SequenceRows rows(StepContext& ctx) const;
+
   const Parameter& weight_;
   const Parameter* bias_ = nullptr;  // noaux_tc only
   RouterParams params_;

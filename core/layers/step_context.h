@@ -10,16 +10,18 @@
 
 namespace dstrain {
 
-// One micro-batch in device memory. T = sequences * tokens_per_sequence, this rank's share.
+// One micro-batch in device memory. T = sequences * tokens_per_sequence: under context parallelism this
+// rank's share of each sequence, under tensor parallelism all tokens of the group.
 struct Batch {
   int64_t sequences = 0;
-  int64_t tokens_per_sequence = 0;
+  int64_t tokens_per_sequence = 0;  // that are here
+  int64_t sequence_length = 0;      // of the whole sequence
   Tensor tokens_T;     // i32
   Tensor positions_T;  // i32, from the start of the document
   // i32; below 0 is ignored. targets[0] is the next token, targets[k] the one k further on (multi-token
   // prediction).
   std::vector<Tensor> targets;
-  AttentionSegments segments;
+  AttentionSegments segments;  // of these queries over the keys of the whole sequences
   int64_t num_tokens() const { return sequences * tokens_per_sequence; }
 };
 
@@ -43,12 +45,26 @@ struct Arenas {
   Arena& grads;
 };
 
-// `slot` belongs to one micro-batch in flight, `scratch` to one compute stream.
-inline Arenas arenas_for(Recompute recompute, Arena& slot, Arena& scratch) {
+// `slot` belongs to one micro-batch in flight, `scratch` to one compute stream. Activation gradients go to
+// scratch, or to the slot where backward_weight runs apart from backward_input.
+inline Arenas arenas_for(Recompute recompute, Arena& slot, Arena& scratch, bool split_backward = false) {
   Arena& saved = recompute == Recompute::full ? scratch : slot;
   Arena& cheap = recompute == Recompute::none ? slot : scratch;
-  return {slot, saved, cheap, scratch, scratch};
+  return {slot, saved, cheap, scratch, split_backward ? slot : scratch};
 }
+
+// Sees the routing of every MoE layer, and may replace it by a recorded one: so that two runs can be
+// compared without a flipped tie being taken for a fault. Called in the first forward of a micro-batch.
+class RoutingHook {
+ public:
+  virtual ~RoutingHook() = default;
+  // The recorded choice (i32 [t, K]) for this rank's tokens, valid until backward has run; absent to
+  // choose as usual.
+  virtual Tensor recorded(DistStream, int moe_index, int64_t tokens) = 0;
+  // scores_tE are those of the choice, without the balancing bias bias_E (may be absent).
+  virtual void chosen(DistStream, int moe_index, const Tensor& scores_tE, const Tensor& bias_E,
+                      const Tensor& indices_tK) = 0;
+};
 
 struct StepContext {
   Ops& ops;
@@ -60,12 +76,17 @@ struct StepContext {
   const StepScalars* scalars = nullptr;  // device memory
   StepSums sums;
   double balance_factor = 0;  // aux_loss_alpha / sequences of the global batch
+  RoutingHook* routing_hook = nullptr;
   bool training = true;
   Recompute recompute = Recompute::none;
   bool recomputing = false;  // routing, statistics and counts exist already
   Tensor token_loss_T;       // S; each token's loss, where wanted
 
-  DistStream dist_stream() const { return {ops, stream}; }
+  bool dry = false;                      // plans memory: nothing is computed or sent
+
+  DistStream dist_stream() const { return {ops, stream, dry}; }
+  // Rows of the residual stream on this rank.
+  int64_t local_tokens() const { return batch.num_tokens() / dist.tensor.size(); }
   DType stat() const { return stat_dtype(dtype); }
 };
 

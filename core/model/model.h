@@ -14,22 +14,20 @@
 
 namespace dstrain {
 
-// Which part of the model a chunk holds, and how its dims are cut.
+// Which part of the model a chunk holds, and which slices of its parameters.
 struct ModelPart {
   int64_t first_layer = 0;
   int64_t last_layer = -1;  // exclusive; -1 means all
-  int64_t tensor_ranks = 1;
-  int64_t expert_ranks = 1;
+  ShardPlace place;
 };
 
 // What one micro-batch in flight keeps between forward and backward. The tensors lie in its slot arena.
 struct MicroBatchState {
-  Tensor embedding_TD;  // or what the previous pipeline chunk sent
+  Tensor embedding_tD;  // or what the previous pipeline chunk sent
   std::vector<BlockSaved> blocks;
   LossHeadSaved head;
   std::vector<MtpSaved> mtp;
-  // Output of a chunk without head: sum = x + delta.
-  Tensor x_out_TD, delta_out_TD;
+  Tensor out_tD;  // of a chunk without head: the residual stream, in the slot
 };
 
 class DeepSeekModel {
@@ -48,13 +46,19 @@ class DeepSeekModel {
   void make_constants(Backend& backend, Stream& stream, Arena& arena, int64_t positions, DType dtype);
   MicroBatchState make_state() const;
 
-  // Adds to ctx.sums; without targets in the batch it makes no loss. x_in_TD is what the previous chunk sent; absent on the first. ctx.arena.kept must
-  // be empty, and everything in it stays until backward has run.
-  void forward(StepContext& ctx, MicroBatchState& state, const Tensor& x_in_TD = {}) const;
-  // Adds all parameter gradients. dx_out_TD: gradient of what this chunk sent (absent on the last);
-  // dx_in_TD receives the gradient of what it was given (absent on the first).
-  void backward(StepContext& ctx, MicroBatchState& state, const Tensor& dx_out_TD = {},
-                const Tensor& dx_in_TD = {}) const;
+  // Adds to ctx.sums; without targets in the batch it makes no loss. x_in_tD is what the previous chunk
+  // sent; absent on the first. ctx.arena.kept must be empty, and everything in it stays until backward
+  // has run.
+  void forward(StepContext& ctx, MicroBatchState& state, const Tensor& x_in_tD = {}) const;
+  // Adds all parameter gradients. dx_out_tD: gradient of what this chunk sent (absent on the last);
+  // dx_in_tD receives the gradient of what it was given (absent on the first).
+  void backward(StepContext& ctx, MicroBatchState& state, const Tensor& dx_out_tD = {},
+                const Tensor& dx_in_tD = {}) const;
+  // The same in two calls, so that the second may come later: what is on the way to dx_in first, then the
+  // blocks' weight gradients. Without recomputation; ctx.arena.grads is the slot.
+  void backward_input(StepContext& ctx, MicroBatchState& state, const Tensor& dx_out_tD,
+                      const Tensor& dx_in_tD) const;
+  void backward_weight(StepContext& ctx, const MicroBatchState& state) const;
   // Logits of rows [begin, end) of the last forward, which ran with ctx.training off or on; whole model.
   void logits(StepContext& ctx, const MicroBatchState& state, int64_t begin, int64_t end,
               const Tensor& logits_CV) const;
@@ -65,18 +69,25 @@ class DeepSeekModel {
  private:
   void forward_mtp(StepContext& ctx, MicroBatchState& state) const;
   // Gradient that the prediction modules have for the main residual stream.
-  void backward_mtp(StepContext& ctx, MicroBatchState& state, const Tensor& dh_TD) const;
+  void backward_mtp(StepContext& ctx, MicroBatchState& state, const Tensor& dh_tD) const;
+  void backward_head(StepContext& ctx, MicroBatchState& state, const Tensor& dout_tD,
+                     const Tensor& dmtp_tD) const;
+  void backward_blocks(StepContext& ctx, MicroBatchState& state, const Tensor& dx_out_tD,
+                       const Tensor& dx_in_tD, bool split) const;
   double mtp_factor() const;
+  int block_of(size_t i) const { return first_block_ + static_cast<int>(i); }
 
   ModelConfig config_;
   ParameterSet parameters_;
   const Parameter* embedding_ = nullptr;
+  const Parameter* head_weight_ = nullptr;
   std::deque<TransformerBlock> blocks_;
   std::optional<LossHead> head_;
   std::deque<MtpModule> mtp_;
   RopeTable rope_;
   int64_t num_moe_layers_ = 0;
   int first_block_ = 1;  // ParameterSpec::block of blocks_[0]
+  int head_block_ = 0;   // of the final norm
 };
 
 }  // namespace dstrain

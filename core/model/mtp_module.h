@@ -11,7 +11,7 @@
 namespace dstrain {
 
 struct MtpSaved {
-  Tensor embedding_TD, embedding_rstd_T, h_TD, h_rstd_T, joined_T2D;
+  Tensor embedding_tD, embedding_rstd_T, h_tD, h_rstd_T, joined_t2D;
   BlockSaved block;
   LossHeadSaved head;
 };
@@ -21,16 +21,19 @@ class MtpModule {
   MtpModule(const ModelConfig& model, const Declare& declare, int layer, int moe_index,
             const Parameter& embedding, const Parameter& head);
 
-  // h_TD must stay valid until backward. tokens: the token k further on; targets: k + 1 further on.
-  void forward(StepContext& ctx, const RopeTable& rope, const Tensor& h_TD, const Tensor& tokens_T,
+  // Values of block() are acquired by the caller. h_tD must stay valid until backward. tokens: the token
+  // k further on; targets: k + 1 further on; both of all T tokens.
+  void forward(StepContext& ctx, const RopeTable& rope, const Tensor& h_tD, const Tensor& tokens_T,
                const Tensor& targets_T, double factor, MtpSaved& saved) const;
-  // dout_TD: gradient that the next module has for this one's residual stream (absent for the last).
-  // dh_TD is overwritten. Adds all parameter gradients.
-  void backward(StepContext& ctx, const RopeTable& rope, const Tensor& dout_TD, const Tensor& tokens_T,
-                MtpSaved& saved, const Tensor& dh_TD) const;
+  // dout_tD: gradient that the next module has for this one's residual stream (absent for the last).
+  // dh_tD is overwritten. Adds all parameter gradients.
+  void backward(StepContext& ctx, const RopeTable& rope, const Tensor& dout_tD, const Tensor& tokens_T,
+                MtpSaved& saved, const Tensor& dh_tD) const;
+  int block() const { return parameter_block_; }
   const Router* router() const { return block_.router(); }
 
  private:
+  int parameter_block_;
   const Parameter& embedding_;
   RmsNorm enorm_, hnorm_;
   Linear eh_proj_;

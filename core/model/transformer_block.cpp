@@ -59,14 +59,14 @@ void TransformerBlock::restore(StepContext& ctx, const RopeTable& rope, BlockSav
   Arena& scratch = ctx.arena.scratch;
   saved.y1_TD = scratch.like(saved.sum1_TD, "normed block input");
   norm1_.forward(ctx, saved.sum1_TD, saved.y1_TD, saved.rstd1_T);
-  saved.attention.x_TD = saved.y1_TD;
+  saved.attention.x_tD = saved.y1_TD;
   attention_->restore(ctx, rope, saved.attention);
   saved.y2_TD = scratch.like(saved.sum2_TD, "normed residual");
   norm2_.forward(ctx, saved.sum2_TD, saved.y2_TD, saved.rstd2_T);
   if (moe_)
-    moe_->restore(saved.y2_TD, saved.moe);
+    moe_->restore(ctx, saved.y2_TD, saved.moe);
   else
-    saved.dense.x_TD = saved.y2_TD;
+    saved.dense.x_tD = saved.y2_TD;
 }
 
 void TransformerBlock::backward_input(StepContext& ctx, const RopeTable& rope, const Tensor& dout_TD,

@@ -1,6 +1,6 @@
 // One pre-norm block:  sum1 = x + delta,  sum2 = sum1 + attention(norm(sum1)),  out = ffn(norm(sum2)).
 // The residual stream travels as (x, delta): the addition is part of the next norm. The block's output
-// is (sum2, out).
+// is (sum2, out). Rows are this rank's tokens.
 #pragma once
 
 #include <memory>

@@ -8,7 +8,8 @@ int64_t dtype_bytes(DType dtype) {
     case DType::i32: return 4;
     case DType::f64:
     case DType::i64: return 8;
-    case DType::bf16: return 2;
+    case DType::bf16:
+    case DType::u16: return 2;
     case DType::u8: return 1;
   }
   return 0;
@@ -22,6 +23,7 @@ const char* dtype_name(DType dtype) {
     case DType::i32: return "i32";
     case DType::i64: return "i64";
     case DType::u8: return "u8";
+    case DType::u16: return "u16";
   }
   return "?";
 }

@@ -11,7 +11,7 @@
 
 namespace dstrain {
 
-enum class DType : uint8_t { f32, f64, bf16, i32, i64, u8 };
+enum class DType : uint8_t { f32, f64, bf16, i32, i64, u8, u16 };
 
 int64_t dtype_bytes(DType dtype);
 const char* dtype_name(DType dtype);
@@ -23,6 +23,7 @@ template <> struct DTypeOf<double> { static constexpr DType value = DType::f64; 
 template <> struct DTypeOf<int32_t> { static constexpr DType value = DType::i32; };
 template <> struct DTypeOf<int64_t> { static constexpr DType value = DType::i64; };
 template <> struct DTypeOf<uint8_t> { static constexpr DType value = DType::u8; };
+template <> struct DTypeOf<uint16_t> { static constexpr DType value = DType::u16; };
 
 class Tensor {
  public:

@@ -105,13 +105,15 @@ class ForwardingOps : public Ops {
   }
   void router_backward(Stream& s, const Tensor& dweights_TK, const Tensor& scores_TE,
                        const Tensor& indices_TK, const RouterParams& params,
-                       const Tensor& balance_coeff_SE, const Tensor& dlogits_TE) override {
-    ops_.router_backward(s, dweights_TK, scores_TE, indices_TK, params, balance_coeff_SE,
+                       const Tensor& balance_coeff_SE, const SequenceRows& rows,
+                       const Tensor& dlogits_TE) override {
+    ops_.router_backward(s, dweights_TK, scores_TE, indices_TK, params, balance_coeff_SE, rows,
                          dlogits_TE);
   }
   void balance_statistics(Stream& s, const Tensor& scores_TE, const Tensor& indices_TK,
-                          const Tensor& load_SE, const Tensor& prob_SE) override {
-    ops_.balance_statistics(s, scores_TE, indices_TK, load_SE, prob_SE);
+                          const SequenceRows& rows, const Tensor& load_SE,
+                          const Tensor& prob_SE) override {
+    ops_.balance_statistics(s, scores_TE, indices_TK, rows, load_SE, prob_SE);
   }
   void balance_loss(Stream& s, const Tensor& load_SE, const Tensor& prob_SE,
                     int64_t tokens_per_sequence, int64_t experts_per_token, double alpha,
@@ -173,12 +175,14 @@ class ForwardingOps : public Ops {
   void add_sum_squares(Stream& s, const Tensor& x, const Tensor& sum_1) override {
     ops_.add_sum_squares(s, x, sum_1);
   }
-  void clip_scale(Stream& s, const Tensor& sum_1, double max_norm, StepScalars* scalars) override {
-    ops_.clip_scale(s, sum_1, max_norm, scalars);
+  void clip_scale(Stream& s, const Tensor& sum_1, double max_norm, double beta1, double beta2,
+                  StepScalars* scalars) override {
+    ops_.clip_scale(s, sum_1, max_norm, beta1, beta2, scalars);
   }
   void adamw(Stream& s, const AdamWParams& params, const StepScalars* scalars, const Tensor& grad,
-             const Tensor& param, const Tensor& exp_avg, const Tensor& exp_avg_sq) override {
-    ops_.adamw(s, params, scalars, grad, param, exp_avg, exp_avg_sq);
+             const Tensor& param, const Tensor& param_low, const Tensor& exp_avg,
+             const Tensor& exp_avg_sq) override {
+    ops_.adamw(s, params, scalars, grad, param, param_low, exp_avg, exp_avg_sq);
   }
   void fill(Stream& s, const Tensor& x, double value) override { ops_.fill(s, x, value); }
   void add(Stream& s, const Tensor& a, const Tensor& b, const Tensor& out) override {

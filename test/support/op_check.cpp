@@ -163,6 +163,8 @@ double HostTensor::get(int64_t i) const {
       return static_cast<double>(load(int64_t{}));
     case DType::u8:
       return load(uint8_t{});
+    case DType::u16:
+      return load(uint16_t{});
   }
   return 0;
 }
@@ -184,6 +186,8 @@ void HostTensor::set(int64_t i, double value) {
       return store(static_cast<int64_t>(value));
     case DType::u8:
       return store(static_cast<uint8_t>(value));
+    case DType::u16:
+      return store(static_cast<uint16_t>(value));
   }
 }
 

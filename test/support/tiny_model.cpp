@@ -170,12 +170,17 @@ void run_gradients(TrainEngine& engine, const std::vector<TinyBatch>& micro_batc
   for (const TinyBatch& batch : micro_batches) valid += batch.valid_tokens();
   engine.begin_step(lr, valid);
   for (const TinyBatch& batch : micro_batches) engine.accumulate(batch.host());
-  engine.finish_gradients();
+  engine.reduce_gradients();
 }
 
 StepResult run_step(TrainEngine& engine, const std::vector<TinyBatch>& micro_batches, double lr) {
   run_gradients(engine, micro_batches, lr);
-  return engine.finish_step();
+  return finish_step(engine);
+}
+
+StepResult finish_step(TrainEngine& engine) {
+  engine.finish_step();
+  return engine.take_result();
 }
 
 std::string bits_of(const Tensor& x) {
@@ -195,13 +200,8 @@ std::string gradient_bits(const ParameterSet& parameters) {
 
 std::string state_bits(TrainEngine& engine) {
   std::string lines;
-  for (const Parameter& p : engine.parameters().all()) {
-    lines += p.spec.name + " " + bits_of(p.value);
-    if (p.spec.trainable)
-      for (const Tensor& moment : {engine.exp_avg(), engine.exp_avg_sq()})
-        lines.append(" ").append(bits_of(moment.rows(p.offset, p.offset + p.numel())));
-    lines += "\n";
-  }
+  for (const StateSlice& slice : engine.saved_state())
+    lines += slice.kind + " " + slice.parameter->spec.name + " " + bits_of(slice.data) + "\n";
   return lines;
 }
 

@@ -65,6 +65,8 @@ EngineOptions tiny_options(const std::vector<TinyBatch>& micro_batches, DType dt
 
 // One optimizer step over micro-batches. The learning rate 0 changes the moments only.
 StepResult run_step(TrainEngine& engine, const std::vector<TinyBatch>& micro_batches, double lr);
+// engine.finish_step() and its result.
+StepResult finish_step(TrainEngine& engine);
 // The gradients of one step, which finish_step() may follow.
 void run_gradients(TrainEngine& engine, const std::vector<TinyBatch>& micro_batches, double lr = 0);
 

@@ -17,7 +17,7 @@ Flight::Flight(Backend& backend, const DeepSeekModel& model, const TinyBatch& ba
   slot = Arena("activations", memory_.data(), kArenaBytes);
   const int64_t T = std::ssize(host_.tokens);
   batch_.sequences = host_.sequences();
-  batch_.tokens_per_sequence = host_.seq_len();
+  batch_.tokens_per_sequence = batch_.sequence_length = host_.seq_len();
   batch_.tokens_T = Tensor(host_.tokens.data(), DType::i32, {T});
   batch_.positions_T = Tensor(host_.positions.data(), DType::i32, {T});
 
@@ -46,11 +46,9 @@ Flight::Flight(Backend& backend, const DeepSeekModel& model, const TinyBatch& ba
 }
 
 std::vector<double> Flight::output() const {
-  std::vector<double> sum(static_cast<size_t>(state.x_out_TD.numel()));
-  for (size_t i = 0; i < sum.size(); ++i)
-    sum[i] = element(state.x_out_TD, static_cast<int64_t>(i)) +
-             element(state.delta_out_TD, static_cast<int64_t>(i));
-  return sum;
+  std::vector<double> values(static_cast<size_t>(state.out_tD.numel()));
+  for (size_t i = 0; i < values.size(); ++i) values[i] = element(state.out_tD, static_cast<int64_t>(i));
+  return values;
 }
 
 ModelRunner::ModelRunner(Backend& backend, const ModelConfig& config, DType dtype,
@@ -60,17 +58,19 @@ ModelRunner::ModelRunner(Backend& backend, const ModelConfig& config, DType dtyp
       dtype_(dtype),
       recompute_(recompute),
       model_(config, part),
-      dist_(model_.parameters()),
-      dist_context_(dist_.context()),
+      store_(model_.parameters(), {dtype, true}),
+      dist_context_{dist_.tensor(), dist_.dispatcher(), dist_.kv(), dist_.sequences(), store_},
       scratch_("scratch"),
       counts_(static_cast<size_t>(model_.num_moe_layers() * config.n_routed_experts)) {
   auto take = [&](int64_t bytes) {
     return memory_.emplace_back(backend, bytes, MemoryKind::device).data();
   };
-  const int64_t N = parameters().trainable_elements(), B = parameters().buffer_elements();
-  const int64_t size = dtype_bytes(dtype);
-  const Tensor values(take(N * size), dtype, {N}), grads(take(N * size), dtype, {N});
-  parameters().bind(values, grads, Tensor(take(B * size), dtype, {B}));
+  store_.make_memory([&](const char* owner, MemoryKind, const std::function<void(Arena&)>& make) {
+    Arena measure(owner);
+    make(measure);
+    Arena arena(owner, take(measure.peak()), measure.peak());
+    make(arena);
+  });
   Arena constants("constants", take(kArenaBytes), kArenaBytes);
   model_.make_constants(backend, *stream_, constants, config.max_position_embeddings, dtype);
   scratch_ = Arena("scratch", take(kArenaBytes), kArenaBytes);
@@ -83,10 +83,10 @@ void ModelRunner::initialize(uint64_t seed) {
 
 void ModelRunner::begin(int64_t valid_tokens) {
   scalars_ = {};
-  scalars_.loss_scale = 1.0 / static_cast<double>(valid_tokens);
+  scalars_.in.loss_scale = 1.0 / static_cast<double>(valid_tokens);
   sums_.assign(3, 0.0);
   counts_.assign(counts_.size(), 0);
-  dist_.params.begin_step();
+  store_.begin_step();
 }
 
 StepContext ModelRunner::context(Flight& flight) {
@@ -104,10 +104,12 @@ StepContext ModelRunner::context(Flight& flight) {
           .scalars = &scalars_,
           .sums = sums,
           .balance_factor = config.aux_loss_alpha / static_cast<double>(flight.batch().sequences),
+          .routing_hook = nullptr,
           .training = true,
           .recompute = recompute_,
           .recomputing = false,
-          .token_loss_T = {}};
+          .token_loss_T = {},
+          .dry = false};
 }
 
 void ModelRunner::forward(Flight& flight, const Tensor& x_in_TD) {

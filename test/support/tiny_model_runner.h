@@ -17,7 +17,7 @@ class Flight {
  public:
   Flight(Backend& backend, const DeepSeekModel& model, const TinyBatch& batch);
   const Batch& batch() const { return batch_; }
-  // What a chunk without head sends: the sum of its two outputs.
+  // What a chunk without head sends.
   std::vector<double> output() const;
 
   Arena slot;
@@ -47,7 +47,7 @@ class ModelRunner {
   void begin(int64_t valid_tokens);
   void forward(Flight& flight, const Tensor& x_in_TD = {});
   void backward(Flight& flight, const Tensor& dx_out_TD = {}, const Tensor& dx_in_TD = {});
-  void finish() { dist_.params.finish_step({backend_.ops(), *stream_}); }
+  void finish() { store_.reduce_gradients({backend_.ops(), *stream_}); }
 
   double loss() const { return sums_[0]; }
   double mtp_loss() const { return sums_[1]; }
@@ -62,7 +62,8 @@ class ModelRunner {
   DType dtype_;
   Recompute recompute_;
   DeepSeekModel model_;
-  LocalDist dist_;
+  LocalDistribution dist_;
+  LocalParamStore store_;
   DistContext dist_context_;
   std::vector<DeviceMemory> memory_;
   Arena scratch_;

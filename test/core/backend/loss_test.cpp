@@ -31,7 +31,7 @@ struct LossCase {
     lse = c.output({T});
     loss = c.fixed(DType::f64, {1}, {0});
     token_loss = c.output({T});
-    scalars.loss_scale = 0.125;
+    scalars.in.loss_scale = 0.125;
   }
   CrossEntropyTargets targets(const Bound& b) const {
     if (soft) return {Tensor(), b[soft_index], b[soft_prob]};
@@ -107,7 +107,7 @@ TEST_CASE("cross entropy: gradients, and a fault turns the check red", "[ops]") 
   // dlogits replace the logits, so that they are copied out of them; the weight of each token's
   // loss is loss_scale * factor.
   const Slot dlogits = l.c.output({T, V});
-  const Slot weight = l.c.values({T}, std::vector<double>(T, l.scalars.loss_scale * l.factor));
+  const Slot weight = l.c.values({T}, std::vector<double>(T, l.scalars.in.loss_scale * l.factor));
   const auto forward = [&](Ops& ops, Stream& s, const Bound& b) { l.forward(ops, s, b); };
   const auto check = [&](const OpBody& backward) {
     return check_gradient(l.c, forward, backward, {{l.token_loss, weight}}, {{l.logits, dlogits}});

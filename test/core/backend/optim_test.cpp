@@ -18,13 +18,13 @@ struct AdamCase {
     param = c.normal({n});
     exp_avg = c.normal({n}, 0.01);
     exp_avg_sq = c.uniform({n}, 1e-6, 1e-4);
-    scalars.lr = 3e-3;
+    scalars.in.lr = 3e-3;
     scalars.bias_correction1 = 1 - std::pow(0.9, 5);
     scalars.bias_correction2 = 1 - std::pow(0.95, 5);
     scalars.grad_scale = 0.7;
   }
   void step(Ops& ops, Stream& s, const Bound& b) const {
-    ops.adamw(s, params, &scalars, b[grad], b[param], b[exp_avg], b[exp_avg_sq]);
+    ops.adamw(s, params, &scalars, b[grad], b[param], {}, b[exp_avg], b[exp_avg_sq]);
   }
 };
 
@@ -45,7 +45,7 @@ TEST_CASE("adamw: f32 agrees with f64, and the formula holds", "[ops]") {
     const double v = 0.95 * before.at(a.exp_avg_sq).get(i) + 0.05 * g * g;
     const double p = before.at(a.param).get(i);
     const double m_hat = m / a.scalars.bias_correction1, v_hat = v / a.scalars.bias_correction2;
-    const double expected = p - a.scalars.lr * (0.1 * p + m_hat / (std::sqrt(v_hat) + 1e-8));
+    const double expected = p - a.scalars.in.lr * (0.1 * p + m_hat / (std::sqrt(v_hat) + 1e-8));
     CHECK(b.at(a.param).get(i) == Approx(expected).epsilon(1e-13));
     CHECK(b.at(a.exp_avg).get(i) == Approx(m).epsilon(1e-13));
     CHECK(b.at(a.exp_avg_sq).get(i) == Approx(v).epsilon(1e-13));
@@ -81,7 +81,7 @@ TEST_CASE("adamw: gradients of zero keep moments of zero and only decay", "[ops]
   a.params.eps = 0.25;
   const Bound b =
       run_op(a.c, DType::f64, 1, [&](Ops& ops, Stream& s, const Bound& t) { a.step(ops, s, t); });
-  const double keep = 1 - a.scalars.lr * a.params.weight_decay;
+  const double keep = 1 - a.scalars.in.lr * a.params.weight_decay;
   CHECK(b.at(a.param).values() == std::vector<double>{keep, -2 * keep, 0});
 }
 
@@ -112,7 +112,7 @@ TEST_CASE("clip_scale", "[ops]") {
     const Slot sum = c.fixed(DType::f64, {1}, {sum_squares});
     StepScalars scalars;
     run_op(c, DType::f32, 1, [&](Ops& ops, Stream& s, const Bound& b) {
-      ops.clip_scale(s, b[sum], max_norm, &scalars);
+      ops.clip_scale(s, b[sum], max_norm, 0.9, 0.5, &scalars);
     });
     return scalars;
   };
@@ -124,6 +124,11 @@ TEST_CASE("clip_scale", "[ops]") {
   CHECK(clip(25, 1).finite == 1);
   CHECK(clip(std::numeric_limits<double>::infinity(), 1).finite == 0);
   CHECK(clip(std::nan(""), 1).finite == 0);
+  // A finite gradient is an update, with its number and corrections; any other is none.
+  CHECK(clip(25, 1).updates == 1);
+  CHECK(clip(25, 1).bias_correction1 == Approx(0.1).epsilon(1e-15));
+  CHECK(clip(25, 1).bias_correction2 == 0.5);
+  CHECK(clip(std::nan(""), 1).updates == 0);
 }
 
 TEST_CASE("adamw: ranges of different length are refused", "[ops]") {

@@ -52,11 +52,13 @@ struct RouterCase {
   OpCase c{31};
   int64_t T, E;
   RouterParams params;
+  SequenceRows rows;
   Slot logits, bias, scores, indices, weights, dweights, coeff, dlogits, load, prob;
 
   RouterCase(int64_t tokens, int64_t experts, const RouterParams& p, int64_t sequences = 1)
       : T(tokens), E(experts), params(p) {
     const int64_t K = p.experts_per_token;
+    rows.rows_per_sequence = T / std::max<int64_t>(1, sequences);
     logits = c.normal({T, E});
     bias = c.normal({E}, 0.05);
     scores = c.output({T, E});
@@ -73,7 +75,7 @@ struct RouterCase {
   }
   void backward(Ops& ops, Stream& s, const Bound& b, bool balance) const {
     ops.router_backward(s, b[dweights], b[scores], b[indices], params,
-                        balance ? b[coeff] : Tensor(), b[dlogits]);
+                        balance ? b[coeff] : Tensor(), rows, b[dlogits]);
   }
 };
 
@@ -195,7 +197,7 @@ TEST_CASE("router: gradients of weights and balance, and faults turn the check r
   r.indices = r.c.fixed(DType::i32, {6, 2}, {0, 1, 4, 2, 3, 0, 2, 1, 1, 4, 3, 2});
   const auto forward = [&](Ops& ops, Stream& s, const Bound& b) {
     ops.router_weights(s, b[r.logits], r.params, b[r.indices], b[r.scores], b[r.weights]);
-    ops.balance_statistics(s, b[r.scores], b[r.indices], b[r.load], b[r.prob]);
+    ops.balance_statistics(s, b[r.scores], b[r.indices], r.rows, b[r.load], b[r.prob]);
   };
   const auto check = [&](const OpBody& backward) {
     return check_gradient(r.c, forward, backward, {{r.weights, r.dweights}, {r.prob, r.coeff}},
@@ -207,7 +209,7 @@ TEST_CASE("router: gradients of weights and balance, and faults turn the check r
     RouterParams wrong = r.params;
     wrong.normalize = !normalize;
     ops.router_backward(s, b[r.dweights], b[r.scores], b[r.indices], wrong, b[r.coeff],
-                        b[r.dlogits]);
+                        r.rows, b[r.dlogits]);
   }));
 }
 
@@ -219,7 +221,7 @@ TEST_CASE("balance: statistics of each sequence", "[ops]") {
       check_op(r.c,
                [&](Ops& ops, Stream& s, const Bound& t) {
                  r.forward(ops, s, t);
-                 ops.balance_statistics(s, t[r.scores], t[r.indices], t[r.load], t[r.prob]);
+                 ops.balance_statistics(s, t[r.scores], t[r.indices], r.rows, t[r.load], t[r.prob]);
                },
                {{r.load, {}}, {r.prob, {.sum_length = n, .roundings = 4}}});
   std::vector<double> load(S * E), prob(S * E);

@@ -212,7 +212,7 @@ TEST_CASE("batch_stream: evaluation reads each token once and pads the last step
       for (int64_t j = 0; j < 2; ++j) ids += batch.sample_ids[j] >= 0;
       stream->release();
     }
-    CHECK_THROWS_WITH(stream->next(), Catch::Matchers::Contains("the pass is over"));
+    CHECK_THROWS_WITH(stream->next(), Catch::Contains("the pass is over"));
   }
   CHECK(ids == samples);
   CHECK(valid == f.a.num_tokens() + f.b.num_tokens() - f.a.num_documents() - f.b.num_documents());
@@ -244,7 +244,7 @@ TEST_CASE("batch_stream: errors of the reader come out of next(), in order") {
     stream->release();
   }
   for (int repeat = 0; repeat < 2; ++repeat)
-    CHECK_THROWS_WITH(stream->next(), Catch::Matchers::Contains("holds the id 200"));
+    CHECK_THROWS_WITH(stream->next(), Catch::Contains("holds the id 200"));
 }
 
 TEST_CASE("batch_stream: a damaged block is named by next()") {
@@ -264,8 +264,7 @@ TEST_CASE("batch_stream: a damaged block is named by next()") {
       stream->release();
     }
   };
-  CHECK_THROWS_WITH(read_all(),
-                    Catch::Matchers::Contains("tokens-00000.bin' is damaged: bytes 65536 to"));
+  CHECK_THROWS_WITH(read_all(), Catch::Contains("tokens-00000.bin' is damaged: bytes 65536 to"));
 }
 
 TEST_CASE("batch_stream: stops at once wherever the reader is") {

@@ -85,7 +85,7 @@ TEST_CASE("bigram: datasets without pairs get a sentence") {
   const TempFolder temp;
   const TokenDataset dataset = test::make_dataset(temp / "set", {{1}, {2}});
   CHECK_THROWS_WITH(score_bigram(dataset, dataset),
-                    Catch::Matchers::Contains("has no document of two tokens"));
+                    Catch::Contains("has no document of two tokens"));
 }
 
 }  // namespace

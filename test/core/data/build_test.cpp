@@ -19,7 +19,7 @@
 namespace dstrain {
 namespace {
 
-using Catch::Matchers::Contains;
+using Catch::Contains;
 using test::TempFolder;
 namespace fs = std::filesystem;
 

@@ -224,9 +224,8 @@ TEST_CASE("packer: an id outside the model's vocabulary is named") {
   const TokenDataset dataset = test::make_dataset(temp / "set", {{1, 2, 700, 3}});
   const PackOptions options = in_file_order(3);
   const EpochOrder order(dataset, options, 0, 0);
-  CHECK_THROWS_WITH(
-      pack(dataset, order, options, 0, 700),
-      Catch::Matchers::Contains("at token 2 (byte 4") && Catch::Matchers::Contains("id 700"));
+  CHECK_THROWS_WITH(pack(dataset, order, options, 0, 700),
+                    Catch::Contains("at token 2 (byte 4") && Catch::Contains("id 700"));
 }
 
 TEST_CASE("sample_order: skipped ids are left out, the others keep their meaning") {
@@ -276,8 +275,8 @@ TEST_CASE("sample_order: too little data gets a sentence") {
   PackOptions options;
   options.seq_len = 8;
   CHECK_THROWS_WITH(SampleOrder({{&dataset, 1}}, options, false, 0, {}),
-                    Catch::Matchers::Contains("holds 8 tokens, but one sequence takes") &&
-                        Catch::Matchers::Contains("lower data.seq_len to 7"));
+                    Catch::Contains("holds 8 tokens, but one sequence takes") &&
+                        Catch::Contains("lower data.seq_len to 7"));
   CHECK(SampleOrder({{&dataset, 1}}, options, true, 0, {}).num_samples() == 1);
 }
 

@@ -32,9 +32,9 @@ TEST_CASE("ParameterSet: models of every kind tile their flat range with groups"
   const ParameterSet& set = model.parameters();
 
   int64_t end = 0;
-  std::set<std::tuple<int, bool, bool>> kinds;
+  std::set<std::tuple<int, ReduceGroup, bool>> kinds;
   for (const ParameterGroup& group : set.groups()) {
-    CHECK(kinds.insert({group.block, group.expert, group.weight_decay}).second);
+    CHECK(kinds.insert({group.block, group.reduce, group.weight_decay}).second);
     CHECK(group.begin == end);
     CHECK(group.end > group.begin);
     end = group.end;
@@ -79,14 +79,29 @@ TEST_CASE("ParameterSet: matrices of whole tiles start at tiles", "[dist]") {
 TEST_CASE("ParameterSet: cuts divide dims, and mistakes are named", "[dist]") {
   ParameterSet set;
   ParameterSpec cut = spec("experts", {8, 6, 4});
-  cut.shard = {.tensor_dim = 1, .expert_dim = 0};
-  const Parameter& p = set.declare(cut, 3, 4);
-  CHECK(p.local_shape == std::vector<int64_t>{2, 2, 4});
-  CHECK(p.numel() == 16);
+  cut.shard = {.expert_dim = 0};
+  const Parameter& p = set.declare(cut, {.tensor = {1, 3}, .expert = {2, 4}});
+  CHECK(p.local_shape == std::vector<int64_t>{2, 6, 4});
+  CHECK(p.local_begin == std::vector<int64_t>{4, 0, 0});
+  CHECK(p.numel() == 48);
   CHECK(p.global_numel() == 192);
   CHECK_THROWS_WITH(set.declare(cut), Catch::Contains("experts") && Catch::Contains("twice"));
   cut.name = "other";
-  CHECK_THROWS_WITH(set.declare(cut, 5, 1), Catch::Contains("does not divide over 5 ranks"));
+  CHECK_THROWS_WITH(set.declare(cut, {.tensor = {}, .expert = {0, 5}}),
+                    Catch::Contains("does not divide over 5 ranks"));
+  cut.shard = {.tensor_dim = 1, .expert_dim = 0};
+  CHECK_THROWS_WITH(set.declare(cut), Catch::Contains("cut over two axes"));
+
+  // A vocabulary of any size: the last parts are smaller, or empty.
+  ParameterSpec table = spec("table", {5, 4});
+  table.shard = {.tensor_dim = 0, .uneven = true};
+  std::vector<std::pair<int64_t, int64_t>> parts;
+  for (int rank = 0; rank < 4; ++rank) {
+    ParameterSet one;
+    const Parameter& part = one.declare(table, {.tensor = {rank, 4}, .expert = {}});
+    parts.emplace_back(part.local_begin[0], part.local_shape[0]);
+  }
+  CHECK(parts == std::vector<std::pair<int64_t, int64_t>>{{0, 2}, {2, 2}, {4, 1}, {5, 0}});
   set.finish_layout();
   CHECK_THROWS_WITH(set.declare(spec("late", {4})), Catch::Contains("before the layout is fixed"));
 }

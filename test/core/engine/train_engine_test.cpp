@@ -117,7 +117,7 @@ TEST_CASE("TrainEngine: three micro-batches of one are one of three", "[engine]"
     run_gradients(engine, parts, 1e-3);
     for (const Parameter& p : engine.parameters().all())
       if (p.spec.trainable) gradients[split].push_back(elements(p.grad));
-    first[split] = engine.finish_step();
+    first[split] = finish_step(engine);
     for (int step = 2; step <= 20; ++step) loss_20[split] = run_step(engine, parts, 1e-3).loss;
   }
   CHECK(first[1].loss == Catch::Approx(first[0].loss).epsilon(1e-6));
@@ -195,7 +195,7 @@ TEST_CASE("TrainEngine: an evaluation inside a step leaves the step's sums alone
   engine.begin_step(0, batch.valid_tokens());
   engine.accumulate(batch.host());
   engine.evaluate(other.host());
-  const StepResult interrupted = engine.finish_step();
+  const StepResult interrupted = finish_step(engine);
   CHECK(interrupted.loss == alone.loss);
   CHECK(interrupted.balance_loss == alone.balance_loss);
   CHECK(interrupted.expert_counts_LE == alone.expert_counts_LE);
@@ -214,7 +214,7 @@ TEST_CASE("TrainEngine: a step that is not finite is skipped and not counted", "
   run_gradients(engine, {batch}, 0.01);
   const Parameter* norm = engine.parameters().find("model.norm.weight");
   set_element(norm->grad, 0, std::numeric_limits<double>::quiet_NaN());
-  const StepResult skipped = engine.finish_step();
+  const StepResult skipped = finish_step(engine);
   CHECK_FALSE(skipped.finite);
   CHECK(std::isfinite(skipped.loss));
   CHECK(engine.updates() == 1);
@@ -253,7 +253,7 @@ TEST_CASE("TrainEngine: sequences without targets add nothing to the loss or its
     CAPTURE(p.spec.name);
     if (p.spec.trainable) CHECK(relative_l2(elements(p.grad), elements(q.grad)) <= 1e-5);
   }
-  const StepResult a = with.finish_step(), b = without.finish_step();
+  const StepResult a = finish_step(with), b = finish_step(without);
   CHECK(a.loss == Catch::Approx(b.loss).epsilon(1e-6));
   CHECK(a.mtp_loss == Catch::Approx(b.mtp_loss).epsilon(1e-6));
 }
@@ -306,7 +306,7 @@ TEST_CASE("TrainEngine: engines side by side do not disturb each other", "[engin
     }
     for (size_t micro = 0; micro < 2; ++micro)
       for (size_t i = 0; i < 2; ++i) engines[i]->accumulate(batches[i][micro].host());
-    for (auto& engine : engines) engine->finish_step();
+    for (auto& engine : engines) finish_step(*engine);
   }
   for (size_t i = 0; i < 2; ++i) CHECK(state_bits(*engines[i]) == alone[i]);
 }

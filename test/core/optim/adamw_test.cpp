@@ -18,12 +18,12 @@ constexpr double kLr = 0.01;
 
 // Parameters of every group: two blocks, with and without decay, dense and expert.
 void declare_all(ParameterSet& set) {
-  set.declare({"embed", {17, 9}, {}, Init::normal, 0.5, true, true, 0});
-  set.declare({"block.gain", {9}, {}, Init::ones, 0, false, true, 1});
-  set.declare({"block.matrix", {9, 11}, {}, Init::normal, 0.5, true, true, 1});
-  set.declare({"block.experts", {3, 4, 5}, {.expert_dim = 0}, Init::normal, 0.5, true, true, 1});
-  set.declare({"block.bias", {11}, {}, Init::zeros, 0, false, true, 1});
-  set.declare({"tiled", {128, 256}, {}, Init::normal, 0.5, true, true, 2});
+  set.declare({"embed", {17, 9}, {}, Init::normal, 0.5, true, true, Tie::none, 0});
+  set.declare({"block.gain", {9}, {}, Init::ones, 0, false, true, Tie::none, 1});
+  set.declare({"block.matrix", {9, 11}, {}, Init::normal, 0.5, true, true, Tie::none, 1});
+  set.declare({"block.experts", {3, 4, 5}, {.expert_dim = 0}, Init::normal, 0.5, true, true, Tie::none, 1});
+  set.declare({"block.bias", {11}, {}, Init::zeros, 0, false, true, Tie::none, 1});
+  set.declare({"tiled", {128, 256}, {}, Init::normal, 0.5, true, true, Tie::none, 2});
   set.finish_layout();
 }
 
@@ -41,8 +41,12 @@ class Optimized {
     set_.bind(values, grads, Tensor());
     set_.initialize(backend_->ops(), *stream_, 11);
     for (const Tensor& t : {grads, exp_avg, exp_avg_sq}) backend_->ops().fill(*stream_, t, 0);
-    adamw_ = std::make_unique<AdamW>(config, set_, values, grads, exp_avg, exp_avg_sq, &scalars,
-                                     Tensor(&norm_, DType::f64, {1}));
+    adamw_ = std::make_unique<AdamW>(config);
+    for (const ParameterGroup& group : set_.groups()) {
+      auto part = [&](const Tensor& flat) { return flat.rows(group.begin, group.end); };
+      ranges_.push_back(
+          {group.weight_decay, part(values), part(grads), part(exp_avg), part(exp_avg_sq)});
+    }
   }
 
   // Gradients of step t, at different scales per parameter.
@@ -57,10 +61,15 @@ class Optimized {
     }
   }
   void step(int64_t t) {
+    Ops& ops = backend_->ops();
     scalars = {};
-    scalars.lr = kLr;
-    adamw_->set_bias_corrections(scalars, t);
-    adamw_->step(backend_->ops(), *stream_);
+    scalars.in.lr = kLr;
+    scalars.updates = t - 1;
+    double sum = 0;
+    const Tensor sum_1(&sum, DType::f64, {1});
+    for (const OptimizerRange& range : ranges_) ops.add_sum_squares(*stream_, range.grad, sum_1);
+    adamw_->clip(ops, *stream_, sum_1, &scalars);
+    adamw_->update(ops, *stream_, ranges_, &scalars);
   }
   std::string state() const { return bits_of(values) + bits_of(exp_avg) + bits_of(exp_avg_sq); }
   const ParameterSet& set() const { return set_; }
@@ -73,7 +82,7 @@ class Optimized {
   std::unique_ptr<Stream> stream_;
   ParameterSet set_;
   std::vector<DeviceMemory> memory_;
-  double norm_ = 0;
+  std::vector<OptimizerRange> ranges_;
   std::unique_ptr<AdamW> adamw_;
 };
 
