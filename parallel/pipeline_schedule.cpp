@@ -3,23 +3,13 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <array>
 #include <cstdint>
 #include <limits>
-#include <string>
-#include <utility>
 
 #include "core/base/error.h"
 
 namespace dstrain {
 namespace {
-
-constexpr auto kNames = std::to_array<std::pair<std::string_view, PipelineScheduleName>>({
-    {"1f1b", PipelineScheduleName::one_f_one_b},
-    {"interleaved", PipelineScheduleName::interleaved},
-    {"zero_bubble", PipelineScheduleName::zero_bubble},
-    {"forward_only", PipelineScheduleName::forward_only},
-});
 
 PipelineSchedule without_actions(int stages, int virtual_stages, int micro_batches) {
   if (stages < 1 || virtual_stages < 1 || micro_batches < 1)
@@ -59,6 +49,13 @@ bool PipelineSchedule::frees_slot(const PipelineAction& action) const {
   return action.kind == ActionKind::backward || action.kind == ActionKind::backward_weight;
 }
 
+bool PipelineSchedule::splits_backward() const {
+  const auto is_part = [](const PipelineAction& a) { return a.kind == ActionKind::backward_input; };
+  return std::any_of(actions.begin(), actions.end(), [&](const auto& of_stage) {
+    return std::any_of(of_stage.begin(), of_stage.end(), is_part);
+  });
+}
+
 PipelineSchedule make_one_f_one_b(int stages, int micro_batches) {
   PipelineSchedule schedule = without_actions(stages, 1, micro_batches);
   for (int p = 0; p < stages; ++p) {
@@ -80,9 +77,18 @@ PipelineSchedule make_interleaved(int stages, int virtual_stages, int micro_batc
   PipelineSchedule schedule = without_actions(stages, virtual_stages, micro_batches);
   if (micro_batches % stages != 0)
     throw ConfigError(fmt::format(
-        "the interleaved pipeline schedule over {} stages takes a multiple of {} micro-batches a "
-        "step, not {}: change the batch sizes, or take the schedule 1f1b with 1 virtual stage",
+        "parallel.schedule interleaved over {} stages takes a multiple of {} micro-batches a step, "
+        "not {}: change train.global_batch, or write parallel.schedule: 1f1b",
         stages, stages, micro_batches));
+  if (stages == 1) {
+    // Nobody to wait for, so each micro-batch goes through all chunks and back.
+    auto& actions = schedule.actions[0];
+    for (int b = 0; b < micro_batches; ++b) {
+      for (int c = 0; c < virtual_stages; ++c) actions.push_back({ActionKind::forward, c, b});
+      for (int c = virtual_stages; c-- > 0;) actions.push_back({ActionKind::backward, c, b});
+    }
+    return schedule;
+  }
   // Groups of `stages` micro-batches pass through all chunks before the next group starts.
   const int in_group = stages * virtual_stages;
   const auto chunk = [&](int k) { return k % in_group / stages; };
@@ -105,6 +111,7 @@ PipelineSchedule make_interleaved(int stages, int virtual_stages, int micro_batc
 }
 
 PipelineSchedule make_zero_bubble(int stages, int micro_batches) {
+  if (stages == 1) return make_one_f_one_b(stages, micro_batches);
   PipelineSchedule schedule = without_actions(stages, 1, micro_batches);
   for (int p = 0; p < stages; ++p) {
     auto& actions = schedule.actions[static_cast<size_t>(p)];
@@ -135,30 +142,17 @@ PipelineSchedule make_forward_only(int stages, int virtual_stages, int micro_bat
   return schedule;
 }
 
-PipelineScheduleName pipeline_schedule_from_name(std::string_view name) {
-  std::string known;
-  for (const auto& [text, value] : kNames) {
-    if (text == name) return value;
-    if (!known.empty()) known += text == kNames.back().first ? " and " : ", ";
-    known += text;
-  }
-  throw ConfigError(
-      fmt::format("there is no pipeline schedule '{}'; the schedules are {}", name, known));
-}
-
-PipelineSchedule make_pipeline_schedule(PipelineScheduleName name, int stages, int virtual_stages,
+PipelineSchedule make_pipeline_schedule(PipelineOrder order, int stages, int virtual_stages,
                                         int micro_batches) {
-  if (name == PipelineScheduleName::interleaved)
+  if (order == PipelineOrder::interleaved)
     return make_interleaved(stages, virtual_stages, micro_batches);
-  if (name == PipelineScheduleName::forward_only)
-    return make_forward_only(stages, virtual_stages, micro_batches);
-  const bool split = name == PipelineScheduleName::zero_bubble;
   if (virtual_stages != 1)
     throw ConfigError(
-        fmt::format("the pipeline schedule {} has 1 virtual stage, not {}: take the "
-                    "schedule interleaved, or 1 virtual stage",
-                    split ? "zero_bubble" : "1f1b", virtual_stages));
-  return split ? make_zero_bubble(stages, micro_batches) : make_one_f_one_b(stages, micro_batches);
+        fmt::format("parallel.schedule {} takes 1 virtual stage, not {}: write 1 under "
+                    "parallel.virtual_stages, or parallel.schedule: interleaved",
+                    enum_name(order), virtual_stages));
+  return order == PipelineOrder::zero_bubble ? make_zero_bubble(stages, micro_batches)
+                                             : make_one_f_one_b(stages, micro_batches);
 }
 
 int in_flight(const PipelineSchedule& schedule, int stage, int chunk) {

@@ -6,8 +6,9 @@
 // global stage g goes to g + 1, the gradient of its input to g - 1.
 #pragma once
 
-#include <string_view>
 #include <vector>
+
+#include "core/config/parallel_config.h"
 
 namespace dstrain {
 
@@ -37,11 +38,12 @@ struct PipelineSchedule {
   int global_stage(int stage, int chunk) const { return chunk * stages + stage; }
   // True for the action after which nothing of its chunk's micro-batch is needed any more.
   bool frees_slot(const PipelineAction& action) const;
+  bool splits_backward() const;  // true if any backward runs in two actions
 };
 
 // All makers throw ConfigError for counts below 1 and for combinations that their schedule
-// excludes. What they return passes check() of pipeline_schedule_check.h. With one stage and one
-// chunk all training schedules run each micro-batch forward, then backward.
+// excludes. What they return passes check() of pipeline_schedule_check.h. With one stage all
+// training schedules are the same: each micro-batch forward, then backward.
 
 // One forward, one backward in turn after a warm-up (PipeDream-Flush, arXiv:2006.09503). Stage p
 // holds at most stages - p micro-batches. Idle time over computing time is
@@ -62,12 +64,9 @@ PipelineSchedule make_zero_bubble(int stages, int micro_batches);
 // For evaluation; any number of micro-batches.
 PipelineSchedule make_forward_only(int stages, int virtual_stages, int micro_batches);
 
-enum class PipelineScheduleName { one_f_one_b, interleaved, zero_bubble, forward_only };
-
-// "1f1b", "interleaved", "zero_bubble" or "forward_only"; throws ConfigError for anything else.
-PipelineScheduleName pipeline_schedule_from_name(std::string_view name);
-// Throws ConfigError where the schedule has one chunk per stage and virtual_stages is not 1.
-PipelineSchedule make_pipeline_schedule(PipelineScheduleName name, int stages, int virtual_stages,
+// The training schedule of that order. Throws ConfigError where the order has one chunk per stage
+// and virtual_stages is not 1.
+PipelineSchedule make_pipeline_schedule(PipelineOrder order, int stages, int virtual_stages,
                                         int micro_batches);
 
 // Memory that a schedule asks for; both expect one that check() accepts.

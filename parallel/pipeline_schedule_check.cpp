@@ -189,12 +189,27 @@ void check_slots(const PipelineSchedule& s, Problems& problems) {
   }
 }
 
+// An end without deadlock was shown for buffered sends.
+void check_slot_reuse(const PipelineSchedule& s, Problems& problems) {
+  const PipelineTimeline timeline = simulate(s, {}, PipelineSends::in_place);
+  for (int stage = 0; stage < s.stages; ++stage) {
+    const auto& actions = s.actions[static_cast<size_t>(stage)];
+    const size_t done = timeline.spans[static_cast<size_t>(stage)].size();
+    if (done < actions.size())
+      problems.push_back(
+          fmt::format("deadlock where slots hold what was sent until it is received: stage {} does "
+                      "not get past "
+                      "action {}, {}",
+                      stage, done, text(actions[done])));
+  }
+}
+
 }  // namespace
 
 std::vector<std::string> check(const PipelineSchedule& schedule) {
   Problems problems;
-  for (const auto& rule :
-       {check_ranges, check_counts, check_own_order, check_deadlock, check_channels, check_slots}) {
+  for (const auto& rule : {check_ranges, check_counts, check_own_order, check_deadlock,
+                           check_channels, check_slots, check_slot_reuse}) {
     rule(schedule, problems);
     if (!problems.empty()) break;
   }

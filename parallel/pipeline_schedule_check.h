@@ -15,6 +15,10 @@ namespace dstrain {
 //  - Every stage takes what another sends it, outputs and gradients together, in the order in which
 //    it was sent. So one channel that keeps order is enough from each stage to each neighbour.
 //  - Slot micro_batch % in_flight is free when a forward begins.
+//  - No deadlock either where what is sent stays in its slot, and a forward waits until what was
+//  sent
+//    from its slot is being received. Waiting for all that the stage has sent may deadlock when
+//    stages have several chunks.
 // The rules are checked in this order, and those after the first broken one are left out.
 std::vector<std::string> check(const PipelineSchedule& schedule);
 

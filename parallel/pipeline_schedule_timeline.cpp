@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <utility>
 
 namespace dstrain {
 namespace {
@@ -24,7 +25,7 @@ double cost(const PipelineCosts& costs, ActionKind kind) {
   return 0;
 }
 
-// When each result was ready; empty until then.
+// A time for each result; empty until it is known.
 class ResultTimes {
  public:
   explicit ResultTimes(const PipelineSchedule& schedule)
@@ -42,15 +43,81 @@ class ResultTimes {
   std::vector<std::optional<double>> times_;
 };
 
-// The time from which what an action needs is on its stage; none while it is missing.
-std::optional<double> ready_time(const PipelineSchedule& schedule, const PipelineCosts& costs,
-                                 ResultTimes& times, int stage, const PipelineAction& action) {
-  const std::optional<PipelineResult> result = needs(schedule, stage, action);
-  if (!result) return 0;
-  const std::optional<double> time = times[*result];
-  const bool local = result->global_stage % schedule.stages == stage;
-  return time && !local ? *time + costs.communication : time;
-}
+class Simulation {
+ public:
+  Simulation(const PipelineSchedule& schedule, const PipelineCosts& costs, PipelineSends sends)
+      : schedule_(schedule), costs_(costs), ready_(schedule), awaited_(schedule) {
+    spans_.resize(schedule.actions.size());
+    if (sends == PipelineSends::buffered) return;
+    for (int stage = 0; stage < schedule.stages; ++stage)
+      for (int chunk = 0; chunk < schedule.virtual_stages; ++chunk)
+        holders_.emplace_back(static_cast<size_t>(in_flight(schedule, stage, chunk)));
+  }
+
+  // Runs the stage's next action, unless it is at the end or has to wait.
+  bool advance(int stage) {
+    const auto& actions = schedule_.actions[static_cast<size_t>(stage)];
+    auto& spans = spans_[static_cast<size_t>(stage)];
+    if (spans.size() == actions.size()) return false;
+    const PipelineAction& action = actions[spans.size()];
+    const int g = schedule_.global_stage(stage, action.chunk);
+    const std::optional<double> slot_free = slot_time(stage, action);
+    if (!slot_free) return false;
+    double start = std::max(*slot_free, spans.empty() ? 0 : spans.back().end);
+    if (const std::optional<PipelineResult> result = needs(schedule_, stage, action)) {
+      if (result->global_stage != g) awaited_[*result] = start;
+      if (!ready_[*result]) return false;
+      const bool local = result->global_stage % schedule_.stages == stage;
+      start = std::max(start, *ready_[*result] + (local ? 0 : costs_.communication));
+    }
+    spans.push_back({start, start + cost(costs_, action.kind)});
+    const bool gradient = action.kind != ActionKind::forward;
+    if (action.kind != ActionKind::backward_weight)
+      ready_[{gradient, g, action.micro_batch}] = spans.back().end;
+    if (!gradient && !holders_.empty()) *holder(stage, action) = action.micro_batch;
+    return true;
+  }
+
+  PipelineTimeline timeline() && {
+    PipelineTimeline timeline;
+    for (const auto& spans : spans_)
+      if (!spans.empty()) timeline.makespan = std::max(timeline.makespan, spans.back().end);
+    for (const auto& spans : spans_) {
+      double busy = 0;
+      for (const Span& span : spans) busy += span.end - span.start;
+      timeline.bubble.push_back(busy > 0 ? (timeline.makespan - busy) / busy : 0);
+    }
+    timeline.spans = std::move(spans_);
+    return timeline;
+  }
+
+ private:
+  std::optional<int>* holder(int stage, const PipelineAction& action) {
+    auto& slots = holders_[static_cast<size_t>(stage * schedule_.virtual_stages + action.chunk)];
+    return &slots[static_cast<size_t>(action.micro_batch) % slots.size()];
+  }
+
+  // From when on an action may use its slot; empty while a result of the one before is in it.
+  std::optional<double> slot_time(int stage, const PipelineAction& action) {
+    if (holders_.empty() || action.kind != ActionKind::forward) return 0;
+    const std::optional<int> before = *holder(stage, action);
+    if (!before) return 0;
+    const int g = schedule_.global_stage(stage, action.chunk);
+    std::optional<double> output = 0, gradient = 0;
+    if (g < schedule_.global_stages() - 1) output = awaited_[{false, g, *before}];
+    if (g > 0 && schedule_.training) gradient = awaited_[{true, g, *before}];
+    if (!output || !gradient) return std::nullopt;
+    return std::max(*output, *gradient);
+  }
+
+  const PipelineSchedule& schedule_;
+  const PipelineCosts& costs_;
+  std::vector<std::vector<Span>> spans_;
+  ResultTimes ready_;    // when its action ended
+  ResultTimes awaited_;  // when its receiver came for it
+  // The last micro-batch in each slot of each chunk of each stage. Empty if sends are buffered.
+  std::vector<std::vector<std::optional<int>>> holders_;
+};
 
 std::string label(const PipelineSchedule& schedule, const PipelineAction& action) {
   const char letter = action.kind == ActionKind::forward           ? 'F'
@@ -95,35 +162,15 @@ std::optional<PipelineResult> needs(const PipelineSchedule& schedule, int stage,
   return PipelineResult{true, g + 1, b};
 }
 
-PipelineTimeline simulate(const PipelineSchedule& schedule, const PipelineCosts& costs) {
-  PipelineTimeline timeline;
-  timeline.spans.resize(schedule.actions.size());
-  ResultTimes times(schedule);
+PipelineTimeline simulate(const PipelineSchedule& schedule, const PipelineCosts& costs,
+                          PipelineSends sends) {
+  Simulation simulation(schedule, costs, sends);
   for (bool moved = true; moved;) {
     moved = false;
-    for (int stage = 0; stage < schedule.stages; ++stage) {
-      const auto& actions = schedule.actions[static_cast<size_t>(stage)];
-      auto& spans = timeline.spans[static_cast<size_t>(stage)];
-      while (spans.size() < actions.size()) {
-        const PipelineAction& action = actions[spans.size()];
-        const auto ready = ready_time(schedule, costs, times, stage, action);
-        if (!ready) break;
-        const double start = std::max(*ready, spans.empty() ? 0 : spans.back().end);
-        spans.push_back({start, start + cost(costs, action.kind)});
-        if (action.kind != ActionKind::backward_weight)
-          times[{action.kind != ActionKind::forward, schedule.global_stage(stage, action.chunk),
-                 action.micro_batch}] = spans.back().end;
-        timeline.makespan = std::max(timeline.makespan, spans.back().end);
-        moved = true;
-      }
-    }
+    for (int stage = 0; stage < schedule.stages; ++stage)
+      while (simulation.advance(stage)) moved = true;
   }
-  for (const auto& spans : timeline.spans) {
-    double busy = 0;
-    for (const Span& span : spans) busy += span.end - span.start;
-    timeline.bubble.push_back(busy > 0 ? (timeline.makespan - busy) / busy : 0);
-  }
-  return timeline;
+  return std::move(simulation).timeline();
 }
 
 std::string draw(const PipelineSchedule& schedule) {

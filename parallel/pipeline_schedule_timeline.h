@@ -28,10 +28,17 @@ struct PipelineTimeline {
   std::vector<double> bubble;
 };
 
+// Where a result is until the receiver comes for it. A send never waits, but a slot may.
+enum class PipelineSends {
+  buffered,  // in memory of the transport
+  in_place,  // in its slot: the slot's next forward waits until both results are being received
+};
+
 // Every stage runs its actions in order, each as soon as what it needs is there. Sends take no time
-// of the sender and never wait. Chunks and micro-batches must be in range; other mistakes of a
-// schedule end in a stage that waits for ever.
-PipelineTimeline simulate(const PipelineSchedule& schedule, const PipelineCosts& costs = {});
+// of the sender. Chunks and micro-batches must be in range; other mistakes of a schedule end in a
+// stage that waits for ever.
+PipelineTimeline simulate(const PipelineSchedule& schedule, const PipelineCosts& costs = {},
+                          PipelineSends sends = PipelineSends::buffered);
 
 // What an action leaves for others: a chunk's output, or the gradient of a chunk's input.
 struct PipelineResult {
@@ -41,7 +48,7 @@ struct PipelineResult {
   bool operator==(const PipelineResult&) const = default;
 };
 
-// The result that an action waits for; none for a forward of the first global stage. When the
+// The result that an action needs; none for a forward of the first global stage. When the
 // gradient of the next global stage is there, a backward's own forward is done, too.
 std::optional<PipelineResult> needs(const PipelineSchedule& schedule, int stage,
                                     const PipelineAction& action);

@@ -23,18 +23,18 @@ constexpr auto I = ActionKind::backward_input;
 constexpr auto W = ActionKind::backward_weight;
 using Actions = std::vector<PipelineAction>;
 
+enum class Kind { one_f_one_b, interleaved, zero_bubble, forward_only };
+
 // Calls visit with every schedule of up to 8 stages, 4 chunks and 16 micro-batches.
-void for_each_schedule(
-    const std::function<void(PipelineScheduleName, const PipelineSchedule&)>& visit) {
-  using Name = PipelineScheduleName;
+void for_each_schedule(const std::function<void(Kind, const PipelineSchedule&)>& visit) {
   for (int stages = 1; stages <= 8; ++stages)
     for (int micro_batches = 1; micro_batches <= 16; ++micro_batches) {
-      visit(Name::one_f_one_b, make_one_f_one_b(stages, micro_batches));
-      visit(Name::zero_bubble, make_zero_bubble(stages, micro_batches));
+      visit(Kind::one_f_one_b, make_one_f_one_b(stages, micro_batches));
+      visit(Kind::zero_bubble, make_zero_bubble(stages, micro_batches));
       for (int chunks = 1; chunks <= 4; ++chunks) {
-        visit(Name::forward_only, make_forward_only(stages, chunks, micro_batches));
+        visit(Kind::forward_only, make_forward_only(stages, chunks, micro_batches));
         if (micro_batches % stages == 0)
-          visit(Name::interleaved, make_interleaved(stages, chunks, micro_batches));
+          visit(Kind::interleaved, make_interleaved(stages, chunks, micro_batches));
       }
     }
 }
@@ -99,7 +99,7 @@ std::string run_over_queues(const PipelineSchedule& s) {
 
 TEST_CASE("pipeline schedules are sound in every layout", "[pipeline]") {
   int visited = 0;
-  for_each_schedule([&](PipelineScheduleName, const PipelineSchedule& s) {
+  for_each_schedule([&](Kind, const PipelineSchedule& s) {
     ++visited;
     const std::string problems = joined(check(s)) + run_over_queues(s);
     if (problems.empty()) return;
@@ -109,11 +109,14 @@ TEST_CASE("pipeline schedules are sound in every layout", "[pipeline]") {
   CHECK(visited > 900);
 }
 
-TEST_CASE("a pipeline of one stage and one chunk runs forward, then backward", "[pipeline]") {
+TEST_CASE("a pipeline of one stage runs forward, then backward", "[pipeline]") {
+  // Several chunks: all of them forward, then all of them backward.
+  CHECK(draw(make_interleaved(1, 2, 2)) ==
+        "stage 0  F0.0 F0.1 B0.1----- B0.0----- F1.0 F1.1 B1.1----- B1.0-----\n");
   const std::vector<Actions> expected = {{{F, 0, 0}, {B, 0, 0}, {F, 0, 1}, {B, 0, 1}}};
   CHECK(make_one_f_one_b(1, 2).actions == expected);
   CHECK(make_interleaved(1, 1, 2).actions == expected);
-  CHECK(draw(make_zero_bubble(1, 2)) == "stage 0  F0 B0 W0 F1 B1 W1\n");
+  CHECK(make_zero_bubble(1, 2).actions == expected);
   CHECK(in_flight(make_one_f_one_b(1, 2), 0, 0) == 1);
   CHECK(batches_in_flight(make_one_f_one_b(1, 2), 0) == 1);
 }
@@ -139,7 +142,7 @@ TEST_CASE("pipeline memory: slots in flight", "[pipeline]") {
 }
 
 TEST_CASE("micro-batches in a window have different places", "[pipeline]") {
-  for_each_schedule([&](PipelineScheduleName, const PipelineSchedule& s) {
+  for_each_schedule([&](Kind, const PipelineSchedule& s) {
     for (int p = 0; p < s.stages; ++p) {
       const int window = batches_in_flight(s, p);
       std::map<int, int> chunks_left, holder;
@@ -157,16 +160,15 @@ TEST_CASE("micro-batches in a window have different places", "[pipeline]") {
 }
 
 TEST_CASE("pipeline bubbles are those of the papers", "[pipeline]") {
-  for_each_schedule([&](PipelineScheduleName name, const PipelineSchedule& s) {
+  for_each_schedule([&](Kind kind, const PipelineSchedule& s) {
     const double m = s.micro_batches, fill = s.stages - 1;
     CAPTURE(s.stages, s.virtual_stages, s.micro_batches, draw(s));
     // A smaller last group waits for itself to come round.
-    if (name == PipelineScheduleName::forward_only && s.virtual_stages > 1 &&
-        s.micro_batches % s.stages != 0)
+    if (kind == Kind::forward_only && s.virtual_stages > 1 && s.micro_batches % s.stages != 0)
       return;
     const PipelineTimeline timeline = simulate(s);
     for (const double bubble : timeline.bubble) {
-      if (name != PipelineScheduleName::zero_bubble)
+      if (kind != Kind::zero_bubble || s.stages == 1)
         REQUIRE(bubble == Approx(fill / (s.virtual_stages * m)).margin(1e-12));
       else if (s.micro_batches >= s.stages)
         REQUIRE(bubble == Approx(fill / (3 * m)).margin(1e-12));
@@ -190,6 +192,30 @@ TEST_CASE("pipeline simulation counts unequal costs and messages", "[pipeline]")
   CHECK(simulate(make_forward_only(3, 1, 4), costs).makespan == Approx(6 * 2 + 2 * 0.25));
 }
 
+TEST_CASE("pipeline sends in place delay only interleaved schedules", "[pipeline]") {
+  int slower = 0;
+  for_each_schedule([&](Kind kind, const PipelineSchedule& s) {
+    const double buffered = simulate(s).makespan;
+    const double in_place = simulate(s, {}, PipelineSends::in_place).makespan;
+    CAPTURE(s.stages, s.virtual_stages, s.micro_batches, draw(s));
+    REQUIRE(in_place >= buffered);
+    REQUIRE(in_place <= buffered * (kind == Kind::interleaved ? 1.1 : 1.0));
+    slower += in_place > buffered;
+  });
+  CHECK(slower > 0);
+
+  // Stage 0 comes for the first gradient after five forwards, and only then stage 1 goes on.
+  std::vector<Actions> stages(2);
+  for (int b = 0; b < 5; ++b) {
+    stages[0].push_back({F, 0, b});
+    stages[1].insert(stages[1].end(), {{F, 0, b}, {I, 0, b}, {W, 0, b}});
+  }
+  for (int b = 0; b < 5; ++b) stages[0].push_back({B, 0, b});
+  const PipelineSchedule s = schedule_of(5, stages);
+  CHECK(simulate(s).spans[1][3].start == Approx(4));
+  CHECK(simulate(s, {}, PipelineSends::in_place).spans[1][3].start == Approx(5));
+}
+
 TEST_CASE("pipeline schedules are drawn as text", "[pipeline]") {
   CHECK(draw(make_one_f_one_b(1, 2)) == "stage 0  F0 B0--- F1 B1---\n");
   CHECK(draw(make_one_f_one_b(2, 3)) ==
@@ -209,6 +235,7 @@ TEST_CASE("pipeline schedules are drawn as text", "[pipeline]") {
   // A schedule that does not end, as far as it comes.
   CHECK(draw(schedule_of(1, {{{B, 0, 0}, {F, 0, 0}}, {{F, 0, 0}, {B, 0, 0}}})) ==
         "stage 0  B0?\nstage 1  F0?\n");
+  CHECK(draw(schedule_of(1, {{{F, 0, 0}, {W, 0, 0}, {I, 0, 0}}})) == "stage 0  F0 W0?\n");
 }
 
 TEST_CASE("the pipeline checker finds every lost, doubled or altered action", "[pipeline]") {
@@ -276,6 +303,13 @@ TEST_CASE("the pipeline checker names what is wrong", "[pipeline]") {
       "output of micro-batch 0 in chunk 0, expected is the output of micro-batch 1 in chunk 0"));
   CHECK(finds(schedule_of(2, {all_forward, {{F, 0, 0}, {F, 0, 1}, {B, 0, 1}, {B, 0, 0}}}),
               "stage 1 sends stage 0 messages in another order"));
+  // Stage 0 sends the third only when stage 1 takes the second, for which it wants the first to go.
+  PipelineSchedule evaluation = make_forward_only(2, 2, 3);
+  for (Actions& actions : evaluation.actions)
+    actions = {{F, 0, 0}, {F, 0, 1}, {F, 0, 2}, {F, 1, 0}, {F, 1, 1}, {F, 1, 2}};
+  CHECK(finds(evaluation,
+              "deadlock where slots hold what was sent until it is received: stage 0 does not get "
+              "past action 2, forward of micro-batch 2 in chunk 0"));
   // Two in flight, and both want slot 0.
   const Actions strides = {{F, 0, 0}, {F, 0, 2}, {B, 0, 0}, {B, 0, 2}, {F, 0, 1}, {B, 0, 1}};
   CHECK(finds(schedule_of(3, {strides}),
@@ -301,29 +335,29 @@ TEST_CASE("the pipeline checker takes any numbers", "[pipeline]") {
   CHECK(finds(evaluation, "runs in a schedule without training"));
 }
 
-TEST_CASE("pipeline schedules by name", "[pipeline]") {
-  using Name = PipelineScheduleName;
-  const auto make = [](const char* name, int stages, int chunks, int micro_batches) {
-    return make_pipeline_schedule(pipeline_schedule_from_name(name), stages, chunks, micro_batches);
-  };
-  CHECK(pipeline_schedule_from_name("1f1b") == Name::one_f_one_b);
-  CHECK(make("1f1b", 3, 1, 5).actions == make_one_f_one_b(3, 5).actions);
-  CHECK(make("interleaved", 2, 3, 4).actions == make_interleaved(2, 3, 4).actions);
-  CHECK(make("zero_bubble", 3, 1, 5).actions == make_zero_bubble(3, 5).actions);
-  CHECK(make("forward_only", 3, 2, 5).actions == make_forward_only(3, 2, 5).actions);
+TEST_CASE("pipeline schedules by the job's words", "[pipeline]") {
+  const auto make = make_pipeline_schedule;
+  using Order = PipelineOrder;
+  CHECK(make(Order::one_f_one_b, 3, 1, 5).actions == make_one_f_one_b(3, 5).actions);
+  CHECK(make(Order::interleaved, 2, 3, 4).actions == make_interleaved(2, 3, 4).actions);
+  CHECK(make(Order::zero_bubble, 3, 1, 5).actions == make_zero_bubble(3, 5).actions);
+  CHECK(make(Order::zero_bubble, 3, 1, 5).splits_backward());
+  CHECK_FALSE(make(Order::zero_bubble, 1, 1, 5).splits_backward());
+  CHECK_FALSE(make(Order::one_f_one_b, 3, 1, 5).splits_backward());
 
-  CHECK_THROWS_WITH(pipeline_schedule_from_name("gpipe"),
-                    "there is no pipeline schedule 'gpipe'; the schedules are 1f1b, interleaved, "
-                    "zero_bubble and forward_only");
-  CHECK_THROWS_AS(pipeline_schedule_from_name(""), ConfigError);
-  CHECK_THROWS_AS(make("1f1b", 2, 2, 4), ConfigError);
-  CHECK_THROWS_AS(make("zero_bubble", 2, 2, 4), ConfigError);
-  CHECK_THROWS_AS(make("interleaved", 4, 2, 6), ConfigError);
-  CHECK_THROWS_AS(make("1f1b", 0, 1, 4), ConfigError);
-  CHECK_THROWS_AS(make("interleaved", 2, 0, 4), ConfigError);
-  CHECK_THROWS_AS(make("forward_only", 2, 1, 0), ConfigError);
-  CHECK_THROWS_AS(make("forward_only", 1 << 20, 1 << 20, 1), ConfigError);
-  CHECK_THROWS_AS(make("interleaved", 1, 1 << 20, 1 << 20), ConfigError);
+  CHECK_THROWS_WITH(make(Order::zero_bubble, 2, 3, 4),
+                    "parallel.schedule zero_bubble takes 1 virtual stage, not 3: write 1 under "
+                    "parallel.virtual_stages, or parallel.schedule: interleaved");
+  CHECK_THROWS_WITH(
+      make(Order::interleaved, 4, 2, 6),
+      "parallel.schedule interleaved over 4 stages takes a multiple of 4 micro-batches "
+      "a step, not 6: change train.global_batch, or write parallel.schedule: 1f1b");
+  CHECK_THROWS_AS(make(Order::one_f_one_b, 2, 2, 4), ConfigError);
+  CHECK_THROWS_AS(make(Order::one_f_one_b, 0, 1, 4), ConfigError);
+  CHECK_THROWS_AS(make(Order::interleaved, 2, 0, 4), ConfigError);
+  CHECK_THROWS_AS(make(Order::interleaved, 1, 1 << 20, 1 << 20), ConfigError);
+  CHECK_THROWS_AS(make_forward_only(2, 1, 0), ConfigError);
+  CHECK_THROWS_AS(make_forward_only(1 << 20, 1 << 20, 1), ConfigError);
 }
 
 }  // namespace dstrain
