@@ -51,8 +51,9 @@ std::string failing_rows(const ReferenceReport& report) {
 }  // namespace
 
 TEST_CASE("reference_check: models agree with transformers in every recompute mode", "[parity]") {
-  const std::string name = GENERATE("deepseek_v3_tiny", "deepseek_v3_odd", "deepseek_v2_yarn",
-                                    "llama_tiny", "llama_yarn_bias");
+  const std::string name = GENERATE("deepseek_v3_tiny", "deepseek_v3_odd", "deepseek_v3_groups",
+                                    "deepseek_v2_yarn", "llama_tiny", "llama_yarn_bias",
+                                    "llama_llama3", "qwen2_tiny");
   const Recompute recompute = GENERATE(Recompute::none, Recompute::selective, Recompute::full);
   CAPTURE(name, static_cast<int>(recompute));
   const auto backend = make_cpu_backend(2);
@@ -85,6 +86,10 @@ TEST_CASE("reference_check: another model than the reference's is noticed", "[pa
       Change{"deepseek_v2_yarn", "\"mscale_all_dim\": 0.707", "\"mscale_all_dim\": 0.72"},
       Change{"deepseek_v3_odd", "\"factor\": 8.0", "\"factor\": 8.1"},
       Change{"llama_yarn_bias", "\"beta_fast\": 4", "\"beta_fast\": 7"},
+      Change{"deepseek_v3_groups", "\"factor\": 2.5", "\"factor\": 2.51"},
+      Change{"deepseek_v3_groups", "\"topk_group\": 2", "\"topk_group\": 3"},
+      Change{"llama_llama3", "\"low_freq_factor\": 1.0", "\"low_freq_factor\": 1.05"},
+      Change{"llama_llama3", "\"high_freq_factor\": 4.0", "\"high_freq_factor\": 4.2"},
       Change{"llama_tiny", "\"rms_norm_eps\": 1e-06", "\"rms_norm_eps\": 2e-05"},
       Change{"llama_tiny", "\"rope_theta\": 10000.0", "\"rope_theta\": 10010.0"});
   CAPTURE(change.to);
