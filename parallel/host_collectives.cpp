@@ -36,4 +36,10 @@ void check_rows(const char* call, const Tensor& x, std::span<const int64_t> offs
   }
 }
 
+void check_same_rows(const char* call, const Tensor& send, const Tensor& recv) {
+  DSTRAIN_CHECK(
+      send.dtype() == recv.dtype() && send.row_numel() == recv.row_numel(),
+      fmt::format("{}: rows of {} do not fit rows of {}", call, send.describe(), recv.describe()));
+}
+
 }  // namespace dstrain

@@ -30,6 +30,7 @@ void check_part(const char* call, const Tensor& part, const Tensor& whole, int s
 void check_peer(const char* call, int peer, int rank, int size);
 // size + 1 offsets that ascend within the rows of x.
 void check_rows(const char* call, const Tensor& x, std::span<const int64_t> offsets, int size);
+void check_same_rows(const char* call, const Tensor& send, const Tensor& recv);
 
 inline const char* bytes_at(const void* data, int64_t offset) {
   return static_cast<const char*>(data) + offset;

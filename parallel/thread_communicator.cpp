@@ -36,7 +36,8 @@ class ThreadCommunicator : public Communicator {
                   const Tensor& recv, std::span<const int64_t> recv_offsets) override;
   void send(Stream&, const Tensor& x, int to) override;
   void recv(Stream&, const Tensor& x, int from) override;
-  void wait_sends(Stream&) override {}  // send() has copied
+  void wait_send(Stream&, const Tensor&) override {}  // send() has copied
+  void wait_sends(Stream&) override {}
 
   void barrier() override { group_.meet(rank_, {.call = "barrier"}); }
   std::vector<std::string> all_gather_text(const std::string& text) override;
@@ -138,8 +139,7 @@ void ThreadCommunicator::all_to_all(Stream&, const Tensor& send,
                                     std::span<const int64_t> recv_offsets) {
   check_rows("all_to_all", send, send_offsets, size());
   check_rows("all_to_all", recv, recv_offsets, size());
-  DSTRAIN_CHECK(send.dtype() == recv.dtype() && send.row_numel() == recv.row_numel(),
-                "all_to_all from " + send.describe() + " to " + recv.describe());
+  check_same_rows("all_to_all", send, recv);
   offsets_.assign(send_offsets.begin(), send_offsets.end());
   offsets_.insert(offsets_.end(), recv_offsets.begin(), recv_offsets.end());
   Offer offer = offer_tensor("all_to_all", send);

@@ -1,9 +1,15 @@
 #include "test/support/mpi_ranks.h"
 
+#include <cstdlib>
+
 namespace dstrain::test {
 
 MpiSession& mpi_session(const MpiOptions& options) {
-  static MpiSession session(options);
+  static MpiSession session([&] {
+    MpiOptions all = options;
+    all.expected_ranks = mpi_launch([](const char* name) { return std::getenv(name); }).ranks;
+    return all;
+  }());
   return session;
 }
 

@@ -16,4 +16,5 @@ fi
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
 export OMPI_MCA_btl_vader_single_copy_mechanism=none
 export ASAN_OPTIONS=${ASAN_OPTIONS:+$ASAN_OPTIONS:}detect_leaks=0
-exec mpirun -np "$ranks" --oversubscribe --bind-to none "$@"
+# mpirun gives the ranks a terminal, which they colour.
+mpirun -np "$ranks" --oversubscribe --bind-to none "$@" 2>&1 | sed $'s/\e\\[[0-9;]*m//g'

@@ -1,0 +1,152 @@
+#include "parallel/mpi_session.h"
+
+#include <fmt/format.h>
+#include <mpi.h>
+#include <signal.h>
+
+#include <array>
+#include <charconv>
+#include <cstring>
+#include <exception>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "parallel/mpi_communicator.h"
+#include "parallel/mpi_job.h"
+
+namespace dstrain {
+namespace {
+
+// Takes back the signal handlers that are installed during its life. What is set to be ignored
+// stays so.
+class KeepSignalHandlers {
+ public:
+  KeepSignalHandlers() {
+    for (int signal = 1; signal < NSIG; ++signal) known(signal) = read(signal, before(signal));
+  }
+  ~KeepSignalHandlers() {
+    struct sigaction now;
+    for (int signal = 1; signal < NSIG; ++signal) {
+      if (!known(signal) || !read(signal, now)) continue;
+      const bool ignored = now.sa_handler == SIG_IGN;
+      if (!ignored && now.sa_handler != before(signal).sa_handler)
+        sigaction(signal, &before(signal), nullptr);
+    }
+  }
+  KeepSignalHandlers(const KeepSignalHandlers&) = delete;
+  KeepSignalHandlers& operator=(const KeepSignalHandlers&) = delete;
+
+ private:
+  static bool read(int signal, struct sigaction& action) {
+    return sigaction(signal, nullptr, &action) == 0;
+  }
+  bool& known(int signal) { return known_[static_cast<size_t>(signal)]; }
+  struct sigaction& before(int signal) {
+    return before_[static_cast<size_t>(signal)];
+  }
+
+  std::array<bool, NSIG> known_{};
+  std::array<struct sigaction, NSIG> before_{};
+};
+
+void initialise() {
+  const KeepSignalHandlers keep;
+  int provided = 0;
+  check_mpi(MPI_Init_thread(nullptr, nullptr, MPI_THREAD_SERIALIZED, &provided), "MPI_Init_thread");
+  if (provided < MPI_THREAD_SERIALIZED) {
+    throw RuntimeFailure(
+        "this MPI library does not let threads take turns in calling it "
+        "(MPI_THREAD_SERIALIZED); use one built with threads");
+  }
+}
+
+int number(const char* text) {
+  int value = 0;
+  if (text) std::from_chars(text, text + std::strlen(text), value);
+  return value;
+}
+
+MPI_Comm duplicate_world() {
+  MPI_Comm comm = MPI_COMM_NULL;
+  check_mpi(MPI_Comm_dup(MPI_COMM_WORLD, &comm), "MPI_Comm_dup");
+  return comm;
+}
+
+std::vector<int> all_ranks(int size) {
+  std::vector<int> ranks;
+  for (int r = 0; r < size; ++r) ranks.push_back(r);
+  return ranks;
+}
+
+}  // namespace
+
+MpiLaunch mpi_launch(const std::function<const char*(const char* name)>& variable) {
+  if (const char* const size = variable("OMPI_COMM_WORLD_SIZE")) return {"mpirun", number(size)};
+  const int tasks = variable("SLURM_STEP_ID") ? number(variable("SLURM_STEP_NUM_TASKS")) : 0;
+  if (variable("PMIX_RANK")) return {"PMIx", tasks};
+  if (variable("PMI_RANK")) return {"PMI", number(variable("PMI_SIZE"))};
+  // srun without MPI support. One task is like no launcher: a batch script's own step, for example.
+  if (variable("SLURM_PROCID") && tasks > 1) return {"srun", tasks};
+  return {};
+}
+
+struct MpiSession::State {
+  explicit State(const MpiOptions& options) : job(options) {}
+  MpiJob job;
+  std::optional<MpiCommunicator> world;
+  bool finalised = false;
+};
+
+MpiSession::MpiSession(const MpiOptions& options) {
+  initialise();
+  state_ = std::make_unique<State>(options);
+  const int size = state_->job.size();
+  if (options.expected_ranks > 0 && size != options.expected_ranks) {
+    throw RuntimeFailure(fmt::format(
+        "{} ranks were started but MPI counts {}: the launcher and the MPI library of this program "
+        "do not know each other; under Slurm use srun --mpi=pmix, elsewhere the mpirun of this "
+        "library",
+        options.expected_ranks, size));
+  }
+  state_->world.emplace(state_->job, duplicate_world(), all_ranks(size));
+}
+
+MpiSession::~MpiSession() {
+  if (state_->finalised || state_->job.failed()) return;
+  try {
+    finalize();
+  } catch (...) {  // a destructor has nobody to tell
+  }
+}
+
+Communicator& MpiSession::world() {
+  return *state_->world;
+}
+
+void MpiSession::run(const std::function<void(Communicator& world)>& body) {
+  MpiJob& job = state_->job;
+  try {
+    body(world());
+  } catch (const std::exception& error) {
+    job.fail(job.rank(), error.what());
+    throw;
+  } catch (...) {
+    job.fail(job.rank(), "an exception of unknown type");
+    throw;
+  }
+}
+
+void MpiSession::finalize() {
+  if (std::exchange(state_->finalised, true)) return;
+  state_->world.reset();
+  state_->job.close();
+  check_mpi(MPI_Finalize(), "MPI_Finalize");
+}
+
+void MpiSession::abort(int exit_code) {
+  MPI_Abort(MPI_COMM_WORLD, exit_code);
+  std::_Exit(exit_code);
+}
+
+}  // namespace dstrain
