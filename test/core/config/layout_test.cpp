@@ -278,6 +278,19 @@ TEST_CASE("layout: what a job file says before ranks have started", "[layout]") 
   CHECK(planned_mesh(with_shape(job(), shape(2, 4, 1, 2, 8))) == shape(2, 4, 1, 2, 8));
 }
 
+TEST_CASE("layout: the three-dimensional example is legal and lies on 64 ranks", "[layout]") {
+  const LoadedConfig loaded =
+      load_config(std::string(DSTRAIN_SOURCE_DIR) + "/configs/v2-lite-3d.yaml");
+  validate(loaded, Purpose::train);
+  CHECK(config_warnings(loaded.config).empty());
+  CHECK(planned_mesh(loaded.config) == shape(2, 8, 1, 4, 8));
+  CHECK(resolve_mesh(loaded.config, 64) == shape(2, 8, 1, 4, 8));
+  CHECK(micro_batches_per_step(loaded.config, shape(2, 8, 1, 4, 8)) == 8);
+  CHECK_THAT(
+      refusal(loaded.config, 32),
+      Catch::Contains("the layout data 8 x tensor 4 x pipeline 2 = 64 does not use 32 ranks"));
+}
+
 TEST_CASE("layout: every legal layout of 2, 4 and 8 ranks", "[layout]") {
   // By hand: (pipeline, data, context, tensor), each with every expert that divides its stage.
   using Axes = std::tuple<int, int, int, int>;
