@@ -1,0 +1,84 @@
+#include "core/checkpoint/state_boxes.h"
+
+#include <iterator>
+#include <string>
+#include <utility>
+
+namespace dstrain {
+namespace {
+
+class BoxMaker {
+ public:
+  explicit BoxMaker(const StateSlice& slice)
+      : slice_(slice), parameter_(*slice.parameter), name_(slice.kind + "." + parameter_.spec.name) {}
+
+  std::vector<StateTensor> run() {
+    DSTRAIN_CHECK(0 <= slice_.begin && slice_.begin <= slice_.end && slice_.end <= parameter_.numel() &&
+                      slice_.data.numel() == slice_.end - slice_.begin && slice_.data.contiguous(),
+                  "a slice of '" + name_ + "' is no run of its elements");
+    if (slice_.begin == slice_.end) return {};
+    const size_t dims = parameter_.local_shape.size();
+    cut(0, std::vector<int64_t>(dims, 0), std::vector<int64_t>(dims, 1), slice_.begin, slice_.end);
+    return std::move(boxes_);
+  }
+
+ private:
+  // Elements [begin, end) of the sub-tensor of dims `dim` and later whose first indices are at[0 .. dim):
+  // what lies inside a row at either end is cut further, whole rows between are one box.
+  void cut(size_t dim, std::vector<int64_t> at, std::vector<int64_t> extent, int64_t begin, int64_t end) {
+    const std::vector<int64_t>& shape = parameter_.local_shape;
+    if (begin == end) return;
+    if (dim == shape.size()) return add(at, extent);
+    int64_t row = 1;
+    for (size_t d = dim + 1; d < shape.size(); ++d) row *= shape[d];
+    const auto inside_row = [&](int64_t index, int64_t from, int64_t to) {
+      at[dim] = index;
+      cut(dim + 1, at, extent, from, to);
+    };
+    int64_t first = begin / row;
+    const int64_t last = end / row;
+    if (begin % row != 0) {
+      const int64_t stop = first == last ? end % row : row;
+      inside_row(first, begin % row, stop);
+      if (first == last) return;
+      ++first;
+    }
+    if (first < last) {
+      std::vector<int64_t> box_at = at, box_extent = extent;
+      box_at[dim] = first;
+      box_extent[dim] = last - first;
+      for (size_t d = dim + 1; d < shape.size(); ++d) box_extent[d] = shape[d];
+      add(box_at, box_extent);
+    }
+    if (end % row != 0) inside_row(last, 0, end % row);
+  }
+
+  void add(const std::vector<int64_t>& at, const std::vector<int64_t>& extent) {
+    StateTensor box{name_, slice_.data.dtype(), parameter_.spec.shape, at, extent, nullptr};
+    for (size_t d = 0; d < at.size(); ++d) box.offset[d] += parameter_.local_begin[d];
+    box.data = static_cast<const char*>(slice_.data.raw()) + bytes_;
+    bytes_ += box.bytes();
+    boxes_.push_back(std::move(box));
+  }
+
+  const StateSlice& slice_;
+  const Parameter& parameter_;
+  const std::string name_;
+  std::vector<StateTensor> boxes_;
+  int64_t bytes_ = 0;  // of the boxes so far
+};
+
+}  // namespace
+
+std::vector<StateTensor> state_boxes(const StateSlice& slice) { return BoxMaker(slice).run(); }
+
+std::vector<StateTensor> state_tensors(std::span<const StateSlice> slices) {
+  std::vector<StateTensor> all;
+  for (const StateSlice& slice : slices) {
+    std::vector<StateTensor> boxes = state_boxes(slice);
+    all.insert(all.end(), std::make_move_iterator(boxes.begin()), std::make_move_iterator(boxes.end()));
+  }
+  return all;
+}
+
+}  // namespace dstrain
