@@ -44,6 +44,12 @@ DSTRAIN_DEFINE_ERROR(PermissionError, no_permission);
 DSTRAIN_DEFINE_ERROR(ConfigError, bad_config);
 #undef DSTRAIN_DEFINE_ERROR
 
+// Another rank failed and this one only heard of it: the report of that other one is worth reading.
+class PeerFailure : public RuntimeFailure {
+ public:
+  using RuntimeFailure::RuntimeFailure;
+};
+
 // Throws the class that fits errno: ENOENT -> NotFoundError, EACCES/EPERM/EROFS -> PermissionError,
 // anything else -> StorageError. The text is "<action> '<path>': <strerror>".
 [[noreturn]] void throw_errno(const std::string& action, const std::string& path, int error_number);

@@ -97,7 +97,7 @@ void log_line(LogLevel level, std::string_view text) {
     return write_line(level, line.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace));
   }
   std::string prefix;
-  if (s.options.world_size > 1) prefix = fmt::format("[r{}] ", s.options.rank);
+  if (s.options.rank > 0) prefix = fmt::format("rank {}: ", s.options.rank);
   if (level == LogLevel::warning || level == LogLevel::error) {
     const char* on = level == LogLevel::error ? "\033[1;31m" : "\033[1;33m";
     if (s.options.color)

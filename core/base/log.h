@@ -16,7 +16,7 @@ struct LogOptions {
   LogLevel level = LogLevel::info;
   bool color = false;  // only if standard error is a terminal
   bool json = false;   // one JSON object a line: ts, level, message
-  int rank = 0;        // prefixed as [rN] when world_size > 1
+  int rank = 0;        // others than rank 0 begin their lines with "rank 3: "
   int world_size = 1;
 };
 

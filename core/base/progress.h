@@ -35,13 +35,14 @@ class LiveLine {
  public:
   using TimePoint = std::chrono::steady_clock::time_point;
 
-  LiveLine(int fd, bool live) : fd_(fd), live_(live) {}
+  // columns: of the terminal that others pass on to what is written to fd; 0 asks fd itself.
+  LiveLine(int fd, bool live, int columns = 0) : fd_(fd), live_(live), columns_(columns) {}
   ~LiveLine() { clear(); }
   LiveLine(const LiveLine&) = delete;
   LiveLine& operator=(const LiveLine&) = delete;
 
   bool live() const { return live_; }
-  int width() const { return terminal_width(fd_); }
+  int width() const { return columns_ > 0 ? columns_ : terminal_width(fd_); }
 
   // Whether show() would draw now, so that callers need not format a text in vain.
   bool due(TimePoint now) const;
@@ -56,6 +57,7 @@ class LiveLine {
 
   const int fd_;
   const bool live_;
+  const int columns_;
   mutable std::mutex mutex_;
   std::string text_;  // what the live line shows; empty = nothing
   std::optional<TimePoint> last_;

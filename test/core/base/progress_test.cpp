@@ -122,6 +122,31 @@ TEST_CASE("set_log_writer: log lines pass through it, with level and filter") {
   CHECK(seen == "warning: disk slow|plain|");
 }
 
+TEST_CASE("LiveLine: the width of a terminal behind a pipe is told, not asked for") {
+  Pty pty(80);
+  LiveLine line(pty.fd(), true, /*columns=*/8);
+  CHECK(line.width() == 8);
+  line.show("a text of more than eight", kStart);
+  CHECK(pty.read() == "\r\033[Ka text ");
+}
+
+TEST_CASE("init_log: the ranks after the first begin their lines with their number") {
+  std::string seen;
+  set_log_writer([&](std::string_view line) { seen.append(line).append("|"); });
+  init_log({.rank = 3, .world_size = 4});
+  log_warning("disk slow");
+  log_info("plain");
+  init_log({.world_size = 4});
+  log_warning("disk slow");
+  init_log({.json = true, .rank = 3, .world_size = 4});
+  log_info("plain");
+  init_log({});
+  set_log_writer({});
+  CHECK_THAT(seen, Catch::StartsWith("rank 3: warning: disk slow|rank 3: plain|"
+                                     "warning: disk slow|{"));
+  CHECK_THAT(seen, Catch::Contains("\"rank\":3,\"message\":\"plain\"}|"));
+}
+
 TEST_CASE("EtaEstimator: from the time between updates, without the first") {
   EtaEstimator eta;
   CHECK_FALSE(eta.update(1, 100, kStart));  // the slow first step counts nothing
