@@ -53,7 +53,7 @@ std::vector<MeshShape> legal_shapes(const Config& config, int64_t ranks);
 // The same job with this layout.
 Config with_shape(Config config, const MeshShape& shape);
 
-// Ranks that `launch` asks for on all hosts; 0 if that is auto.
+// Ranks that `launch` asks for on all hosts; 0 if that is auto on any of them.
 int64_t launch_ranks(const LaunchConfig& launch);
 // The smallest layout that `parallel` describes: with data: auto, every legal data is a multiple of
 // its.

@@ -10,6 +10,7 @@
 
 #include "core/base/error.h"
 #include "core/base/format_units.h"
+#include "core/config/launch_hosts.h"
 #include "core/config/layout.h"
 
 namespace dstrain {
@@ -162,7 +163,15 @@ Config with_shape(Config c, const MeshShape& shape) {
 }
 
 int64_t launch_ranks(const LaunchConfig& launch) {
-  return launch.ranks.value * std::max<int64_t>(1, std::ssize(launch.hosts));
+  if (launch.hosts.empty()) return launch.ranks.value;
+  int64_t total = 0;
+  for (const std::string& text : launch.hosts) {
+    const std::optional<LaunchHost> host = parse_launch_host(text);
+    const int64_t ranks = host && host->ranks > 0 ? host->ranks : launch.ranks.value;
+    if (ranks == 0) return 0;
+    total += ranks;
+  }
+  return total;
 }
 
 MeshShape smallest_mesh(const Config& c) {
@@ -174,7 +183,7 @@ MeshShape smallest_mesh(const Config& c) {
 }
 
 std::optional<MeshShape> planned_mesh(const Config& c) {
-  if (c.launch.ranks.is_auto()) return smallest_mesh(c);
+  if (launch_ranks(c.launch) == 0) return smallest_mesh(c);
   return mesh_over(c.parallel, launch_ranks(c.launch));
 }
 

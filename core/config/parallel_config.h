@@ -100,12 +100,20 @@ struct LaunchConfig {
   AutoInt ranks;
   std::vector<std::string> hosts;
   int64_t max_restarts = 3;
+  int64_t grace = 25;          // seconds; Slurm and Kubernetes kill after 30
+  int64_t hang_timeout = 600;  // seconds; 0 = off
 
   static void fields(auto& field, auto& c) {
-    field("ranks", c.ranks, in_range(1, 65536), "local ranks; auto is one per GPU, else 1");
-    field("hosts", c.hosts, any(), "host names to start ranks on");
+    field("ranks", c.ranks, in_range(1, 65536),
+          "ranks per host; auto is one per GPU, else what the layout needs");
+    field("hosts", c.hosts, any(),
+          "hosts to start ranks on: node1, or node1:8 for another number of ranks there");
     field("max_restarts", c.max_restarts, at_least(0),
           "restarts from a checkpoint before giving up");
+    field("grace", c.grace, in_range(0, 1e6),
+          "seconds for saving and leaving after a signal to leave");
+    field("hang_timeout", c.hang_timeout, in_range(0, 1e6),
+          "seconds without progress after which a rank is ended; 0 waits for ever");
   }
 };
 

@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "core/base/format_units.h"
+#include "core/config/launch_hosts.h"
 #include "core/config/layout.h"
 #include "core/config/near_numbers.h"
 
@@ -247,13 +248,10 @@ void check_ranks(const Config& c, Rules& rules) {
     rules.broken(problem);
   for (size_t i = 0; i < c.launch.hosts.size(); ++i) {
     const std::string& host = c.launch.hosts[i];
-    const bool is_name = !host.empty() && host[0] != '-' &&
-                         std::all_of(host.begin(), host.end(), [](unsigned char x) {
-                           return std::isalnum(x) || x == '.' || x == '_' || x == '-';
-                         });
-    if (!is_name)
+    if (!parse_launch_host(host))
       rules.broken(fmt::format("launch.hosts[{}]", i),
-                   "host names have letters, digits, '.', '_' and '-'",
+                   "write a name of letters, digits, '.', '_' and '-', and after a ':' its ranks if "
+                   "they differ from launch.ranks",
                    "launch.hosts: {} is no host name", quote(host));
   }
 }
