@@ -1,0 +1,38 @@
+// Which rank this process is, from the variables that mpirun and srun set, and what follows from
+// that before MPI is started. Pure functions: whoever calls them passes getenv or a table.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <optional>
+
+namespace dstrain {
+
+// The value of an environment variable, or null.
+using Variables = std::function<const char*(const char* name)>;
+
+struct RankEnvironment {
+  int64_t rank = 0, size = 1;
+  int64_t local_rank = 0, local_size = 1;  // among the ranks of this host
+  bool is_bound = false;                   // the starter gave this rank cores of its own
+  bool is_supervised = false;  // started by this program's own launcher, which has checked the job
+
+  // Rank 0 alone writes into the run folder and prints what is not a warning.
+  bool is_first() const { return rank == 0; }
+  bool operator==(const RankEnvironment&) const = default;
+};
+
+// None where neither mpirun nor srun started this process. UsageError if several processes were
+// started in a way that lets no rank find the others: srun without PMIx, the mpiexec of another
+// MPI.
+std::optional<RankEnvironment> rank_environment(const Variables& variables);
+
+// run.threads if that is set. Otherwise an equal share of the cores that this process may use, or
+// all of them where the rank is bound to its own; at least one.
+int64_t threads_per_rank(int64_t configured, const RankEnvironment& ranks, int64_t cores);
+
+// The device that this rank computes on: its local rank. Where the starter shows each rank one GPU,
+// that one. ConfigError if there are fewer GPUs than local ranks.
+int64_t device_of_rank(const RankEnvironment& ranks, int64_t visible_gpus);
+
+}  // namespace dstrain
