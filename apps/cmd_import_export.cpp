@@ -4,6 +4,7 @@
 
 #include "apps/assemble.h"
 #include "apps/commands.h"
+#include "apps/run_folder.h"
 #include "build_info.h"
 #include "core/base/format_units.h"
 #include "core/base/log.h"
@@ -79,8 +80,7 @@ int cmd_import(const ImportOptions& options) {
   config.data.seq_len = std::min(config.data.seq_len, config.model.max_position_embeddings);
 
   const RunPaths paths(options.output);
-  prepare_run_folder(paths.folder);
-  const RunLock lock(paths.folder);
+  RunFolder folder(paths.folder);
   CheckpointStore store(paths.checkpoints, config.checkpoint.keep);
   const bool present = path_exists(paths.checkpoints) && !store.list().checkpoints.empty();
   if (present && !options.overwrite)
@@ -96,8 +96,9 @@ int cmd_import(const ImportOptions& options) {
   put_hf_origin(origin, meta);
   meta.config_yaml = dump_config(config);
   const std::vector<StateTensor> state = state_tensors(engine);
-  if (present) store.remove_all(lock);  // not before the new weights were read
+  if (present) store.remove_all(folder.lock());  // not before the new weights were read
   const std::string checkpoint = store.save(meta, state);
+  folder.keep();
   copy_tokenizer(options.source, paths.folder);
   write_file_atomic(paths.config, dump_config(config));
   std::printf("imported %s: %s\n", options.source.c_str(), checkpoint.c_str());

@@ -283,7 +283,7 @@ TEST_CASE("bad input: weights to import", "[bad_input]") {
     fs::remove(model + "/config.json");
     check_refused(import(), kNoInput, {"config.json"});
   }
-  CHECK_FALSE(fs::exists(job.folder() + "/imported/checkpoints"));
+  CHECK_FALSE(fs::exists(job.folder() + "/imported"));
 }
 
 TEST_CASE("bad input: weights that are not finite cost the steps that meet them",

@@ -99,6 +99,27 @@ optimizer: {lr: 5.0e-3}
             here);
 }
 
+TEST_CASE("flow: a run proposes export where Hugging Face has the model, and text with a tokenizer",
+          "[flow]") {
+  const auto proposed = [](const std::vector<std::string>& settings) {
+    const TinyJob job(joined({"train.steps=1"}, settings));
+    job.must_train();
+    const json end = json::parse(events(job, "end").at(0));
+    std::vector<std::string> commands;
+    for (const json& command : end["next"])
+      commands.push_back(command.get<std::string>().substr(0, 23));
+    return commands;
+  };
+  const std::string generate = "deepseek-train generate", export_model = "deepseek-train export r";
+  CHECK(proposed(latent_attention()) == std::vector<std::string>{generate, export_model});
+  CHECK(proposed({}) == std::vector<std::string>{generate});  // grouped-query attention, experts
+  CHECK(proposed({"model.n_routed_experts=0", "model.n_shared_experts=0",
+                  "model.num_experts_per_tok=0"}) ==
+        std::vector<std::string>{generate, export_model});
+  CHECK(proposed(joined(latent_attention(), {"data.tokenizer=", "model.vocab_size=320"})) ==
+        std::vector<std::string>{export_model});
+}
+
 TEST_CASE("flow: checkpoints are listed and verified", "[flow]") {
   const TinyJob job;
   job.must_train();
