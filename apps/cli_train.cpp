@@ -6,6 +6,19 @@
 #include "core/base/error.h"
 
 namespace dstrain {
+namespace {
+
+// As they were given, but for spelling and "--option=value", which become two words.
+std::vector<std::string> option_words(const ScannedLine& line) {
+  std::vector<std::string> words;
+  for (const GivenOption& option : line.options) {
+    words.push_back(option.name);
+    if (option.has_value) words.push_back(option.value);
+  }
+  return words;
+}
+
+}  // namespace
 
 void declare_config(Command command, bool with_aliases) {
   command.add_scanned("--config", "FILE", "job file; configs/quickstart.yaml is one");
@@ -34,6 +47,7 @@ void declare_train(Command root, CommandOptions& options) {
   root.on_given([&options](const ScannedLine& line) {
     if (options.wants_version) return invoke("version", options.version, cmd_version);
     options.train.config = config_source(line);
+    options.train.words = option_words(line);
     const bool names_model =
         std::any_of(line.options.begin(), line.options.end(), [](const auto& o) {
           return o.name == "--config" || o.name == "--model" || o.name == "--set";

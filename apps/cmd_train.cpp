@@ -4,6 +4,8 @@
 #include "apps/assemble.h"
 #include "apps/commands.h"
 #include "apps/dry_run.h"
+#include "apps/launch_training.h"
+#include "apps/rank_process.h"
 #include "apps/signals.h"
 #include "apps/trainer.h"
 #include "core/base/log.h"
@@ -16,25 +18,36 @@ int cmd_train(const TrainOptions& options) {
   if (options.resume && options.resume->empty())
     throw UsageError("--resume is empty; give latest, none, or the path of a run or a checkpoint");
   LoadedConfig loaded = load_config(options.config);
+  const std::optional<RankEnvironment> launched = rank_environment(std::getenv);
+  const RankEnvironment ranks = launched.value_or(RankEnvironment{});
   const char* term = std::getenv("TERM");
   const bool color = decide_color(options.color, 2, std::getenv("NO_COLOR"), term);
   const std::vector<Unavailable> missing = unavailable_features(loaded.config, build_capabilities());
-  init_log({.level = options.quiet ? LogLevel::warning : LogLevel::info, .color = color,
-            .json = options.log_json});
+  init_log(log_options_of(ranks, {.level = options.quiet ? LogLevel::warning : LogLevel::info,
+                                  .color = color,
+                                  .json = options.log_json}));
   if (options.dry_run)
     return dry_run(loaded, options, missing,
                    decide_color(options.color, 1, std::getenv("NO_COLOR"), term));
   require_available(missing);
   validate(loaded, Purpose::train);
-  for (const std::string& warning : config_warnings(loaded.config)) log_warning("{}", warning);
+  if (ranks.is_first() && !ranks.is_supervised)
+    for (const std::string& warning : config_warnings(loaded.config)) log_warning("{}", warning);
+  ConsoleMode mode = decide_console_mode(options.quiet, options.log_json, 2, term);
+  const std::vector<HostRanks> hosts = ranks_to_start(loaded.config, /*gpus=*/0);
+  if (launch_mode(launched, hosts) == LaunchMode::launcher)
+    return launch_training(loaded.config, hosts, options.words,
+                           {.color = color, .live = mode == ConsoleMode::live}, std::getenv);
+
   resolve_vocab_size(loaded.config);
   handle_signals();
-
-  const ConsoleMode mode = decide_console_mode(options.quiet, options.log_json, 2, term);
-  LiveLine line(2, mode == ConsoleMode::live);
+  const std::optional<int> columns = launcher_columns(std::getenv);
+  if (columns && mode == ConsoleMode::lines) mode = ConsoleMode::live;
+  LiveLine line(2, mode == ConsoleMode::live, columns.value_or(0));
   MetricsHub hub;
-  hub.add(std::make_unique<ConsoleSink>(
-      line, ConsoleOptions{.mode = mode, .color = color, .log_every = loaded.config.train.log_every}));
+  if (ranks.is_first())
+    hub.add(std::make_unique<ConsoleSink>(
+        line, ConsoleOptions{.mode = mode, .color = color, .log_every = loaded.config.train.log_every}));
   Trainer trainer(loaded.config, {options.resume.value_or(""), options.overwrite}, hub);
   return static_cast<int>(trainer.run());
 }

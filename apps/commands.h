@@ -41,6 +41,7 @@ struct TrainOptions {
   bool quiet = false;
   bool log_json = false;
   ColorMode color = ColorMode::automatic;
+  std::vector<std::string> words;  // the options as they were given, for the ranks of this job
 };
 int cmd_train(const TrainOptions& options);
 

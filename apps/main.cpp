@@ -4,9 +4,11 @@
 #include <cstdio>
 #include <cstdlib>
 #include <new>
+#include <string>
 #include <system_error>
 
 #include "apps/cli.h"
+#include "apps/rank_process.h"
 #include "core/base/error.h"
 #include "core/base/log.h"
 #include "core/base/progress.h"
@@ -16,8 +18,10 @@ namespace {
 
 using dstrain::ExitCode;
 
-int fail(ExitCode code, const char* prefix, const char* text) {
-  std::fprintf(stderr, "%s%s\n", prefix, text);
+// A rank that ends without finalising MPI ends its job: mpirun passes its exit code on.
+int fail(ExitCode code, const char* prefix, const char* text, bool is_peer_failure = false) {
+  const std::string rank = dstrain::failing_rank_prefix(std::getenv, is_peer_failure);
+  std::fprintf(stderr, "%s%s%s\n", rank.c_str(), prefix, text);
   return static_cast<int>(code);
 }
 
@@ -33,6 +37,8 @@ int run(int argc, char** argv) {
     return dstrain::parse_command_line({argv + (argc > 0), argv + argc}).run();
   } catch (const dstrain::ConfigProblems& e) {
     return fail(e.code(), "", e.what());  // a report with its own "error:" on each problem
+  } catch (const dstrain::PeerFailure& e) {
+    return fail(e.code(), "error: ", e.what(), /*is_peer_failure=*/true);
   } catch (const dstrain::Error& e) {
     return fail(e.code(), "error: ", e.what());
   } catch (const std::bad_alloc&) {
