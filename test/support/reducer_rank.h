@@ -1,7 +1,8 @@
-// One rank of a test of gradient reducers: its memory, gradients with literal seeds, and one range over all
-// parameters of a small set.
+// One rank of a test of gradient reducers: its memory, gradients with literal seeds, and one range
+// over all parameters of a small set.
 #pragma once
 
+#include <algorithm>
 #include <cstring>
 #include <memory>
 #include <random>
@@ -32,13 +33,14 @@ inline bool same_bits(const Floats& a, const Floats& b) {
 }
 
 // Parameters of odd sizes, in three groups; the flat range has gaps, as it has in a model.
-inline void declare_some(ParameterSet& set) {
+inline void declare_some(ParameterSet& set, Tie tie_of_embedding = Tie::none) {
   const auto declare = [&](const char* name, std::vector<int64_t> shape, int block) {
     ParameterSpec spec;
     spec.name = name;
     spec.weight_decay = shape.size() > 1;
     spec.shape = std::move(shape);
     spec.block = block;
+    if (spec.name == "embedding") spec.tie = tie_of_embedding;
     set.declare(std::move(spec));
   };
   declare("embedding", {61, 7}, 0);
@@ -48,18 +50,18 @@ inline void declare_some(ParameterSet& set) {
   set.finish_layout();
 }
 
-// The flat range from `begin` to the end of the parameters, cut over the ranks.
-inline GradRange whole_range(const ParameterSet& set, int ranks, int64_t begin = 0) {
-  const int64_t elements = set.trainable_elements() - begin;
-  return {begin, set.trainable_elements(), (elements + ranks - 1) / ranks};
+// All trainable elements, cut over the ranks.
+inline GradRange whole_range(const ParameterSet& set, int ranks) {
+  return {0, set.trainable_elements(), (set.trainable_elements() + ranks - 1) / ranks};
 }
 
 class ReducerRank {
  public:
   // The machine of rank r is r / ranks_per_node; 0 means that all ranks are on one.
-  ReducerRank(RankContext& rank, const GradReducerOptions& options, int ranks_per_node = 0)
+  ReducerRank(RankContext& rank, const GradReducerOptions& options, int ranks_per_node = 0,
+              Tie tie_of_embedding = Tie::none)
       : rank_(rank), dist_{rank.backend.ops(), rank.stream} {
-    declare_some(parameters);
+    declare_some(parameters, tie_of_embedding);
     range = whole_range(parameters, rank.world.size());
     const int node = ranks_per_node == 0 ? 0 : rank.world.rank() / ranks_per_node;
     nodes_ = split_by_node(rank.world, "node" + std::to_string(node));
@@ -70,10 +72,13 @@ class ReducerRank {
 
   int64_t elements() const { return rank_.world.size() * range.shard; }
   DistStream dist() const { return dist_; }
-  // Another gradient for every rank and step; padding is zero.
+  // Another gradient for every rank and step; zero between parameters.
   Floats grad(uint32_t step) const {
-    Floats whole = random_floats(elements(), 1000 * step + static_cast<uint32_t>(rank_.world.rank()));
-    for (int64_t i = range.end - range.begin; i < elements(); ++i) whole[static_cast<size_t>(i)] = 0;
+    const Floats values =
+        random_floats(elements(), 1000 * step + static_cast<uint32_t>(rank_.world.rank()));
+    Floats whole(values.size(), 0.0f);
+    for (const Parameter& p : parameters.all())
+      std::copy_n(values.begin() + p.offset, p.numel(), whole.begin() + p.offset);
     return whole;
   }
   Floats reduce(Floats whole) {
