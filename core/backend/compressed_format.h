@@ -1,6 +1,6 @@
-// How compressed gradients lie in memory. A piece of n elements is cut into blocks, the last of which may be
-// shorter. The size of a payload depends on n alone, so no counts travel; it is a multiple of 4 bytes,
-// padding is zero.
+// How compressed gradients lie in memory. A piece of n elements is cut into blocks, the last of
+// which may be shorter. The size of a payload depends on n alone, so no counts travel; it is a
+// multiple of 4 bytes, padding is zero.
 //
 //   top-k:  values of all blocks (bf16 or f32), then indices of all blocks (u16, within the block,
 //           ascending): of each block the elements of largest magnitude

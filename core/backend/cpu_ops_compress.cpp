@@ -1,6 +1,6 @@
-// Compression of gradients, block by block (core/backend/compressed_format.h): exact top-k by magnitude, and
-// 8-bit codes. v = grad + residual is what should be sent, sent is what the receiver will read, and
-// residual = v - sent is exact in f32.
+// Compression of gradients, block by block (core/backend/compressed_format.h): exact top-k by
+// magnitude, and 8-bit codes. v = grad + residual is what should be sent, sent is what the receiver
+// will read, and residual = v - sent is exact in f32.
 #include <bit>
 #include <cmath>
 #include <cstring>
@@ -68,8 +68,8 @@ void clear_padding(const Tensor& payload_PB, int64_t piece, int64_t used) {
   std::fill(payload + used, payload + payload_PB.size(1), uint8_t{0});
 }
 
-// The k elements of largest magnitude: all whose magnitude (bits without sign) is above `magnitude`, and
-// the first `ties` of those that equal it. NaN counts as largest.
+// The k elements of largest magnitude: all whose magnitude (bits without sign) is above
+// `magnitude`, and the first `ties` of those that equal it. NaN counts as largest.
 struct Selection {
   uint32_t magnitude = 0;
   int64_t ties = 0;
@@ -79,8 +79,8 @@ uint32_t magnitude_of(float value) {
   return std::bit_cast<uint32_t>(value) & kMagnitude;
 }
 
-// Finds the bin of the k-th largest among 2048 by a histogram, then its place inside the bin. `candidates`
-// has room for n.
+// Finds the bin of the k-th largest among 2048 by a histogram, then its place inside the bin.
+// `candidates` has room for n.
 Selection select_topk(const float* v, int64_t n, int64_t k, uint32_t* candidates) {
   if (k == n) return {0, n};
   constexpr int kShift = 20;
@@ -118,8 +118,8 @@ void add_residual(const float* grad, float* residual, int64_t n, float* v) {
 }
 
 template <class Values>
-void write_selected(const float* v, int64_t n, Selection selection,
-                    typename Values::Stored* values, uint16_t* indices, float* residual) {
+void write_selected(const float* v, int64_t n, Selection selection, typename Values::Stored* values,
+                    uint16_t* indices, float* residual) {
   int64_t count = 0, ties = selection.ties;
   for (int64_t i = 0; i < n; ++i) {
     const uint32_t magnitude = magnitude_of(v[i]);
@@ -133,8 +133,8 @@ void write_selected(const float* v, int64_t n, Selection selection,
   }
 }
 
-// The scale of a block, cut to 16 bits of precision: code * scale is then exact in f32, whether or not a
-// compiler fuses the product with a sum. NaN if an element is not finite.
+// The scale of a block, cut to 16 bits of precision: code * scale is then exact in f32, whether or
+// not a compiler fuses the product with a sum. NaN if an element is not finite.
 float int8_scale(const float* v, int64_t n) {
   uint32_t largest = 0;
 #pragma omp simd reduction(max : largest)
@@ -228,21 +228,21 @@ void CpuOps::topk_sum(Stream&, const Tensor& payload_PB, const TopkFormat& forma
   expect_block("topk_sum", format.block, TopkFormat::kMaxBlock);
   expect_sum("topk_sum", payload_PB, sum_N, format.payload_bytes(n));
   dispatch_values(format.values, [&]<class Values>() {
-    run_blocks(pool_, 1, n, format.block,
-               [&](int64_t, int64_t b, int64_t begin, int64_t count, void*) {
-                 float* const sum = sum_N.data<float>() + begin;
-                 const int64_t kept = format.kept(count);
-                 std::fill(sum, sum + count, 0.0f);
-                 for (int64_t p = 0; p < P; ++p) {
-                   const TopkPayload<Values> payload(format, payload_PB, p, n);
-                   const auto* const values = payload.values + b * payload.kept_per_block;
-                   const auto* const indices = payload.indices + b * payload.kept_per_block;
-                   // The first is stored, not added to zero, so that -0 stays what it is.
-                   for (int64_t j = 0; j < kept; ++j)
-                     sum[indices[j]] = p == 0 ? Values::load(values[j])
-                                              : sum[indices[j]] + Values::load(values[j]);
-                 }
-               });
+    run_blocks(
+        pool_, 1, n, format.block, [&](int64_t, int64_t b, int64_t begin, int64_t count, void*) {
+          float* const sum = sum_N.data<float>() + begin;
+          const int64_t kept = format.kept(count);
+          std::fill(sum, sum + count, 0.0f);
+          for (int64_t p = 0; p < P; ++p) {
+            const TopkPayload<Values> payload(format, payload_PB, p, n);
+            const auto* const values = payload.values + b * payload.kept_per_block;
+            const auto* const indices = payload.indices + b * payload.kept_per_block;
+            // The first is stored, not added to zero, so that -0 stays what it is.
+            for (int64_t j = 0; j < kept; ++j)
+              sum[indices[j]] =
+                  p == 0 ? Values::load(values[j]) : sum[indices[j]] + Values::load(values[j]);
+          }
+        });
   });
 }
 
@@ -270,22 +270,22 @@ void CpuOps::int8_sum(Stream&, const Tensor& payload_PB, const Int8Format& forma
   const int64_t P = payload_PB.size(0), n = sum_N.numel();
   expect_block("int8_sum", format.block, TopkFormat::kMaxBlock);
   expect_sum("int8_sum", payload_PB, sum_N, format.payload_bytes(n));
-  run_blocks(pool_, 1, n, format.block,
-             [&](int64_t, int64_t b, int64_t begin, int64_t count, void*) {
-               float* const sum = sum_N.data<float>() + begin;
-               for (int64_t p = 0; p < P; ++p) {
-                 const auto* const scales = reinterpret_cast<const float*>(
-                     payload_PB.data<uint8_t>() + p * payload_PB.row_stride());
-                 const auto* const codes =
-                     reinterpret_cast<const int8_t*>(scales + format.blocks(n)) + begin;
-                 const float scale = scales[b];
+  run_blocks(
+      pool_, 1, n, format.block, [&](int64_t, int64_t b, int64_t begin, int64_t count, void*) {
+        float* const sum = sum_N.data<float>() + begin;
+        for (int64_t p = 0; p < P; ++p) {
+          const auto* const scales = reinterpret_cast<const float*>(payload_PB.data<uint8_t>() +
+                                                                    p * payload_PB.row_stride());
+          const auto* const codes =
+              reinterpret_cast<const int8_t*>(scales + format.blocks(n)) + begin;
+          const float scale = scales[b];
 #pragma omp simd
-                 for (int64_t i = 0; i < count; ++i) {
-                   const float sent = static_cast<float>(codes[i]) * scale;
-                   sum[i] = p == 0 ? sent : sum[i] + sent;
-                 }
-               }
-             });
+          for (int64_t i = 0; i < count; ++i) {
+            const float sent = static_cast<float>(codes[i]) * scale;
+            sum[i] = p == 0 ? sent : sum[i] + sent;
+          }
+        }
+      });
 }
 
 void CpuOps::clear_if_skipped(Stream& stream, const StepScalars* scalars, const Tensor& x) {

@@ -1,5 +1,5 @@
-// Compression against naive references: a stable sort per block for top-k, a loop in double for int8. Payloads
-// are judged by what the receiver reads from them.
+// Compression against naive references: a stable sort per block for top-k, a loop in double for
+// int8. Payloads are judged by what the receiver reads from them.
 #include <algorithm>
 #include <bit>
 #include <cmath>
@@ -110,7 +110,8 @@ Floats naive_topk(const Floats& v, const TopkFormat& format) {
 
 }  // namespace
 
-TEST_CASE("top-k sends the largest of each block, and the residual keeps the rest exactly", "[ops]") {
+TEST_CASE("top-k sends the largest of each block, and the residual keeps the rest exactly",
+          "[ops]") {
   const int64_t n = GENERATE(1, 5, 63, 64, 65, 1000, 20011);
   const int64_t block = GENERATE(1, 64, 4096, 65536);
   const double density = GENERATE(0.001, 0.05, 0.5, 1.0);
@@ -181,7 +182,8 @@ TEST_CASE("int8 codes are within half a step, and the residual keeps the rest ex
     const auto end = static_cast<size_t>(std::min(begin + block, n));
     for (auto i = static_cast<size_t>(begin); i < end; ++i)
       largest = std::max(largest, std::fabs(grad[i] + before[i]));
-    // Half a step; the scale is cut to 16 bits, or to what is left of them among the smallest numbers.
+    // Half a step; the scale is cut to 16 bits, or to what is left of them among the smallest
+    // numbers.
     const double limit = largest / 254.0 + largest / 32768.0 + 127 * 256 * 1.5e-45;
     for (auto i = static_cast<size_t>(begin); i < end; ++i) {
       const float v = grad[i] + before[i];
@@ -205,7 +207,8 @@ TEST_CASE("int8: sums run in ascending order of pieces", "[ops]") {
     if (p == 0) expected = sent;
     for (size_t i = 0; p > 0 && i < expected.size(); ++i) expected[i] += sent[i];
   }
-  CHECK(same_bits(device.sum(format, pieces, n, device.compress(format, pieces, grad, none)), expected));
+  CHECK(same_bits(device.sum(format, pieces, n, device.compress(format, pieces, grad, none)),
+                  expected));
 }
 
 TEMPLATE_TEST_CASE("what is sent and what is kept add up to the gradients over many steps", "[ops]",
