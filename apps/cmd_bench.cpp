@@ -1,4 +1,5 @@
-// bench step: how long a whole training step takes, beside its matrix products alone and the memory plan.
+// bench step: how long a whole training step takes, beside its matrix products alone and the memory
+// plan.
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
@@ -27,7 +28,8 @@ void apply_model_json(const std::string& path, std::vector<Override>& overrides)
   nlohmann::json json = nlohmann::json::parse(text, nullptr, false);
   if (!json.is_object()) throw DataError(path + ": is not a JSON object of model keys");
   for (const auto& [key, value] : json.items())
-    overrides.push_back({"model." + key, value.is_string() ? value.get<std::string>() : value.dump(),
+    overrides.push_back({"model." + key,
+                         value.is_string() ? value.get<std::string>() : value.dump(),
                          path + ": " + key});
 }
 
@@ -38,7 +40,8 @@ Config bench_config(const BenchOptions& options) {
   };
   if (!options.model_config.empty()) apply_model_json(options.model_config, source.overrides);
   set("train.global_batch", options.batch, "--batch");
-  set("train.micro_batch", options.micro_batch ? options.micro_batch : options.batch, "--micro-batch");
+  set("train.micro_batch", options.micro_batch ? options.micro_batch : options.batch,
+      "--micro-batch");
   set("data.seq_len", options.seq, "--seq");
   set("run.threads", options.threads, "--threads");
   LoadedConfig loaded = load_config(source);
@@ -88,7 +91,8 @@ struct BenchResult {
 BenchResult run_bench(const Config& config, int64_t steps) {
   BenchResult result;
   result.private_before = private_memory_bytes();
-  const int threads = static_cast<int>(config.run.threads > 0 ? config.run.threads : available_cores());
+  const int threads =
+      static_cast<int>(config.run.threads > 0 ? config.run.threads : available_cores());
   const std::unique_ptr<Backend> backend = make_cpu_backend(threads);
   TrainEngine engine(*backend, config.model, engine_options(config, true));
   engine.allocate();
@@ -99,7 +103,8 @@ BenchResult run_bench(const Config& config, int64_t steps) {
   for (int64_t s = 0; s < kWarmUp + steps; ++s) {
     const SyntheticBatch synthetic(config, static_cast<uint64_t>(s));
     const Clock::time_point begin = Clock::now();
-    engine.begin_step(3e-4, micro_batches * engine.options().micro_batch * engine.options().seq_len);
+    engine.begin_step(3e-4,
+                      micro_batches * engine.options().micro_batch * engine.options().seq_len);
     for (int64_t m = 0; m < micro_batches; ++m) engine.accumulate(synthetic.batch);
     engine.finish_step();
     result.loss = engine.take_result().loss;
@@ -116,7 +121,8 @@ BenchResult run_bench(const Config& config, int64_t steps) {
 // The products that one step makes, from a run whose back end writes them down.
 std::vector<ProductShape> products_of_step(const Config& config) {
   MatmulLog log;
-  const std::unique_ptr<Backend> backend = make_cpu_backend(static_cast<int>(config.run.threads), &log);
+  const std::unique_ptr<Backend> backend =
+      make_cpu_backend(static_cast<int>(config.run.threads), &log);
   TrainEngine engine(*backend, config.model, engine_options(config, true));
   engine.allocate();
   engine.initialize(static_cast<uint64_t>(config.run.seed));
@@ -137,7 +143,8 @@ int cmd_bench_step(const BenchOptions& options) {
     log_info("bench step uses random tokens; data.train is not read");
   BenchResult r = run_bench(config, std::max<int64_t>(1, options.steps));
   const std::vector<ProductShape> products = products_of_step(config);
-  const int threads = static_cast<int>(config.run.threads > 0 ? config.run.threads : available_cores());
+  const int threads =
+      static_cast<int>(config.run.threads > 0 ? config.run.threads : available_cores());
   r.products_seconds = time_products(products, threads, 5);
 
   const double step = r.step_seconds[r.step_seconds.size() / 2];
@@ -163,16 +170,17 @@ int cmd_bench_step(const BenchOptions& options) {
     std::printf("%s\n", json.dump().c_str());
     return 0;
   }
-  std::printf("%s parameters, %lld x %lld tokens, %d threads, %s\n", format_count(parameters).c_str(),
-              static_cast<long long>(config.train.global_batch), static_cast<long long>(config.data.seq_len),
-              threads, matmul_library().c_str());
-  std::printf("step            %8.1f ms   median of %zu (fastest %.1f)   %s tokens/s   %s/s\n", 1e3 * step,
-              r.step_seconds.size(), 1e3 * r.step_seconds.front(), format_count(tokens / step).c_str(),
-              format_flops(r.flops / step).c_str());
-  std::printf("its products    %8.1f ms   %zu calls of the library alone; the step takes %.2f x that\n",
-              1e3 * r.products_seconds, products.size(), step / r.products_seconds);
-  std::printf("memory          %s planned, %s private after the steps\n", format_bytes(r.plan_bytes).c_str(),
-              format_bytes(used).c_str());
+  std::printf("%s parameters, %lld x %lld tokens, %d threads, %s\n",
+              format_count(parameters).c_str(), static_cast<long long>(config.train.global_batch),
+              static_cast<long long>(config.data.seq_len), threads, matmul_library().c_str());
+  std::printf("step            %8.1f ms   median of %zu (fastest %.1f)   %s tokens/s   %s/s\n",
+              1e3 * step, r.step_seconds.size(), 1e3 * r.step_seconds.front(),
+              format_count(tokens / step).c_str(), format_flops(r.flops / step).c_str());
+  std::printf(
+      "its products    %8.1f ms   %zu calls of the library alone; the step takes %.2f x that\n",
+      1e3 * r.products_seconds, products.size(), step / r.products_seconds);
+  std::printf("memory          %s planned, %s private after the steps\n",
+              format_bytes(r.plan_bytes).c_str(), format_bytes(used).c_str());
   return 0;
 }
 

@@ -60,14 +60,16 @@ int cmd_generate(const GenerateOptions& options) {
   std::vector<int32_t> tokens = tokenizer.encode(prompt, true);
   if (tokens.empty()) {
     // A model starts best where documents start.
-    if (!tokenizer.eos_id()) throw UsageError("the prompt is empty and the tokenizer has no token to start from");
+    if (!tokenizer.eos_id())
+      throw UsageError("the prompt is empty and the tokenizer has no token to start from");
     tokens.push_back(*tokenizer.eos_id());
   }
   for (int32_t id : tokens)
     if (id >= model.vocab_size)
-      throw DataError(fmt::format("the tokenizer gives id {}, but the model's vocabulary has {} entries; is '{}' "
-                                  "the model's tokenizer?",
-                                  id, model.vocab_size, source.config.data.tokenizer));
+      throw DataError(fmt::format(
+          "the tokenizer gives id {}, but the model's vocabulary has {} entries; is '{}' "
+          "the model's tokenizer?",
+          id, model.vocab_size, source.config.data.tokenizer));
   const int64_t context =
       std::min(std::ssize(tokens) + options.max_tokens, model.max_position_embeddings);
   if (std::ssize(tokens) > context)
@@ -92,7 +94,8 @@ int cmd_generate(const GenerateOptions& options) {
   const SamplingOptions sampling = {options.temperature, options.top_k, options.top_p};
   write(prompt);
   constexpr uint64_t kSamplingStream = 0x67656e65726174;
-  for (int64_t i = 0; i < options.max_tokens && generator.position() + std::ssize(tokens) <= context; ++i) {
+  for (int64_t i = 0;
+       i < options.max_tokens && generator.position() + std::ssize(tokens) <= context; ++i) {
     const double u = random_uniform(static_cast<uint64_t>(options.seed), kSamplingStream,
                                     static_cast<uint64_t>(i));
     const int32_t next = sample_token(generator.feed(tokens), sampling, u);

@@ -15,10 +15,15 @@
 namespace dstrain {
 namespace {
 
-constexpr const char* kTokenizerFiles[] = {
-    "tokenizer.json",   "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
-    "added_tokens.json", "chat_template.jinja",   "tokenizer.model",         "vocab.json",
-    "merges.txt"};
+constexpr const char* kTokenizerFiles[] = {"tokenizer.json",
+                                           "tokenizer_config.json",
+                                           "special_tokens_map.json",
+                                           "generation_config.json",
+                                           "added_tokens.json",
+                                           "chat_template.jinja",
+                                           "tokenizer.model",
+                                           "vocab.json",
+                                           "merges.txt"};
 
 void copy_tokenizer(const std::string& from, const std::string& to) {
   constexpr int64_t kMaxBytes = int64_t{256} << 20;
@@ -84,7 +89,8 @@ int cmd_import(const ImportOptions& options) {
   CheckpointStore store(paths.checkpoints, config.checkpoint.keep);
   const bool present = path_exists(paths.checkpoints) && !store.list().checkpoints.empty();
   if (present && !options.overwrite)
-    throw ConfigError("'" + paths.folder + "' already holds checkpoints; add --overwrite to delete them");
+    throw ConfigError("'" + paths.folder +
+                      "' already holds checkpoints; add --overwrite to delete them");
   const std::unique_ptr<Backend> backend = make_backend(config);
   TrainEngine engine(*backend, config.model, engine_options(config, false));
   engine.allocate();
@@ -110,14 +116,15 @@ int cmd_import(const ImportOptions& options) {
 int cmd_export(const ExportOptions& options) {
   const VerifiedCheckpoint checkpoint = find_checkpoint(options.source);
   const CheckpointMeta& meta = checkpoint.manifest.meta;
-  Config config = parse_config_text(meta.config_yaml, join_path(checkpoint.path, kManifestFileName));
+  Config config =
+      parse_config_text(meta.config_yaml, join_path(checkpoint.path, kManifestFileName));
   resolve_vocab_size(config);
   const std::optional<HfOrigin> origin = get_hf_origin(meta, checkpoint.path);
   const bool as_imported = origin && options.dtype == "auto";
   const DeepSeekModel shapes(config.model);
-  const HfTypes types = as_imported
-                            ? origin->types
-                            : uniform_hf_types(named_type(options.dtype), config.model, shapes.parameters());
+  const HfTypes types =
+      as_imported ? origin->types
+                  : uniform_hf_types(named_type(options.dtype), config.model, shapes.parameters());
   HfConfigExtras extras;
   if (!as_imported) extras.torch_dtype = torch_dtype_name(types.usual);
   if (origin) {

@@ -22,7 +22,8 @@ int cmd_train(const TrainOptions& options) {
   const RankEnvironment ranks = launched.value_or(RankEnvironment{});
   const char* term = std::getenv("TERM");
   const bool color = decide_color(options.color, 2, std::getenv("NO_COLOR"), term);
-  const std::vector<Unavailable> missing = unavailable_features(loaded.config, build_capabilities());
+  const std::vector<Unavailable> missing =
+      unavailable_features(loaded.config, build_capabilities());
   init_log(log_options_of(ranks, {.level = options.quiet ? LogLevel::warning : LogLevel::info,
                                   .color = color,
                                   .json = options.log_json}));
@@ -47,7 +48,8 @@ int cmd_train(const TrainOptions& options) {
   MetricsHub hub;
   if (ranks.is_first())
     hub.add(std::make_unique<ConsoleSink>(
-        line, ConsoleOptions{.mode = mode, .color = color, .log_every = loaded.config.train.log_every}));
+        line,
+        ConsoleOptions{.mode = mode, .color = color, .log_every = loaded.config.train.log_every}));
   Trainer trainer(loaded.config, {options.resume.value_or(""), options.overwrite}, hub);
   return static_cast<int>(trainer.run());
 }

@@ -10,12 +10,14 @@ namespace dstrain {
 namespace {
 
 void print_table(const ReferenceReport& report) {
-  std::printf("%-44s %9s  %10s  %8s  %-4s  %s\n", "comparison", "compared", "largest", "limit", "", "where");
+  std::printf("%-44s %9s  %10s  %8s  %-4s  %s\n", "comparison", "compared", "largest", "limit", "",
+              "where");
   for (const ReferenceRow& row : report.rows)
     std::printf("%-44s %9lld  %10.2e  %8.0e  %-4s  %s\n", row.kind.c_str(),
-                static_cast<long long>(row.compared), row.worst, row.limit, row.ok() ? "ok" : "FAIL",
-                row.where.c_str());
-  std::printf("%s\n", report.ok() ? "all within the limits" : "beyond the limits: see the lines marked FAIL");
+                static_cast<long long>(row.compared), row.worst, row.limit,
+                row.ok() ? "ok" : "FAIL", row.where.c_str());
+  std::printf("%s\n", report.ok() ? "all within the limits"
+                                  : "beyond the limits: see the lines marked FAIL");
 }
 
 void print_json(const ReferenceReport& report) {

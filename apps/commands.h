@@ -1,6 +1,7 @@
 // The subcommands of deepseek-train: what each takes from the command line, as plain values, and
 // the function that runs it. The cli_*.cpp files fill the options; each function lives in its
-// cmd_*.cpp. A function returns the process exit code or throws an Error, which main turns into one.
+// cmd_*.cpp. A function returns the process exit code or throws an Error, which main turns into
+// one.
 #pragma once
 
 #include <cstdint>
@@ -56,11 +57,11 @@ struct DataBuildOptions {
   std::vector<std::string> inputs;  // .txt or .jsonl files, or folders of them
   std::string tokenizer;
   std::string output;
-  std::string field = "text";  // JSONL: the key that holds the document
+  std::string field = "text";                 // JSONL: the key that holds the document
   DocumentSplit split = DocumentSplit::file;  // text files only
-  bool append_eos = true;      // end each document with the end-of-sequence token
-  std::string eos;             // that token's text; empty = the tokenizer's
-  int64_t workers = 0;         // 0 = all cores
+  bool append_eos = true;                     // end each document with the end-of-sequence token
+  std::string eos;                            // that token's text; empty = the tokenizer's
+  int64_t workers = 0;                        // 0 = all cores
   bool overwrite = false;
 };
 int cmd_data_build(const DataBuildOptions& options);
@@ -68,8 +69,8 @@ int cmd_data_build(const DataBuildOptions& options);
 // data inspect PATH
 struct DataInspectOptions {
   std::string path;
-  std::string tokenizer;    // empty: the one recorded in the dataset; decodes what is shown
-  int64_t limit = 3;        // documents to show
+  std::string tokenizer;     // empty: the one recorded in the dataset; decodes what is shown
+  int64_t limit = 3;         // documents to show
   std::string bigram_train;  // a dataset to count bigrams in; their loss on PATH is printed
 };
 int cmd_data_inspect(const DataInspectOptions& options);
@@ -104,7 +105,7 @@ int cmd_eval(const EvalOptions& options);
 // generate (--run DIR | --checkpoint DIR | --model HF_DIR)
 struct GenerateOptions {
   ModelSource source;
-  std::string tokenizer;  // empty: the run's or the folder's
+  std::string tokenizer;              // empty: the run's or the folder's
   std::optional<std::string> prompt;  // absent: standard input
   int64_t max_tokens = 200;
   double temperature = 1.0;  // 0 = greedy
@@ -161,8 +162,8 @@ int cmd_verify(const VerifyOptions& options);
 // bench step (--config FILE | --model-config config.json) | bench ops
 struct BenchOptions {
   ConfigSource config;
-  std::string model_config;  // JSON with the keys of `model`
-  bool synthetic = false;    // random tokens instead of data.train
+  std::string model_config;            // JSON with the keys of `model`
+  bool synthetic = false;              // random tokens instead of data.train
   std::optional<int64_t> batch;        // train.global_batch
   std::optional<int64_t> micro_batch;  // train.micro_batch
   std::optional<int64_t> seq;          // data.seq_len

@@ -10,7 +10,8 @@ namespace dstrain {
 
 // Prints the configuration, the start-up table and what this build cannot do. What a run would be
 // refused for here, such as missing files or too little memory, is a warning: a plan may be for
-// another machine. Allocates and writes nothing. ConfigError for a configuration that holds nowhere.
+// another machine. Allocates and writes nothing. ConfigError for a configuration that holds
+// nowhere.
 int dry_run(const LoadedConfig& loaded, const TrainOptions& options,
             const std::vector<Unavailable>& missing, bool color);
 

@@ -4,8 +4,8 @@
 // The folder holds config.json, model.safetensors and reference.safetensors with (f32 unless said):
 //   input_ids, labels [B,T] i64, logits [B,T,V], loss [], grad.<name>,
 //   train_ids [S,B,T+1] i64, train_losses [S], final.<name>
-// Optimizer: AdamW(lr 1e-3, betas 0.9 0.95, eps 1e-8, weight decay 0.1 on tensors of two or more dims),
-// global norm clipped at 1, router bias constant.
+// Optimizer: AdamW(lr 1e-3, betas 0.9 0.95, eps 1e-8, weight decay 0.1 on tensors of two or more
+// dims), global norm clipped at 1, router bias constant.
 #pragma once
 
 #include <string>
@@ -23,10 +23,10 @@ struct ReferenceLimits {
 
 // The worst case of one kind of comparison.
 struct ReferenceRow {
-  std::string kind;   // "gradient, relative L2"
+  std::string kind;  // "gradient, relative L2"
   int64_t compared = 0;
   double worst = 0, limit = 0;
-  std::string where;  // tensor or step of the worst case
+  std::string where;                          // tensor or step of the worst case
   bool ok() const { return worst <= limit; }  // false for NaN
 };
 

@@ -35,8 +35,9 @@ class RunFolder {
 };
 
 // The checkpoint that a run starts from; nothing for a start from scratch. `resume` is "" (none may
-// be there), "none", "latest", or the path of a run or of a checkpoint. Writes nothing. Logs rejected
-// checkpoints, and newer ones than a chosen one. ConfigError where checkpoints are in the way.
+// be there), "none", "latest", or the path of a run or of a checkpoint. Writes nothing. Logs
+// rejected checkpoints, and newer ones than a chosen one. ConfigError where checkpoints are in the
+// way.
 std::optional<VerifiedCheckpoint> choose_checkpoint(const RunPaths& paths, CheckpointStore& store,
                                                     const std::string& resume, bool overwrite);
 

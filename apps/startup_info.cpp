@@ -28,8 +28,11 @@ StartupInfo startup_info_of(const Config& config, TrainEngine* engine) {
   }
   if (engine) {
     info.precision = precision_name(engine->options());
-    for (const MemoryOwner& owner : engine->memory()) info.memory.push_back({owner.name, owner.bytes});
-    if (config.checkpoint.async) info.memory.push_back({"checkpoint snapshot", AsyncSaver::snapshot_bytes(state_tensors(*engine))});
+    for (const MemoryOwner& owner : engine->memory())
+      info.memory.push_back({owner.name, owner.bytes});
+    if (config.checkpoint.async)
+      info.memory.push_back(
+          {"checkpoint snapshot", AsyncSaver::snapshot_bytes(state_tensors(*engine))});
     const int64_t slot = BatchStream::slot_bytes(config.train.micro_batch, config.data.seq_len);
     const int64_t evaluation = config.data.valid.empty() ? 0 : evaluation_bytes(config);
     info.memory.push_back({"input batches", slot * config.data.prefetch + evaluation});

@@ -36,9 +36,10 @@ struct RopeScalingConfig {
   double high_freq_factor = 4.0;
 
   static void fields(auto& field, auto& c) {
-    field("type", c.type, any(),
-          "default (no scaling), linear (all frequencies divided by the factor), yarn or llama3 (as "
-          "Llama 3.1)");
+    field(
+        "type", c.type, any(),
+        "default (no scaling), linear (all frequencies divided by the factor), yarn or llama3 (as "
+        "Llama 3.1)");
     field("factor", c.factor, at_least(1.0), "context length extension factor");
     field("original_max_position_embeddings", c.original_max_position_embeddings,
           in_range(1, 1 << 30), "context length before extension");
@@ -112,9 +113,7 @@ struct ModelConfig {
   int64_t gqa_head_dim() const {
     return head_dim > 0 ? head_dim : hidden_size / num_attention_heads;
   }
-  bool has_attention_output_bias() const {
-    return attention_output_bias.value_or(attention_bias);
-  }
+  bool has_attention_output_bias() const { return attention_output_bias.value_or(attention_bias); }
   bool rope_is_interleaved() const { return rope_interleave.value_or(is_mla()); }
 
   static void fields(auto& field, auto& c);  // below

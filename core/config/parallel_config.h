@@ -48,15 +48,17 @@ struct ParallelConfig {
           "model chunks per pipeline stage; interleaved only");
     field("zero", c.zero, in_range(0, 3),
           "ZeRO stage: 1 shards optimizer state, 2 gradients, 3 parameters");
-    field("keep_full_grads", c.keep_full_grads, any(),
-          "zero 2 and 3: keep all gradients on each rank and sum them once per step instead of after "
-          "each micro-batch");
+    field(
+        "keep_full_grads", c.keep_full_grads, any(),
+        "zero 2 and 3: keep all gradients on each rank and sum them once per step instead of after "
+        "each micro-batch");
     field("expert_buffer", c.expert_buffer, at_least(1.0),
           "receive buffer of expert parallelism over the balanced load; overflow runs exact extra "
           "rounds");
-    field("hierarchical", c.hierarchical, any(),
-          "where every node has the same number of ranks, sum gradients inside the nodes first, then "
-          "between them");
+    field(
+        "hierarchical", c.hierarchical, any(),
+        "where every node has the same number of ranks, sum gradients inside the nodes first, then "
+        "between them");
   }
 };
 

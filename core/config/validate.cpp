@@ -249,10 +249,11 @@ void check_ranks(const Config& c, Rules& rules) {
   for (size_t i = 0; i < c.launch.hosts.size(); ++i) {
     const std::string& host = c.launch.hosts[i];
     if (!parse_launch_host(host))
-      rules.broken(fmt::format("launch.hosts[{}]", i),
-                   "write a name of letters, digits, '.', '_' and '-', and after a ':' its ranks if "
-                   "they differ from launch.ranks",
-                   "launch.hosts: {} is no host name", quote(host));
+      rules.broken(
+          fmt::format("launch.hosts[{}]", i),
+          "write a name of letters, digits, '.', '_' and '-', and after a ':' its ranks if "
+          "they differ from launch.ranks",
+          "launch.hosts: {} is no host name", quote(host));
   }
 }
 

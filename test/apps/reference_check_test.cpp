@@ -51,9 +51,9 @@ std::string failing_rows(const ReferenceReport& report) {
 }  // namespace
 
 TEST_CASE("reference_check: models agree with transformers in every recompute mode", "[parity]") {
-  const std::string name = GENERATE("deepseek_v3_tiny", "deepseek_v3_odd", "deepseek_v3_groups",
-                                    "deepseek_v2_yarn", "llama_tiny", "llama_yarn_bias",
-                                    "llama_llama3", "qwen2_tiny");
+  const std::string name =
+      GENERATE("deepseek_v3_tiny", "deepseek_v3_odd", "deepseek_v3_groups", "deepseek_v2_yarn",
+               "llama_tiny", "llama_yarn_bias", "llama_llama3", "qwen2_tiny");
   const Recompute recompute = GENERATE(Recompute::none, Recompute::selective, Recompute::full);
   CAPTURE(name, static_cast<int>(recompute));
   const auto backend = make_cpu_backend(2);
