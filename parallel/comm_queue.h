@@ -1,0 +1,54 @@
+// A stream for communication beside the one that computes, and points in it to wait for. On a CPU all
+// calls have run when they return, and nothing waits.
+#pragma once
+
+#include <memory>
+
+#include "core/backend/backend.h"
+#include "core/dist/param_store.h"
+
+namespace dstrain {
+
+class CommQueue {
+ public:
+  explicit CommQueue(Backend& backend)
+      : stream_(backend.make_stream()), caller_(backend.make_event()) {}
+
+  // What is queued on the result runs after everything that is queued on dist.stream now. In a dry run it
+  // is `dist`.
+  DistStream after(DistStream dist) {
+    if (dist.dry) return dist;
+    caller_->record(dist.stream);
+    caller_->wait_on(*stream_);
+    return {dist.ops, *stream_, false};
+  }
+
+ private:
+  std::unique_ptr<Stream> stream_;
+  std::unique_ptr<Event> caller_;
+};
+
+// A point in the queue that one later reader waits for.
+class CommPoint {
+ public:
+  explicit CommPoint(Backend& backend) : event_(backend.make_event()) {}
+
+  // Everything queued on `comm` so far.
+  void set(DistStream comm) {
+    if (comm.dry) return;
+    event_->record(comm.stream);
+    set_ = true;
+  }
+  // What is queued on dist.stream from now on runs after the point. Nothing happens the second time.
+  void wait(DistStream dist) {
+    if (!set_ || dist.dry) return;
+    event_->wait_on(dist.stream);
+    set_ = false;
+  }
+
+ private:
+  std::unique_ptr<Event> event_;
+  bool set_ = false;
+};
+
+}  // namespace dstrain

@@ -1,0 +1,154 @@
+#include "parallel/param_shards.h"
+
+#include <iterator>
+#include <utility>
+
+namespace dstrain {
+namespace {
+
+void add_slices(std::vector<StateSlice>& out, const char* kind, const ShardRange& range, int64_t begin,
+                const Tensor& data) {
+  for (const ShardPart& part : range.parts(begin, begin + data.numel()))
+    out.push_back({kind, part.parameter, part.begin, part.end,
+                   data.rows(part.at - begin, part.at - begin + part.end - part.begin)});
+}
+
+}  // namespace
+
+GroupPlaces ShardRanks::places() const {
+  GroupPlaces places;
+  for (size_t g = 0; g < kReduceGroups; ++g) places[g] = {groups[g]->rank(), groups[g]->size()};
+  return places;
+}
+
+ParamShards::ParamShards(Backend& backend, ParameterSet& parameters, const ParamStoreOptions& options,
+                         const ZeroOptions& zero, const ShardRanks& ranks,
+                         const ReducerFactory& make_reducer)
+    : parameters_(parameters),
+      options_(options),
+      zero_(zero),
+      ranks_of_group_(ranks),
+      layout_(parameters, ranks.places(), zero.head_block),
+      queue_(backend),
+      values_(backend, layout_, ranks.groups, queue_, zero, options.dtype) {
+  DSTRAIN_CHECK(zero.stage >= 0 && zero.stage <= 3, "ZeRO has stages 0 to 3");
+  if (options.training)
+    grads_ = std::make_unique<ShardGrads>(backend, parameters, layout_, make_reducer, ranks.ties, queue_,
+                                          zero, options.dtype);
+}
+
+void ParamShards::make_memory(const OwnerVisitor& visit) {
+  const DType stat = stat_dtype(options_.dtype);
+  values_.make_memory(visit);
+  visit("router bias", MemoryKind::device, [&](Arena& a) {
+    buffers_ = a.make(stat, {parameters_.buffer_elements()}, "router bias");
+  });
+  for (Parameter& p : parameters_.all())
+    if (!p.spec.trainable)
+      p.value = Tensor(buffers_.rows(p.offset, p.offset + p.numel()).raw(), stat, p.local_shape.data(),
+                       static_cast<int>(p.local_shape.size()));
+  if (!options_.training) return;
+  grads_->make_memory(visit);
+  const int64_t moments = zero_.shards_moments() ? layout_.shard_elements() : layout_.whole_elements();
+  visit("optimizer state", MemoryKind::device, [&](Arena& a) {
+    exp_avg_ = a.make(stat, {moments}, "first moment");
+    exp_avg_sq_ = a.make(stat, {moments}, "second moment");
+  });
+  make_ranges();
+}
+
+ShardBytes ParamShards::bytes() const {
+  return bytes_per_rank(layout_, parameters_.buffer_elements(), zero_, options_);
+}
+
+// Stage 0 updates everything everywhere.
+ParamShards::Part ParamShards::updated_part(const ShardRange& range) const {
+  return zero_.shards_moments() ? owned_part(range) : Part{0, range.elements()};
+}
+
+Tensor ParamShards::moment(const Tensor& moments, const ShardRange& range, Part part) const {
+  const int64_t start = zero_.shards_moments() ? range.shard_at - range.owned_begin() : range.whole_at;
+  return moments.rows(start + part.begin, start + part.end);
+}
+
+void ParamShards::make_ranges() {
+  ranges_.clear();
+  for (const ShardRange& range : layout_.ranges()) {
+    const Part part = updated_part(range);
+    if (part.begin == part.end) continue;
+    const bool sharded = zero_.shards_moments();
+    ranges_.push_back({range.group.weight_decay,
+                       sharded ? values_.owned(range) : values_.whole(range).rows(0, range.elements()),
+                       sharded ? grads_->owned(range) : grads_->whole(range),
+                       moment(exp_avg_, range, part), moment(exp_avg_sq_, range, part)});
+  }
+}
+
+void ParamShards::clear(DistStream dist) {
+  values_.clear(dist);
+  if (grads_) grads_->clear(dist);
+  for (const Tensor& x : {buffers_, exp_avg_, exp_avg_sq_})
+    if (x.defined()) dist.ops.fill(dist.stream, x, 0.0);
+}
+
+void ParamShards::acquire_finish(DistStream dist, int block) {
+  values_.acquire_finish(dist, block);
+  if (grads_) grads_->set_caller(dist);
+}
+
+GradTarget ParamShards::grad(const Parameter& parameter) { return grads_->grad(parameter); }
+void ParamShards::grads_ready(DistStream dist, int block) { grads_->grads_ready(dist, block); }
+void ParamShards::begin_step(int64_t step) { grads_->begin_step(step); }
+void ParamShards::begin_micro_batch(bool last_of_step) { grads_->begin_micro_batch(last_of_step); }
+void ParamShards::reduce_gradients(DistStream dist) { grads_->reduce(dist); }
+void ParamShards::end_step(DistStream dist, const StepScalars* scalars) { grads_->end_step(dist, scalars); }
+
+// Each rank adds what it owns, in every stage. A tied table counts where its owner is.
+void ParamShards::add_norm(DistStream dist, const Tensor& sum_1) {
+  for (const ShardRange& range : layout_.ranges()) {
+    const Tensor owned = grads_->owned(range);
+    if (range.tie != Tie::copy && owned.numel() > 0) dist.ops.add_sum_squares(dist.stream, owned, sum_1);
+  }
+}
+
+void ParamShards::add_moments(std::vector<StateSlice>& out, const ShardRange& range, Part part) const {
+  if (!options_.training) return;
+  add_slices(out, "adamw.exp_avg", range, part.begin, moment(exp_avg_, range, part));
+  add_slices(out, "adamw.exp_avg_sq", range, part.begin, moment(exp_avg_sq_, range, part));
+}
+
+void ParamShards::add_buffers(std::vector<StateSlice>& out) const {
+  for (const Parameter& p : parameters_.all())
+    if (!p.spec.trainable) out.push_back({"param", &p, 0, p.numel(), p.value.view({p.numel()})});
+}
+
+std::vector<StateSlice> ParamShards::saved() const {
+  std::vector<StateSlice> out;
+  for (const ShardRange& range : layout_.ranges()) {
+    if (range.tie == Tie::copy) continue;
+    add_slices(out, "param", range, range.owned_begin(), values_.owned(range));
+    add_moments(out, range, owned_part(range));
+  }
+  if (ranks_of_group_.groups[number_of(ReduceGroup::replicated)]->rank() == 0) add_buffers(out);
+  if (grads_) std::ranges::move(grads_->saved_residuals(), std::back_inserter(out));
+  return out;
+}
+
+std::vector<StateSlice> ParamShards::loaded() const {
+  std::vector<StateSlice> out;
+  for (const ShardRange& range : layout_.ranges()) {
+    if (zero_.shards_values())
+      add_slices(out, "param", range, range.owned_begin(), values_.owned(range));
+    else
+      add_slices(out, "param", range, 0, values_.whole(range));
+    add_moments(out, range, updated_part(range));
+  }
+  add_buffers(out);
+  return out;
+}
+
+std::vector<StateSlice> ParamShards::loaded_residuals(const SavedKinds& kinds) const {
+  return grads_ ? grads_->loaded_residuals(kinds) : std::vector<StateSlice>();
+}
+
+}  // namespace dstrain

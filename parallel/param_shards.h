@@ -1,0 +1,77 @@
+// The parameters of a model part that several ranks hold together (ZeRO stages 0 to 3): values, gradients and
+// moments by the flat ranges of shard_layout.h. LocalParamStore defines what is correct.
+#pragma once
+
+#include <vector>
+
+#include "core/dist/param_store.h"
+#include "parallel/comm_queue.h"
+#include "parallel/shard_grads.h"
+#include "parallel/shard_layout.h"
+#include "parallel/shard_values.h"
+
+namespace dstrain {
+
+// Whom a rank shares its parameters with; communicators outlive the store.
+struct ShardRanks {
+  GroupComms groups = {};          // by ReduceGroup; `replicated` is all ranks of the pipeline stage
+  Communicator* ties = nullptr;  // first and last pipeline stage; null where nothing is tied
+  GroupPlaces places() const;
+};
+
+// Every rank of a group makes the same calls in the same order. With ZeRO 3, Parameter::value is absent outside
+// of acquire and release; with sharded gradients, Parameter::grad always is. Thread-compatible.
+class ParamShards : public ParamStore {
+ public:
+  // `parameters` has its layout; it and the backend outlive the store.
+  ParamShards(Backend& backend, ParameterSet& parameters, const ParamStoreOptions& options,
+              const ZeroOptions& zero, const ShardRanks& ranks, const ReducerFactory& make_reducer);
+
+  void make_memory(const OwnerVisitor& visit) override;
+  void clear(DistStream dist) override;
+  void acquire_start(DistStream dist, int block) override { values_.acquire_start(dist, block); }
+  void acquire_finish(DistStream dist, int block) override;
+  void release(DistStream, int block) override { values_.release(block); }
+  GradTarget grad(const Parameter& parameter) override;
+  void grads_ready(DistStream dist, int block) override;
+  void begin_step(int64_t step) override;
+  void begin_micro_batch(bool last_of_step) override;
+  void reduce_gradients(DistStream dist) override;
+  void add_norm(DistStream dist, const Tensor& sum_1) override;
+  std::span<const OptimizerRange> ranges() const override { return ranges_; }
+  void publish(DistStream dist) override { values_.publish(dist); }
+  void end_step(DistStream dist, const StepScalars* scalars) override;
+  std::vector<StateSlice> saved() const override;
+  std::vector<StateSlice> loaded() const override;
+  // What is to be read after loaded(), in this order: see GradReducer::loaded().
+  std::vector<StateSlice> loaded_residuals(const SavedKinds& kinds) const;
+
+  // What make_memory asks for, without the reducers' own.
+  ShardBytes bytes() const;
+  GradTraffic traffic() const { return grads_ ? grads_->traffic() : GradTraffic(); }
+
+ private:
+  struct Part {  // of a range
+    int64_t begin = 0, end = 0;
+  };
+  Part owned_part(const ShardRange& range) const { return {range.owned_begin(), range.owned_end()}; }
+  Part updated_part(const ShardRange& range) const;
+  // The moments of elements [part.begin, part.end), which this rank has.
+  Tensor moment(const Tensor& moments, const ShardRange& range, Part part) const;
+  void make_ranges();
+  void add_moments(std::vector<StateSlice>& out, const ShardRange& range, Part part) const;
+  void add_buffers(std::vector<StateSlice>& out) const;
+
+  ParameterSet& parameters_;
+  const ParamStoreOptions options_;
+  const ZeroOptions zero_;
+  const ShardRanks ranks_of_group_;
+  const ShardLayout layout_;
+  CommQueue queue_;
+  ShardValues values_;
+  std::unique_ptr<ShardGrads> grads_;  // where there is training
+  Tensor buffers_, exp_avg_, exp_avg_sq_;
+  std::vector<OptimizerRange> ranges_;
+};
+
+}  // namespace dstrain
