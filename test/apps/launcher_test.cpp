@@ -393,6 +393,22 @@ TEST_CASE("launcher: with the real mpirun, the rank that failed is named", "[lau
   CHECK(job.leftovers().empty());
 }
 
+TEST_CASE("launcher: a hang is told with what the others waited for first", "[launcher]") {
+  LaunchedJob job(R"sh(
+come 12
+if [[ $rank == 0 ]]; then slot 8 2; slot 12 0; sleep 20; fi
+slot 8 3; sleep 0.3; slot 12 1; exit 1
+)sh",
+                  true);
+  job.job.plan.hosts = {{"", 3}};
+  job.job.max_restarts = 0;
+  CHECK(job.run() == 1);
+  const std::string text = job.read("err");
+  const size_t at = text.find("error: the job hung; rank 0: step 12, in forward or backward for ");
+  REQUIRE(at != std::string::npos);
+  CHECK_THAT(text.substr(at), Contains("; ranks 1, 2: step 12, summing gradients for "));
+}
+
 TEST_CASE("launcher: with the real mpirun, signals reach every rank", "[launcher]") {
   LaunchedJob job(R"sh(
 trap 'echo saved $rank >>said' USR1
