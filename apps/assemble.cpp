@@ -6,6 +6,7 @@
 #include "core/base/format_units.h"
 #include "core/base/log.h"
 #include "core/checkpoint/hf_format.h"
+#include "core/checkpoint/state_boxes.h"
 #include "core/config/hf_config.h"
 #include "core/data/data_file.h"
 #include "core/data/tokenizer.h"
@@ -97,36 +98,23 @@ void require_memory(int64_t bytes) {
                                   format_bytes(bytes), format_bytes(available)));
 }
 
-static std::vector<StateTensor> whole_tensors(const std::vector<StateSlice>& slices) {
-  std::vector<StateTensor> out;
-  for (const StateSlice& slice : slices) {
-    const Parameter& p = *slice.parameter;
-    DSTRAIN_CHECK(slice.begin == 0 && slice.end == p.numel(), "part of '" + p.spec.name + "'");
-    out.push_back({slice.kind + "." + p.spec.name, slice.data.dtype(), p.spec.shape, p.local_begin,
-                   p.local_shape, slice.data.raw()});
-  }
-  return out;
-}
-
-std::vector<StateTensor> state_tensors(TrainEngine& engine) { return whole_tensors(engine.saved_state()); }
+std::vector<StateTensor> state_tensors(TrainEngine& engine) { return state_tensors(engine.saved_state()); }
 
 // A parameter that only the checkpoint has would be dropped without a word; one that only the model has
 // is reported by the reader.
-static void check_all_used(const CheckpointReader& reader, const std::vector<StateTensor>& state) {
-  std::set<std::string> names;
-  for (const StateTensor& tensor : state) names.insert(tensor.name);
+static void check_all_used(const CheckpointReader& reader, const ModelConfig& config) {
+  const DeepSeekModel model(config);
   for (const ManifestTensor& stored : reader.manifest().tensors)
-    if (stored.name.starts_with("param.") && !names.contains(stored.name))
+    if (stored.name.starts_with("param.") && !model.parameters().find(stored.name.substr(6)))
       throw DataError(fmt::format("checkpoint '{}' holds '{}', for which this job's model has no place; its "
                                   "configuration differs",
                                   reader.path(), stored.name));
 }
 
 void load_state(TrainEngine& engine, CheckpointReader& reader, bool with_optimizer) {
-  const std::vector<StateTensor> state = whole_tensors(engine.loaded_state());
-  check_all_used(reader, state);
+  check_all_used(reader, engine.model().config());
   std::vector<char> host;
-  for (const StateTensor& tensor : state) {
+  for (const StateTensor& tensor : state_tensors(engine.loaded_state())) {
     if (!with_optimizer && !tensor.name.starts_with("param.")) continue;
     host.resize(static_cast<size_t>(tensor.bytes()));
     reader.read(tensor, host.data());
@@ -139,11 +127,19 @@ HfOrigin load_hf_parameters(TrainEngine& engine, const std::string& folder) {
   HfOrigin origin;
   origin.folder = folder;
   origin.config = read_small_file(join_path(folder, "config.json"), kMaxHfConfigBytes);
-  origin.types = read_hf_weights(folder, engine.model().config(), engine.parameters(),
-                                 [&](const std::string& name, const std::vector<float>& values) {
-                                   write_tensor(engine.backend(), engine.stream(), values,
-                                                engine.parameters().find(name)->value);
-                                 });
+  const DeepSeekModel whole(engine.model().config());
+  const std::vector<StateSlice> slices = engine.loaded_state();
+  std::vector<float> part;
+  origin.types = read_hf_weights(
+      folder, whole.config(), whole.parameters(), [&](const std::string& name, const std::vector<float>& values) {
+        for (const StateSlice& slice : slices) {
+          if (slice.kind != "param" || slice.parameter->spec.name != name) continue;
+          part.clear();
+          for (int64_t i = slice.begin; i < slice.end; ++i)
+            part.push_back(values[static_cast<size_t>(slice.parameter->global_index(i))]);
+          write_tensor(engine.backend(), engine.stream(), part, slice.data);
+        }
+      });
   return origin;
 }
 

@@ -57,14 +57,16 @@ int cmd_eval(const EvalOptions& options) {
     throw ConfigError("there is nothing to evaluate on; add --set 'data.valid=[{path: DATASET}]'");
   const DataSet data = open_data(config.data.valid, config.data.tokenizer);
   const std::unique_ptr<Backend> backend = make_backend(config);
-  TrainEngine engine(*backend, config.model, engine_options(config, false));
+  LocalCommunicator world(*backend);
+  RankJob job(config, MeshShape{}, world, *backend, "", /*training=*/false);
+  TrainEngine& engine = job.engine();
   require_memory(engine.memory_bytes() + evaluation_bytes(config));
   engine.allocate();
   CheckpointReader reader(checkpoint.path, checkpoint.manifest);
   load_state(engine, reader, false);
   const DeviceMemory memory(*backend, evaluation_bytes(config), MemoryKind::host);
   for (const TokenDataset& dataset : data.datasets) {
-    EvalRecord record = evaluate_dataset(engine, config, dataset, memory);
+    EvalRecord record = evaluate_dataset(job, config, dataset, memory);
     record.step = checkpoint.manifest.meta.step;
     print(record, checkpoint.path, options.json);
   }

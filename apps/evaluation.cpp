@@ -22,7 +22,7 @@ int64_t evaluation_bytes(const Config& config) {
   return kEvaluationSlots * BatchStream::slot_bytes(config.train.micro_batch, config.data.seq_len);
 }
 
-EvalRecord evaluate_dataset(TrainEngine& engine, const Config& config, const TokenDataset& dataset,
+EvalRecord evaluate_dataset(RankJob& job, const Config& config, const TokenDataset& dataset,
                             const DeviceMemory& memory) {
   const auto begin = std::chrono::steady_clock::now();
   BatchStreamOptions options;
@@ -30,19 +30,23 @@ EvalRecord evaluate_dataset(TrainEngine& engine, const Config& config, const Tok
   options.vocab_size = config.model.vocab_size;
   options.micro_batch = config.train.micro_batch;
   options.global_batch = config.train.global_batch;
+  options.dp_rank = job.mesh().place().data.rank;
+  options.dp_size = job.mesh().place().data.size;
   options.single_pass = true;
   BatchStream stream({{&dataset, 1.0}}, options, memory.data(), memory.bytes());
   const int64_t limit = config.train.eval_batches;
   const int64_t steps = limit > 0 ? std::min(limit, stream.num_steps()) : stream.num_steps();
 
   EvalRecord record;
-  double loss = 0;
-  for (int64_t i = 0; i < steps * stream.micro_batches_per_step(); ++i) {
-    const HostMicroBatch& batch = stream.next();
-    if (batch.valid_tokens > 0) loss += engine.evaluate(to_host_batch(batch));
-    record.tokens += batch.valid_tokens;
-    stream.release();
-  }
+  job.engine().begin_evaluation();
+  for (int64_t i = 0; i < steps; ++i)
+    job.runner().evaluate(stream.micro_batches_per_step(), [&](int64_t m) {
+      const HostMicroBatch& batch = stream.next();
+      if (m == 0) record.tokens += batch.step_valid_tokens;
+      job.engine().load(m, to_host_batch(batch));
+      stream.release();
+    });
+  const double loss = job.engine().finish_evaluation();
   record.set = file_name(dataset.path());
   record.loss = record.tokens > 0 ? loss / static_cast<double>(record.tokens) : 0.0;
   record.perplexity = std::exp(record.loss);

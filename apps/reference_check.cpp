@@ -166,7 +166,7 @@ class ReferenceCheck {
 
   void check_training() {
     load_weights();
-    engine_->set_updates(0);
+    engine_->set_progress(0, 0);
     const std::vector<int64_t>& shape = reference_.shape("train_ids");
     const std::vector<int32_t> ids = reference_.ids("train_ids", 3, model_.vocab_size);
     const std::vector<float> losses = reference_.floats("train_losses");

@@ -2,7 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
-#include <numbers>
+#include <utility>
 
 #include "apps/evaluation.h"
 #include "apps/next_commands.h"
@@ -37,18 +37,23 @@ std::map<std::string, std::string> data_fingerprints(const Config& config, const
 
 }  // namespace
 
-Trainer::Trainer(const Config& config, const TrainerOptions& options, MetricsHub& hub)
-    : config_(config), paths_(config), hub_(hub) {
+Trainer::Trainer(const Config& config, const TrainerOptions& options, MetricsHub& hub, const JobRanks& ranks)
+    : config_(config),
+      paths_(config),
+      hub_(hub),
+      backend_(make_backend(config)),
+      only_rank_(ranks.world ? nullptr : std::make_unique<LocalCommunicator>(*backend_)),
+      world_(ranks.world ? *ranks.world : *only_rank_),
+      ranks_(ranks) {
   train_data_ = open_data(config_.data.train, config_.data.tokenizer);
   valid_data_ = open_data(config_.data.valid, config_.data.tokenizer);
   fingerprints_ = data_fingerprints(config_, train_data_);
-  backend_ = make_backend(config_);
-  engine_ = std::make_unique<TrainEngine>(*backend_, config_.model, engine_options(config_, true));
+  job_ = std::make_unique<RankJob>(config_, resolve_mesh(config_, world_.size()), world_, *backend_,
+                                   ranks.machine, /*training=*/true);
+  engine_ = &job_->engine();
   flops_per_token_ = model_cost(config_.model, config_.data.seq_len).flops_per_token;
   check_memory();
-  prepare_folder();
-  const std::optional<VerifiedCheckpoint> checkpoint =
-      choose_checkpoint(paths_, *store_, options.resume, options.overwrite);
+  const std::optional<VerifiedCheckpoint> checkpoint = agree_on_start(options);
   if (checkpoint && checkpoint->manifest.meta.step >= config_.train.steps) {
     nothing_to_do_ = true;
     log_info("nothing to do: {} is at step {} and train.steps is {}; raise train.steps to train on",
@@ -62,6 +67,8 @@ Trainer::Trainer(const Config& config, const TrainerOptions& options, MetricsHub
   hub_.on_start(startup_info());
   start_from(checkpoint);
   open_stream();
+  world_.barrier();  // nobody reads a checkpoint any more
+  if (world_.rank() != 0) return;
   // Not before everything else was found good.
   if (options.overwrite) store_->remove_all(folder_->lock());
   open_records(checkpoint ? std::optional(resumed_step_) : std::nullopt);
@@ -70,6 +77,22 @@ Trainer::Trainer(const Config& config, const TrainerOptions& options, MetricsHub
 }
 
 Trainer::~Trainer() = default;
+
+std::optional<VerifiedCheckpoint> Trainer::agree_on_start(const TrainerOptions& options) {
+  std::optional<VerifiedCheckpoint> checkpoint;
+  if (world_.rank() == 0) {
+    prepare_folder();
+    checkpoint = choose_checkpoint(paths_, *store_, options.resume, options.overwrite);
+  } else {
+    store_.emplace(paths_.checkpoints, config_.checkpoint.keep);
+  }
+  const std::string path = world_.all_gather_text(checkpoint ? checkpoint->path : "")[0];
+  if (world_.rank() != 0 && !path.empty()) {
+    CheckpointReader reader(path);  // the first rank has verified it
+    checkpoint = VerifiedCheckpoint{path, reader.manifest()};
+  }
+  return checkpoint;
+}
 
 void Trainer::prepare_folder() {
   folder_.emplace(paths_.folder);
@@ -80,7 +103,7 @@ void Trainer::prepare_folder() {
 }
 
 void Trainer::check_memory() const {
-  require_memory(startup_info().memory_total_bytes());
+  require_memory(startup_info().memory_total_bytes() * ranks_.on_this_machine);
 }
 
 void Trainer::start_from(const std::optional<VerifiedCheckpoint>& checkpoint) {
@@ -92,6 +115,7 @@ void Trainer::start_from(const std::optional<VerifiedCheckpoint>& checkpoint) {
   saver_ = std::make_unique<AsyncSaver>(
       *store_, std::span(static_cast<std::byte*>(snapshot_memory_.data()),
                          static_cast<size_t>(snapshot_memory_.bytes())));
+  saves_ = std::make_unique<RankSaves>(world_, *store_, *saver_);
   if (checkpoint) return restore(*checkpoint);
   engine_->initialize(static_cast<uint64_t>(config_.run.seed));
   if (!config_.model.from.empty()) hf_origin_ = load_hf_parameters(*engine_, config_.model.from);
@@ -111,7 +135,7 @@ void Trainer::restore(const VerifiedCheckpoint& checkpoint) {
     const auto at = meta.counters.find(name);
     return at == meta.counters.end() ? int64_t{0} : at->second;
   };
-  engine_->set_updates(counter("updates"));
+  engine_->set_progress(meta.step, counter("updates"));
   total_tokens_ = counter("tokens");
   skipped_steps_ = counter("skipped_steps");
   step_ = saved_step_ = meta.step;
@@ -120,6 +144,7 @@ void Trainer::restore(const VerifiedCheckpoint& checkpoint) {
 }
 
 void Trainer::warn_of_changes(const CheckpointMeta& meta) const {
+  if (world_.rank() != 0) return;
   const Config before = parse_config_text(meta.config_yaml, "the checkpoint's configuration");
   for (const std::string& line : diff_config(before, config_))
     log_warning("changed since the checkpoint: {}", line);
@@ -147,6 +172,8 @@ void Trainer::open_stream() {
   options.vocab_size = config_.model.vocab_size;
   options.micro_batch = config_.train.micro_batch;
   options.global_batch = config_.train.global_batch;
+  options.dp_rank = job_->mesh().place().data.rank;
+  options.dp_size = job_->mesh().place().data.size;
   options.start = cursor_;
   options.skip = skipped_samples_;
   if (!valid_data_.datasets.empty())
@@ -176,20 +203,22 @@ ExitCode Trainer::run() {
   while (step_ < config_.train.steps) {
     queue_step();
     if (skipped_in_a_row_ >= config_.train.max_skipped_steps) {
-      saver_->wait();
+      saves_->wait();
       report_saves();
       throw RuntimeFailure(fmt::format(
-          "{} in a row had a gradient that is not finite, the last one step {}; nothing is saved over the "
+          "{} steps in a row had a gradient that is not finite, the last one step {}; nothing is saved over the "
           "checkpoints before. Lower optimizer.lr or turn on optimizer.grad_clip, and go on with --resume latest",
-          format_plural(skipped_in_a_row_, "step"), step_));
+          skipped_in_a_row_, step_));
     }
     report_saves();
     if (due(config_.train.eval_every)) evaluate();
-    left_by = leave_requested();
-    if (!left_by.empty()) break;
-    const bool asked = take_save_request();
+    if (wants_to_leave_) {
+      left_by = left_by_.empty() ? "another rank's signal" : left_by_;
+      break;
+    }
     // A state that no gradient is finite at must not push good checkpoints out.
-    if (asked || (due(config_.checkpoint.every) && skipped_in_a_row_ == 0)) request_save();
+    if (std::exchange(wants_to_save_, false) || (due(config_.checkpoint.every) && skipped_in_a_row_ == 0))
+      request_save();
   }
   complete_steps();
   if (!left_by.empty())
@@ -210,17 +239,18 @@ void Trainer::queue_step() {
   record.step = ++step_;
   record.steps = config_.train.steps;
   record.lr = learning_rate(config_.schedule, config_.optimizer.lr, step_, config_.train.steps);
-  for (int64_t m = 0; m < stream_->micro_batches_per_step(); ++m) {
+  job_->runner().run([&](int64_t m) {
     const Clock::time_point wait = Clock::now();
     const HostMicroBatch& batch = stream_->next();
-    const Clock::time_point work = Clock::now();
-    record.phases.data_ms += 1e3 * seconds_between(wait, work);
+    record.phases.data_ms += 1e3 * seconds_between(wait, Clock::now());
     if (m == 0) engine_->begin_step(record.lr, step.valid_tokens = batch.step_valid_tokens);
-    engine_->accumulate(to_host_batch(batch), batch.last_of_step);
+    engine_->load(m, to_host_batch(batch), batch.last_of_step);
     stream_->release();
-    record.phases.forward_backward_ms += 1e3 * seconds_between(work, Clock::now());
-  }
+  });
   const Clock::time_point update = Clock::now();
+  record.phases.forward_backward_ms = 1e3 * seconds_between(step.begin, update) - record.phases.data_ms;
+  if (left_by_.empty()) left_by_ = leave_requested();
+  engine_->request(!left_by_.empty(), take_save_request());
   engine_->finish_step();
   record.phases.optimizer_ms = 1e3 * seconds_between(update, Clock::now());
   cursor_ = stream_->cursor();
@@ -241,6 +271,8 @@ void Trainer::complete_step() {
   StepRecord& record = step.record;
   const double seconds = seconds_between(std::max(step.begin, last_completed_), end);
   last_completed_ = end;
+  wants_to_leave_ = wants_to_leave_ || result.ranks_leaving > 0;
+  wants_to_save_ = wants_to_save_ || result.ranks_saving > 0;
   record.loss = last_loss_ = result.loss;
   if (config_.model.num_nextn_predict_layers > 0) record.mtp_loss = result.mtp_loss;
   record.grad_norm = result.grad_norm;
@@ -278,7 +310,7 @@ void Trainer::evaluate() {
   evaluated_step_ = step_;
   last_evals_.clear();
   for (size_t i = 0; i < valid_data_.datasets.size(); ++i) {
-    EvalRecord record = evaluate_dataset(*engine_, config_, valid_data_.datasets[i], eval_memory_);
+    EvalRecord record = evaluate_dataset(*job_, config_, valid_data_.datasets[i], eval_memory_);
     record.step = step_;
     hub_.on_eval(record);
     last_evals_.push_back(record);
@@ -302,7 +334,7 @@ CheckpointMeta Trainer::checkpoint_meta() const {
                   {"backend", backend_->describe()},
                   {"matmul", matmul_library()}};
   if (hf_origin_) put_hf_origin(*hf_origin_, meta);
-  meta.layout = "one rank";
+  meta.layout = world_.size() == 1 ? "one rank" : to_text(job_->mesh().shape());
   meta.config_yaml = dump_config(config_);
   return meta;
 }
@@ -310,13 +342,13 @@ CheckpointMeta Trainer::checkpoint_meta() const {
 void Trainer::request_save() {
   complete_steps();
   const double before = saver_->stall_seconds();
-  saver_->request(checkpoint_meta(), state_tensors(*engine_));
+  saves_->request(checkpoint_meta(), state_tensors(*engine_));
   save_stall_ms_ = 1e3 * (saver_->stall_seconds() - before);
   saved_step_ = step_;
 }
 
 void Trainer::report_saves() {
-  while (const std::optional<SaveResult> result = saver_->poll()) {
+  while (const std::optional<SaveResult> result = saves_->poll()) {
     CheckpointRecord record{result->step, result->seconds, result->bytes, result->ok, 0, result->error};
     record.stall_ms = save_stall_ms_;
     hub_.on_checkpoint(record);
@@ -336,7 +368,7 @@ void Trainer::report_saves() {
 // The last state must reach the disk: a failed save is tried again until the limit.
 void Trainer::finish_saves() {
   for (;;) {
-    saver_->wait();
+    saves_->wait();
     report_saves();
     if (saved_step_ == step_) return;
     request_save();
@@ -344,7 +376,7 @@ void Trainer::finish_saves() {
 }
 
 StartupInfo Trainer::startup_info() const {
-  StartupInfo info = startup_info_of(config_, engine_.get());
+  StartupInfo info = startup_info_of(config_, engine_);
   info.resume = resumed_from_;
   info.resume_step = resumed_step_;
   for (size_t i = 0; i < train_data_.datasets.size(); ++i)

@@ -8,10 +8,12 @@
 #include <string>
 
 #include "apps/assemble.h"
+#include "apps/rank_saves.h"
 #include "apps/run_folder.h"
 #include "core/checkpoint/async_saver.h"
 #include "core/data/batch_stream.h"
 #include "core/metrics/sink.h"
+#include "parallel/rank_job.h"
 
 namespace dstrain {
 
@@ -20,13 +22,21 @@ struct TrainerOptions {
   bool overwrite = false;  // delete the checkpoints that are there
 };
 
+struct JobRanks {
+  Communicator* world = nullptr;
+  int on_this_machine = 1;
+  std::string machine;  // its name
+};
+
 // Everything that has to hold before the first step is checked by the constructor: data, memory, folder.
 class Trainer {
  public:
   // The config is valid and available; `hub` outlives the trainer and has no sinks but the console yet:
   // the file sinks are added here, where the resumed step is known. A checkpoint at or behind
   // train.steps leaves nothing to do: nothing is allocated or written then, and run() returns at once.
-  Trainer(const Config& config, const TrainerOptions& options, MetricsHub& hub);
+  // `ranks`: all ranks of the job; without it this process is the only one. Only the first rank touches the
+  // run folder and the hub; what it decides is told to the others.
+  Trainer(const Config& config, const TrainerOptions& options, MetricsHub& hub, const JobRanks& ranks = {});
   ~Trainer();
 
   // Runs to train.steps, or until a signal asks to leave. Returns the exit code (0 or 75).
@@ -35,6 +45,8 @@ class Trainer {
  private:
   using Clock = std::chrono::steady_clock;
 
+  // The first rank's work before the run, with what all ranks have to know of it: the checkpoint to start from.
+  std::optional<VerifiedCheckpoint> agree_on_start(const TrainerOptions& options);
   void prepare_folder();
   void check_memory() const;
   void start_from(const std::optional<VerifiedCheckpoint>& checkpoint);
@@ -66,15 +78,22 @@ class Trainer {
   std::map<std::string, std::string> fingerprints_;
   std::optional<HfOrigin> hf_origin_;
   std::unique_ptr<Backend> backend_;
-  std::unique_ptr<TrainEngine> engine_;
+  std::unique_ptr<Communicator> only_rank_;
+  Communicator& world_;
+  JobRanks ranks_;
+  std::unique_ptr<RankJob> job_;
+  TrainEngine* engine_ = nullptr;  // the job's
   double flops_per_token_ = 0;
 
   DeviceMemory batch_memory_, eval_memory_, snapshot_memory_;
   std::unique_ptr<BatchStream> stream_;
   std::optional<CheckpointStore> store_;
   std::unique_ptr<AsyncSaver> saver_;
+  std::unique_ptr<RankSaves> saves_;
 
   bool nothing_to_do_ = false;
+  std::string left_by_;  // this process's signal
+  bool wants_to_leave_ = false, wants_to_save_ = false;  // what any rank asked for
   struct QueuedStep {
     StepRecord record;
     Clock::time_point begin;

@@ -70,10 +70,10 @@ class CpuOps : public Ops {
                       const Tensor& weights_TK) override;
   void router_backward(Stream&, const Tensor& dweights_TK, const Tensor& scores_TE,
                        const Tensor& indices_TK, const RouterParams& params,
-                       const Tensor& balance_coeff_SE, const SequenceRows& rows,
+                       const Tensor& balance_coeff_SE, const RowsOfSequences& rows,
                        const Tensor& dlogits_TE) override;
   void balance_statistics(Stream&, const Tensor& scores_TE, const Tensor& indices_TK,
-                          const SequenceRows& rows, const Tensor& load_SE,
+                          const RowsOfSequences& rows, const Tensor& load_SE,
                           const Tensor& prob_SE) override;
   void balance_loss(Stream&, const Tensor& load_SE, const Tensor& prob_SE,
                     int64_t tokens_per_sequence, int64_t experts_per_token, double alpha,

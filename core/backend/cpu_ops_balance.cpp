@@ -26,7 +26,7 @@ void add_statistics(const Tensor& scores_TE, const Tensor& indices_TK, int64_t b
 }  // namespace
 
 void CpuOps::balance_statistics(Stream&, const Tensor& scores_TE, const Tensor& indices_TK,
-                                const SequenceRows& rows, const Tensor& load_SE,
+                                const RowsOfSequences& rows, const Tensor& load_SE,
                                 const Tensor& prob_SE) {
   const DType dtype = scores_TE.dtype();
   const int64_t T = scores_TE.size(0), E = scores_TE.size(1), S = load_SE.size(0);

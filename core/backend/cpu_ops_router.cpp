@@ -238,7 +238,7 @@ void CpuOps::router_weights(Stream&, const Tensor& logits_TE, const RouterParams
 
 void CpuOps::router_backward(Stream&, const Tensor& dweights_TK, const Tensor& scores_TE,
                              const Tensor& indices_TK, const RouterParams& params,
-                             const Tensor& balance_coeff_SE, const SequenceRows& rows,
+                             const Tensor& balance_coeff_SE, const RowsOfSequences& rows,
                              const Tensor& dlogits_TE) {
   const DType dtype = scores_TE.dtype();
   const int64_t T = scores_TE.size(0), E = scores_TE.size(1), K = params.experts_per_token;

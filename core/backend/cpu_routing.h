@@ -21,7 +21,7 @@ inline int32_t checked_expert(int32_t index, int64_t experts) {
 }
 
 // That T rows lie in S sequences.
-inline void expect_rows(const SequenceRows& rows, int64_t T, int64_t S, const char* op) {
+inline void expect_rows(const RowsOfSequences& rows, int64_t T, int64_t S, const char* op) {
   DSTRAIN_CHECK(rows.first_row >= 0 && rows.rows_per_sequence > 0 &&
                     rows.first_row + T <= S * rows.rows_per_sequence,
                 std::string(op) + ": rows " + std::to_string(rows.first_row) + " to " +

@@ -45,8 +45,8 @@ class NullOps : public Ops {
   void router_weights(Stream&, const Tensor&, const RouterParams&, const Tensor&, const Tensor&,
                       const Tensor&) override {}
   void router_backward(Stream&, const Tensor&, const Tensor&, const Tensor&, const RouterParams&,
-                       const Tensor&, const SequenceRows&, const Tensor&) override {}
-  void balance_statistics(Stream&, const Tensor&, const Tensor&, const SequenceRows&, const Tensor&,
+                       const Tensor&, const RowsOfSequences&, const Tensor&) override {}
+  void balance_statistics(Stream&, const Tensor&, const Tensor&, const RowsOfSequences&, const Tensor&,
                           const Tensor&) override {}
   void balance_loss(Stream&, const Tensor&, const Tensor&, int64_t, int64_t, double, const Tensor&,
                     const Tensor&) override {}

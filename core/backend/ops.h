@@ -88,7 +88,7 @@ struct StepScalars {
 
 // Which sequences the rows of a tensor belong to: row t is part of sequence (first_row + t) /
 // rows_per_sequence. A rank may hold any run of rows.
-struct SequenceRows {
+struct RowsOfSequences {
   int64_t first_row = 0;
   int64_t rows_per_sequence = 1;
 };
@@ -207,12 +207,12 @@ class Ops {
   // with respect to the sum over a sequence's tokens of scores / sum(scores).
   virtual void router_backward(Stream&, const Tensor& dweights_TK, const Tensor& scores_TE,
                                const Tensor& indices_TK, const RouterParams& params,
-                               const Tensor& balance_coeff_SE, const SequenceRows& rows,
+                               const Tensor& balance_coeff_SE, const RowsOfSequences& rows,
                                const Tensor& dlogits_TE) = 0;
   // Per sequence, over the rows that are here: load_SE = tokens that chose e, prob_SE = sum of
   // scores / sum(scores). Both S. Overwritten, with zeros for sequences without rows.
   virtual void balance_statistics(Stream&, const Tensor& scores_TE, const Tensor& indices_TK,
-                                  const SequenceRows& rows, const Tensor& load_SE,
+                                  const RowsOfSequences& rows, const Tensor& load_SE,
                                   const Tensor& prob_SE) = 0;
   // DeepSeek-V3 (arXiv:2412.19437) eq. 17-20: loss_1 (f64) += alpha * sum_s sum_e f_e P_e with
   // f_e = load E / (K n), P_e = prob / n, n tokens in the sequence; coeff = d loss / d prob. The caller

@@ -127,15 +127,17 @@ SafetensorsType to_safetensors_type(DType dtype) {
       return SafetensorsType::i32;
     case DType::i64:
       return SafetensorsType::i64;
-    case DType::u16:
     case DType::u8:
       return SafetensorsType::u8;
+    case DType::u16:
+      return SafetensorsType::u16;
   }
   throw RuntimeFailure("an element type has no name in safetensors files");
 }
 
 std::optional<DType> to_dtype(SafetensorsType type) {
-  for (const DType dtype : {DType::f32, DType::f64, DType::bf16, DType::i32, DType::i64, DType::u8})
+  for (const DType dtype : {DType::f32, DType::f64, DType::bf16, DType::i32, DType::i64, DType::u8,
+                            DType::u16})
     if (to_safetensors_type(dtype) == type) return dtype;
   return std::nullopt;
 }

@@ -46,10 +46,12 @@ class Communicator {
                           const Tensor& recv, std::span<const int64_t> recv_offsets) = 0;
 
   // Messages from one rank to another arrive in the order sent. send() never waits for the receiver: x must
-  // stay untouched until wait_sends(). recv() passes when x has arrived.
+  // stay untouched until wait_send(x), which passes when no send of x is under way. recv() passes when
+  // x has arrived.
   virtual void send(Stream&, const Tensor& x, int to) = 0;
   virtual void recv(Stream&, const Tensor& x, int from) = 0;
-  virtual void wait_sends(Stream&) = 0;
+  virtual void wait_send(Stream&, const Tensor& x) = 0;
+  virtual void wait_sends(Stream&) = 0;  // of any tensor
 
   // For the host, outside of steps; they wait.
   virtual void barrier() = 0;
@@ -85,6 +87,7 @@ class LocalCommunicator : public Communicator {
   }
   void send(Stream&, const Tensor&, int) override { no_other_rank(); }
   void recv(Stream&, const Tensor&, int) override { no_other_rank(); }
+  void wait_send(Stream&, const Tensor&) override {}
   void wait_sends(Stream&) override {}
   void barrier() override {}
   std::vector<std::string> all_gather_text(const std::string& text) override { return {text}; }

@@ -89,7 +89,7 @@ class LocalParamStore : public ParamStore {
   void release(DistStream, int) override {}
   GradTarget grad(const Parameter& parameter) override;
   void grads_ready(DistStream, int) override {}
-  void begin_step() override { contributions_.begin(); }
+  void begin_step(int64_t) override { contributions_.begin(); }
   void begin_micro_batch(bool) override {}
   void reduce_gradients(DistStream dist) override;
   void add_norm(DistStream dist, const Tensor& sum_1) override;

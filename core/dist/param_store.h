@@ -53,7 +53,7 @@ struct ParamStoreOptions {
 
 // Calls of a step: begin_step, then for each micro-batch of this part begin_micro_batch and, from its
 // layers, acquire, release, grad and grads_ready; then reduce_gradients, add_norm, the update of
-// ranges(), publish.
+// ranges(), publish, end_step.
 class ParamStore {
  public:
   virtual ~ParamStore() = default;
@@ -75,7 +75,8 @@ class ParamStore {
   virtual void grads_ready(DistStream, int block) = 0;
 
   // --- step
-  virtual void begin_step() = 0;
+  // `step`: optimizer steps that the run has done, over resumes.
+  virtual void begin_step(int64_t step) = 0;
   virtual void begin_micro_batch(bool last_of_step) = 0;
   // After it, the gradients of ranges() are sums over all ranks and micro-batches; where no contribution
   // was made they are zero.
@@ -85,6 +86,8 @@ class ParamStore {
   virtual std::span<const OptimizerRange> ranges() const = 0;
   // After the update: every rank gets the values that it needs.
   virtual void publish(DistStream) = 0;
+  // Last: scalars (device memory) say whether the step was skipped.
+  virtual void end_step(DistStream, const StepScalars*) {}
 
   // --- checkpoints. Over all ranks, saved() holds each element once; loaded() is what this rank has to fill.
   virtual std::vector<StateSlice> saved() const = 0;

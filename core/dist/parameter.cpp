@@ -36,6 +36,16 @@ int64_t round_up(int64_t value, int64_t alignment) {
 int64_t Parameter::numel() const { return product(local_shape); }
 int64_t Parameter::global_numel() const { return product(spec.shape); }
 
+int64_t Parameter::global_index(int64_t i) const {
+  int64_t index = 0, stride = 1;
+  for (size_t d = local_shape.size(); d-- > 0;) {
+    index += (i % local_shape[d] + local_begin[d]) * stride;
+    i /= local_shape[d];
+    stride *= spec.shape[d];
+  }
+  return index;
+}
+
 Parameter& ParameterSet::declare(ParameterSpec spec, const ShardPlace& place) {
   DSTRAIN_CHECK(!finished_, "parameters are declared before the layout is fixed");
   DSTRAIN_CHECK(find(spec.name) == nullptr, "parameter '" + spec.name + "' is declared twice");

@@ -59,6 +59,8 @@ struct Parameter {
 
   int64_t numel() const;         // of the local slice
   int64_t global_numel() const;
+  // Of element i of the local slice, in the global tensor; both row-major.
+  int64_t global_index(int64_t i) const;
   bool is_expert() const { return spec.shard.expert_dim >= 0; }
   bool is_tensor_cut() const { return spec.shard.tensor_dim >= 0; }
 };

@@ -6,15 +6,6 @@
 
 namespace dstrain {
 
-std::vector<SequencePiece> pieces_of(int64_t sequence_length, const AxisPlace& context) {
-  if (context.size == 1) return {{0, sequence_length}};
-  const int64_t chunks = 2 * context.size, length = sequence_length / chunks;
-  DSTRAIN_CHECK(sequence_length % chunks == 0,
-                std::to_string(sequence_length) + " tokens do not divide into " + std::to_string(chunks) + " chunks");
-  const int64_t first = context.rank, second = chunks - 1 - context.rank;
-  return {{first * length, (first + 1) * length}, {second * length, (second + 1) * length}};
-}
-
 BatchSlot::BatchSlot(int64_t sequences, int64_t sequence_length, int64_t targets, const AxisPlace& context)
     : pieces_(pieces_of(sequence_length, context)) {
   batch_.sequences = sequences;

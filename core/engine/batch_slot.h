@@ -1,15 +1,12 @@
 // The input of one micro-batch on the device, with its staging in host memory: this rank's share of the
-// sequences, targets of all depths, and the attention segments.
-//
-// Context parallelism cuts each sequence into 2 * ranks chunks; rank r has chunks r and 2 * ranks - 1 - r, in
-// this order, so that causal attention costs every rank the same. Keys are those of whole sequences.
+// sequences, targets of all depths, and the attention segments over keys of whole sequences.
 #pragma once
 
 #include <memory>
 #include <vector>
 
 #include "core/backend/backend.h"
-#include "core/dist/place.h"
+#include "core/dist/sequence_pieces.h"
 #include "core/layers/step_context.h"
 
 namespace dstrain {
@@ -24,13 +21,6 @@ struct HostBatch {
   const int32_t* segment_offsets = nullptr;
   int64_t num_segments = 0;
 };
-
-// A run of a sequence's tokens.
-struct SequencePiece {
-  int64_t begin = 0, end = 0;
-};
-// The pieces of a sequence that a rank holds, in the order of its rows.
-std::vector<SequencePiece> pieces_of(int64_t sequence_length, const AxisPlace& context);
 
 class BatchSlot {
  public:

@@ -16,6 +16,7 @@ class NullStream : public Stream {
   void synchronize() override {}
 };
 
+constexpr int64_t kSums = 6;
 constexpr int64_t kInputsBytes = static_cast<int64_t>(sizeof(StepInputs));
 
 }  // namespace
@@ -63,6 +64,7 @@ int64_t TrainEngine::memory_bytes() const {
 // The fixed tensors of the run by owner. Runs twice: on measuring arenas, and on real ones.
 void TrainEngine::for_each_owner(const OwnerVisitor& visit) {
   for (Chunk& chunk : chunks_) chunk.store->make_memory(visit);
+  distribution_.make_memory(backend_, *stream_, visit);
   visit("batch and constants", MemoryKind::device, [this](Arena& a) {
     for (BatchSlot& batch : batches_) batch.make_device(a);
     for (Chunk& chunk : chunks_)
@@ -83,16 +85,16 @@ void TrainEngine::make_sums(Arena& arena) {
   const DeepSeekModel& model = *chunks_[0].model;
   const int64_t L = model.num_moe_layers(), E = model.config().n_routed_experts;
   const int64_t scalars = static_cast<int64_t>(sizeof(StepScalars)), counts = L * E * 8;
-  read_back_ = arena.make(DType::u8, {scalars + 4 * 8 + counts}, "sums");
+  read_back_ = arena.make(DType::u8, {scalars + kSums * 8 + counts}, "sums");
   char* at = static_cast<char*>(read_back_.raw());
   scalars_ = reinterpret_cast<StepScalars*>(at);
   zeroed_ = read_back_.rows(scalars, read_back_.numel());
-  sums_4_ = Tensor(at + scalars, DType::f64, {4});
-  sums_.loss_1 = sums_4_.rows(0, 1);
-  sums_.mtp_1 = sums_4_.rows(1, 2);
-  sums_.balance_1 = sums_4_.rows(2, 3);
-  norm_1_ = sums_4_.rows(3, 4);
-  sums_.counts_LE = Tensor(at + scalars + 32, DType::i64, {L, E});
+  sums_6_ = Tensor(at + scalars, DType::f64, {kSums});
+  sums_.loss_1 = sums_6_.rows(0, 1);
+  sums_.mtp_1 = sums_6_.rows(1, 2);
+  sums_.balance_1 = sums_6_.rows(2, 3);
+  norm_1_ = sums_6_.rows(5, 6);
+  sums_.counts_LE = Tensor(at + scalars + kSums * 8, DType::i64, {L, E});
   evaluation_1_ = arena.make(DType::f64, {1}, "evaluation loss");
   token_loss_T_ = arena.make(stat_dtype(options_.dtype), {batches_[0].batch().num_tokens()}, "token losses");
 }
@@ -173,7 +175,7 @@ void TrainEngine::allocate() {
   std::memset(host_zeros_.raw(), 0, static_cast<size_t>(host_zeros_.bytes()));
   for (int64_t i = 0; i < 2; ++i)
     free_.push_back({0, host_results_2X_.rows(i, i + 1), backend_.make_event()});
-  set_updates(0);
+  set_progress(0, 0);
 }
 
 void TrainEngine::initialize(uint64_t seed) {
@@ -184,10 +186,12 @@ void TrainEngine::initialize(uint64_t seed) {
       if (slice.kind == "param")
         initialize_elements(ops, *stream_, *slice.parameter, slice.begin, slice.end, slice.data, seed);
   }
-  set_updates(0);
+  set_progress(0, 0);
 }
 
-void TrainEngine::set_updates(int64_t updates) {
+void TrainEngine::set_progress(int64_t steps, int64_t updates) {
+  DSTRAIN_CHECK(pending_.empty(), "results of steps are outstanding");
+  steps_begun_ = steps;
   StepScalars scalars;
   scalars.updates = updates_ = updates;
   std::memcpy(host_results_2X_.raw(), &scalars, sizeof scalars);
@@ -232,11 +236,12 @@ void TrainEngine::begin_step(double lr, int64_t valid_tokens) {
   const StepInputs inputs{lr, valid_tokens > 0 ? 1.0 / static_cast<double>(valid_tokens) : 0.0};
   // Two stagings take turns: the step before the last has been read, so its inputs are not needed any more.
   DSTRAIN_CHECK(!free_.empty(), "take the result of an earlier step first");
-  char* staging = static_cast<char*>(host_inputs_.raw()) + (steps_begun_++ % 2) * kInputsBytes;
+  char* staging = static_cast<char*>(host_inputs_.raw()) + (steps_begun_ % 2) * kInputsBytes;
   std::memcpy(staging, &inputs, sizeof inputs);
   backend_.copy(*stream_, &scalars_->in, staging, kInputsBytes);
   backend_.copy(*stream_, zeroed_.raw(), host_zeros_.raw(), zeroed_.bytes());
-  for (Chunk& chunk : chunks_) chunk.store->begin_step();
+  for (Chunk& chunk : chunks_) chunk.store->begin_step(steps_begun_);
+  ++steps_begun_;
 }
 
 void TrainEngine::load(int64_t m, const HostBatch& batch, bool last_of_step) {
@@ -268,6 +273,7 @@ Tensor TrainEngine::forward(int index, int64_t m, const Tensor& x_in_tD, Pass pa
   DSTRAIN_CHECK(slot.micro_batch < 0, "micro-batch " + std::to_string(slot.micro_batch) +
                                           " is still in the slot of micro-batch " + std::to_string(m));
   StepContext ctx = context(chunk, slot, m, pass);
+  if (ctx.routing_hook) ctx.routing_hook->begin_micro_batch(m);
   if (pass == Pass::evaluation) ctx.sums.loss_1 = evaluation_1_;
   chunk.model->forward(ctx, slot.state, x_in_tD);
   if (pass == Pass::training) slot.micro_batch = m;
@@ -328,10 +334,15 @@ void TrainEngine::sum_results() {
   Ops& ops = backend_.ops();
   const RankPlace& place = distribution_.place();
   if (place.in_world().size == 1) return;
-  if (place.tensor.rank != 0) ops.fill(*stream_, sums_4_.rows(0, 2), 0.0);
+  if (place.tensor.rank != 0) ops.fill(*stream_, sums_6_.rows(0, 2), 0.0);
   if (place.tensor.rank != 0 || place.context.rank != 0) ops.fill(*stream_, sums_.balance_1, 0.0);
-  distribution_.sum_over_ranks(dist_stream(), sums_4_);
+  distribution_.sum_over_ranks(dist_stream(), sums_6_);
   if (sums_.counts_LE.numel() > 0) distribution_.sum_over_ranks(dist_stream(), sums_.counts_LE);
+}
+
+void TrainEngine::request(bool leave, bool save) {
+  if (leave) backend_.ops().fill(*stream_, sums_6_.rows(3, 4), 1.0);
+  if (save) backend_.ops().fill(*stream_, sums_6_.rows(4, 5), 1.0);
 }
 
 void TrainEngine::finish_step() {
@@ -346,6 +357,7 @@ void TrainEngine::finish_step() {
     adamw_.update(ops, *stream_, chunk.store->ranges(), scalars_);
     chunk.model->update_router_bias(ops, *stream_, sums_.counts_LE, scalars_);
     chunk.store->publish(dist_stream());
+    chunk.store->end_step(dist_stream(), scalars_);
   }
   Pending pending = std::move(free_.back());
   free_.pop_back();
@@ -363,7 +375,7 @@ StepResult TrainEngine::take_result() {
   const char* at = static_cast<const char*>(pending.host.raw());
   StepScalars scalars;
   std::memcpy(&scalars, at, sizeof scalars);
-  double sums[4];
+  double sums[kSums];
   std::memcpy(sums, at + sizeof scalars, sizeof sums);
   StepResult result;
   const double tokens = static_cast<double>(std::max<int64_t>(1, pending.valid_tokens));
@@ -374,6 +386,8 @@ StepResult TrainEngine::take_result() {
   result.grad_norm = scalars.grad_norm;
   result.finite = scalars.finite != 0;
   result.updates = updates_ = scalars.updates;
+  result.ranks_leaving = static_cast<int64_t>(sums[3]);
+  result.ranks_saving = static_cast<int64_t>(sums[4]);
   result.expert_counts_LE.resize(static_cast<size_t>(sums_.counts_LE.numel()));
   if (!result.expert_counts_LE.empty())
     std::memcpy(result.expert_counts_LE.data(), at + sizeof scalars + sizeof sums,

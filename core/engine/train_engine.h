@@ -51,6 +51,7 @@ struct StepResult {
   double grad_norm = 0;  // before clipping
   bool finite = true;    // false: nothing was updated
   int64_t updates = 0;   // applied so far
+  int64_t ranks_leaving = 0, ranks_saving = 0;  // see request()
   std::vector<int64_t> expert_counts_LE;
 };
 
@@ -94,6 +95,8 @@ class TrainEngine {
 
   // The gradients of the step, summed over ranks, without update; finish_step() may follow.
   void reduce_gradients();
+  // Asks all ranks, with the result of this step, to leave after it, or to save: the sums carry it.
+  void request(bool leave, bool save);
   // Queues reduction, norm, clipping, update and the read-back of the sums.
   void finish_step();
   // The result of the oldest finished step that was not taken; waits for the device. At most two may be
@@ -129,7 +132,8 @@ class TrainEngine {
   // Updates applied so far: skipped steps do not count. Part of the checkpoint; the last one of the results
   // taken.
   int64_t updates() const { return updates_; }
-  void set_updates(int64_t updates);
+  // Where a run starts: steps done, skipped ones counted, and updates applied.
+  void set_progress(int64_t steps, int64_t updates);
 
  private:
   struct Slot {
@@ -179,7 +183,7 @@ class TrainEngine {
   int64_t updates_ = 0;
   int64_t valid_tokens_ = 0;
   bool reduced_ = false;
-  int64_t steps_begun_ = 0;
+  int64_t steps_begun_ = 0;  // over resumes
 
   std::vector<MemoryOwner> memory_;
   std::vector<int64_t> planned_;  // bytes, in the order of for_each_owner
@@ -189,7 +193,8 @@ class TrainEngine {
 
   StepScalars* scalars_ = nullptr;
   StepSums sums_;
-  Tensor sums_4_, norm_1_, zeroed_, read_back_;  // norm_1_ is the last of sums_4_
+  // Loss, prediction loss, balance loss, ranks that leave, ranks that save, squares of gradients.
+  Tensor sums_6_, norm_1_, zeroed_, read_back_;
   Tensor evaluation_1_;  // f64; apart from the sums, so that a step may be under way
   Tensor token_loss_T_;
   Tensor host_inputs_, host_zeros_, host_results_2X_, host_evaluation_1_;

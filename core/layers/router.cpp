@@ -30,7 +30,7 @@ Router::Router(const ModelConfig& model, const Declare& declare, int moe_index)
     bias_ = &declare.buffer("e_score_correction_bias", experts_);
 }
 
-SequenceRows Router::rows(StepContext& ctx) const {
+RowsOfSequences Router::rows(StepContext& ctx) const {
   return {ctx.dist.tensor.rank() * ctx.local_tokens(), ctx.batch.tokens_per_sequence};
 }
 

@@ -35,7 +35,7 @@ class Router {
   void choose(StepContext& ctx, const Tensor& x_tD, RouterSaved& saved) const;
   void balance(StepContext& ctx, RouterSaved& saved) const;
   // Where this rank's tokens lie in the sequences.
-  SequenceRows rows(StepContext& ctx) const;
+  RowsOfSequences rows(StepContext& ctx) const;
 
   const Parameter& weight_;
   const Parameter* bias_ = nullptr;  // noaux_tc only

@@ -58,6 +58,7 @@ inline Arenas arenas_for(Recompute recompute, Arena& slot, Arena& scratch, bool 
 class RoutingHook {
  public:
   virtual ~RoutingHook() = default;
+  virtual void begin_micro_batch(int64_t m) = 0;
   // The recorded choice (i32 [t, K]) for this rank's tokens, valid until backward has run; absent to
   // choose as usual.
   virtual Tensor recorded(DistStream, int moe_index, int64_t tokens) = 0;

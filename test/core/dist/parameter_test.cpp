@@ -59,7 +59,7 @@ TEST_CASE("ParameterSet: models of every kind tile their flat range with groups"
     });
     REQUIRE(group != set.groups().end());
     CHECK(group->weight_decay == p->spec.weight_decay);
-    CHECK(group->expert == p->is_expert());
+    CHECK((group->reduce == ReduceGroup::expert) == p->is_expert());
     CHECK(group->block == p->spec.block);
     // Decay belongs to matrices: gains, and biases of any shape, have none.
     CHECK(p->spec.weight_decay == (p->spec.init == Init::normal));
@@ -159,11 +159,11 @@ TEST_CASE("LocalParamStore: the first contribution overwrites, what got none bec
 
   LocalParamStore store(set);
   for (int step = 0; step < 2; ++step) {
-    store.begin_step();
+    store.begin_step(0);
     CHECK(store.grad(a).accumulate == Accumulate::overwrite);
     CHECK(store.grad(a).accumulate == Accumulate::add);
     CHECK(store.grad(a).grad.raw() == a.grad.raw());
-    store.finish_step({backend->ops(), *stream});
+    store.reduce_gradients({backend->ops(), *stream});
     CHECK(element(a.grad, 3) == 7.0);
     CHECK(element(b.grad, 0) == 0.0);
     CHECK(element(b.grad, 2) == 0.0);

@@ -1,0 +1,30 @@
+// How context parallelism cuts a sequence: into 2 * ranks chunks, of which rank r has chunks r and
+// 2 * ranks - 1 - r, in this order, so that causal attention costs every rank the same.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "core/base/error.h"
+#include "core/dist/place.h"
+
+namespace dstrain {
+
+// A run of a sequence's tokens.
+struct SequencePiece {
+  int64_t begin = 0, end = 0;
+};
+
+// The pieces that a rank holds, in the order of its rows. sequence_length divides by 2 * size, or size is 1.
+inline std::vector<SequencePiece> pieces_of(int64_t sequence_length, const AxisPlace& context) {
+  if (context.size == 1) return {{0, sequence_length}};
+  const int64_t chunks = 2 * context.size, length = sequence_length / chunks;
+  DSTRAIN_CHECK(sequence_length % chunks == 0, std::to_string(sequence_length) +
+                                                   " tokens do not divide into " +
+                                                   std::to_string(chunks) + " chunks");
+  const int64_t first = context.rank, second = chunks - 1 - context.rank;
+  return {{first * length, (first + 1) * length}, {second * length, (second + 1) * length}};
+}
+
+}  // namespace dstrain

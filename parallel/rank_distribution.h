@@ -1,0 +1,55 @@
+// What engines and layers of one rank of a job are given (core/dist/distribution.h), over the communicators
+// of its mesh. Axes of one rank get the local versions.
+#pragma once
+
+#include <array>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "core/config/config.h"
+#include "core/dist/local.h"
+#include "parallel/context_parallel.h"
+#include "parallel/expert_parallel.h"
+#include "parallel/grad_reducer.h"
+#include "parallel/mesh.h"
+#include "parallel/param_shards.h"
+#include "parallel/tensor_parallel.h"
+
+namespace dstrain {
+
+class RankDistribution : public Distribution {
+ public:
+  // `node` names the machine of this rank. Making one is a collective call of all ranks; mesh and backend
+  // outlive it.
+  RankDistribution(const Config& config, ProcessMesh& mesh, Backend& backend, const std::string& node);
+
+  const RankPlace& place() const override { return mesh_.place(); }
+  TensorParallel& tensor() override;
+  TokenDispatcher& dispatcher() override;
+  KvExchange& kv() override;
+  SequenceSums& sequences() override;
+  std::unique_ptr<ParamStore> make_param_store(ParameterSet& parameters,
+                                               const ParamStoreOptions& options) override;
+  void make_memory(Backend& backend, Stream& stream, const OwnerVisitor& visit) override;
+  void sum_over_ranks(DistStream dist, const Tensor& x) override;
+
+  // What gradients cost on the wire since the start, over this rank's stores, which must still live.
+  GradTraffic traffic() const;
+
+ private:
+  Config config_;
+  ProcessMesh& mesh_;
+  Backend& backend_;
+  LocalDistribution local_;
+  std::optional<RankTensorParallel> tensor_;
+  std::optional<ExpertParallel> experts_;
+  std::optional<ContextParallel> context_;
+  std::optional<RankSequenceSums> sequences_;
+  // By ReduceGroup: its ranks, and how they lie on nodes.
+  std::array<NodeSplit, 3> reduce_;
+  std::vector<ParamShards*> stores_;
+};
+
+}  // namespace dstrain

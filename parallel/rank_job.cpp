@@ -1,0 +1,44 @@
+#include "parallel/rank_job.h"
+
+#include "parallel/layer_split.h"
+
+namespace dstrain {
+namespace {
+
+PipelineSchedule schedule_of(const Config& config, const MeshShape& shape) {
+  const int micro_batches = static_cast<int>(micro_batches_per_step(config, shape));
+  if (shape.pipeline == 1) return make_one_f_one_b(1, micro_batches);
+  return make_pipeline_schedule(config.parallel.schedule, shape.pipeline,
+                                static_cast<int>(chunks_per_stage(config, shape)), micro_batches);
+}
+
+}  // namespace
+
+EngineOptions rank_engine_options(const Config& config, const MeshShape& shape, const RankPlace& place,
+                                  const PipelineSchedule& schedule, bool training) {
+  EngineOptions options;
+  options.micro_batch = config.train.micro_batch;
+  options.global_batch = config.train.global_batch;
+  options.seq_len = config.data.seq_len;
+  options.recompute = config.train.recompute;
+  options.optimizer = config.optimizer;
+  options.training = training;
+  options.chunks.clear();
+  const auto layers = split_layers(config.model.num_hidden_layers, shape.pipeline, schedule.virtual_stages);
+  for (const LayerRange& range : layers[static_cast<size_t>(place.pipeline.rank)])
+    options.chunks.push_back({range.begin, range.end, 1});
+  fit_engine(schedule, place.pipeline.rank, options);
+  return options;
+}
+
+RankJob::RankJob(const Config& config, const MeshShape& shape, Communicator& world, Backend& backend,
+                 const std::string& node, bool training)
+    : mesh_(shape, world, backend), distribution_(config, mesh_, backend, node) {
+  const PipelineSchedule schedule = schedule_of(config, shape);
+  engine_ = std::make_unique<TrainEngine>(
+      backend, config.model, rank_engine_options(config, shape, mesh_.place(), schedule, training),
+      &distribution_);
+  runner_ = std::make_unique<PipelineRunner>(*engine_, schedule, mesh_.group(MeshGroup::pipeline));
+}
+
+}  // namespace dstrain

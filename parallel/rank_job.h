@@ -1,0 +1,38 @@
+// Everything that one rank of a job trains with, made from the job file and the ranks' communicator: mesh,
+// distribution, engine, pipeline. A job of one rank is made of the same parts.
+#pragma once
+
+#include <memory>
+#include <string>
+
+#include "core/config/config.h"
+#include "core/engine/train_engine.h"
+#include "parallel/pipeline_runner.h"
+#include "parallel/rank_distribution.h"
+
+namespace dstrain {
+
+// What a configuration asks of the engine on this rank of the mesh.
+EngineOptions rank_engine_options(const Config& config, const MeshShape& shape, const RankPlace& place,
+                                  const PipelineSchedule& schedule, bool training);
+
+class RankJob {
+ public:
+  // shape is legal for the config and has world.size() ranks. `node` names this machine. A collective call;
+  // world and backend outlive the job. Plans memory, allocates nothing large.
+  RankJob(const Config& config, const MeshShape& shape, Communicator& world, Backend& backend,
+          const std::string& node, bool training);
+
+  ProcessMesh& mesh() { return mesh_; }
+  RankDistribution& distribution() { return distribution_; }
+  TrainEngine& engine() { return *engine_; }
+  PipelineRunner& runner() { return *runner_; }
+
+ private:
+  ProcessMesh mesh_;
+  RankDistribution distribution_;
+  std::unique_ptr<TrainEngine> engine_;
+  std::unique_ptr<PipelineRunner> runner_;
+};
+
+}  // namespace dstrain
