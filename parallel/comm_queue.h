@@ -1,5 +1,5 @@
-// A stream for communication beside the one that computes, and points in it to wait for. On a CPU all
-// calls have run when they return, and nothing waits.
+// A stream for communication beside the one that computes, and points in it to wait for. On a CPU
+// all calls have run when they return, and nothing waits.
 #pragma once
 
 #include <memory>
@@ -14,8 +14,8 @@ class CommQueue {
   explicit CommQueue(Backend& backend)
       : stream_(backend.make_stream()), caller_(backend.make_event()) {}
 
-  // What is queued on the result runs after everything that is queued on dist.stream now. In a dry run it
-  // is `dist`.
+  // What is queued on the result runs after everything that is queued on dist.stream now. In a dry
+  // run it is `dist`.
   DistStream after(DistStream dist) {
     if (dist.dry) return dist;
     caller_->record(dist.stream);
@@ -39,7 +39,8 @@ class CommPoint {
     event_->record(comm.stream);
     set_ = true;
   }
-  // What is queued on dist.stream from now on runs after the point. Nothing happens the second time.
+  // What is queued on dist.stream from now on runs after the point. Nothing happens the second
+  // time.
   void wait(DistStream dist) {
     if (!set_ || dist.dry) return;
     event_->wait_on(dist.stream);

@@ -6,8 +6,8 @@
 namespace dstrain {
 namespace {
 
-void add_slices(std::vector<StateSlice>& out, const char* kind, const ShardRange& range, int64_t begin,
-                const Tensor& data) {
+void add_slices(std::vector<StateSlice>& out, const char* kind, const ShardRange& range,
+                int64_t begin, const Tensor& data) {
   for (const ShardPart& part : range.parts(begin, begin + data.numel()))
     out.push_back({kind, part.parameter, part.begin, part.end,
                    data.rows(part.at - begin, part.at - begin + part.end - part.begin)});
@@ -21,9 +21,9 @@ GroupPlaces ShardRanks::places() const {
   return places;
 }
 
-ParamShards::ParamShards(Backend& backend, ParameterSet& parameters, const ParamStoreOptions& options,
-                         const ZeroOptions& zero, const ShardRanks& ranks,
-                         const ReducerFactory& make_reducer)
+ParamShards::ParamShards(Backend& backend, ParameterSet& parameters,
+                         const ParamStoreOptions& options, const ZeroOptions& zero,
+                         const ShardRanks& ranks, const ReducerFactory& make_reducer)
     : parameters_(parameters),
       options_(options),
       zero_(zero),
@@ -33,23 +33,23 @@ ParamShards::ParamShards(Backend& backend, ParameterSet& parameters, const Param
       values_(backend, layout_, ranks.groups, queue_, zero, options.dtype) {
   DSTRAIN_CHECK(zero.stage >= 0 && zero.stage <= 3, "ZeRO has stages 0 to 3");
   if (options.training)
-    grads_ = std::make_unique<ShardGrads>(backend, parameters, layout_, make_reducer, ranks.ties, queue_,
-                                          zero, options.dtype);
+    grads_ = std::make_unique<ShardGrads>(backend, parameters, layout_, make_reducer, ranks.ties,
+                                          queue_, zero, options.dtype);
 }
 
 void ParamShards::make_memory(const OwnerVisitor& visit) {
   const DType stat = stat_dtype(options_.dtype);
   values_.make_memory(visit);
-  visit("router bias", MemoryKind::device, [&](Arena& a) {
-    buffers_ = a.make(stat, {parameters_.buffer_elements()}, "router bias");
-  });
+  visit("router bias", MemoryKind::device,
+        [&](Arena& a) { buffers_ = a.make(stat, {parameters_.buffer_elements()}, "router bias"); });
   for (Parameter& p : parameters_.all())
     if (!p.spec.trainable)
-      p.value = Tensor(buffers_.rows(p.offset, p.offset + p.numel()).raw(), stat, p.local_shape.data(),
-                       static_cast<int>(p.local_shape.size()));
+      p.value = Tensor(buffers_.rows(p.offset, p.offset + p.numel()).raw(), stat,
+                       p.local_shape.data(), static_cast<int>(p.local_shape.size()));
   if (!options_.training) return;
   grads_->make_memory(visit);
-  const int64_t moments = zero_.shards_moments() ? layout_.shard_elements() : layout_.whole_elements();
+  const int64_t moments =
+      zero_.shards_moments() ? layout_.shard_elements() : layout_.whole_elements();
   visit("optimizer state", MemoryKind::device, [&](Arena& a) {
     exp_avg_ = a.make(stat, {moments}, "first moment");
     exp_avg_sq_ = a.make(stat, {moments}, "second moment");
@@ -67,7 +67,8 @@ ParamShards::Part ParamShards::updated_part(const ShardRange& range) const {
 }
 
 Tensor ParamShards::moment(const Tensor& moments, const ShardRange& range, Part part) const {
-  const int64_t start = zero_.shards_moments() ? range.shard_at - range.owned_begin() : range.whole_at;
+  const int64_t start =
+      zero_.shards_moments() ? range.shard_at - range.owned_begin() : range.whole_at;
   return moments.rows(start + part.begin, start + part.end);
 }
 
@@ -77,10 +78,11 @@ void ParamShards::make_ranges() {
     const Part part = updated_part(range);
     if (part.begin == part.end) continue;
     const bool sharded = zero_.shards_moments();
-    ranges_.push_back({range.group.weight_decay,
-                       sharded ? values_.owned(range) : values_.whole(range).rows(0, range.elements()),
-                       sharded ? grads_->owned(range) : grads_->whole(range),
-                       moment(exp_avg_, range, part), moment(exp_avg_sq_, range, part)});
+    ranges_.push_back(
+        {range.group.weight_decay,
+         sharded ? values_.owned(range) : values_.whole(range).rows(0, range.elements()),
+         sharded ? grads_->owned(range) : grads_->whole(range), moment(exp_avg_, range, part),
+         moment(exp_avg_sq_, range, part)});
   }
 }
 
@@ -96,22 +98,36 @@ void ParamShards::acquire_finish(DistStream dist, int block) {
   if (grads_) grads_->set_caller(dist);
 }
 
-GradTarget ParamShards::grad(const Parameter& parameter) { return grads_->grad(parameter); }
-void ParamShards::grads_ready(DistStream dist, int block) { grads_->grads_ready(dist, block); }
-void ParamShards::begin_step(int64_t step) { grads_->begin_step(step); }
-void ParamShards::begin_micro_batch(bool last_of_step) { grads_->begin_micro_batch(last_of_step); }
-void ParamShards::reduce_gradients(DistStream dist) { grads_->reduce(dist); }
-void ParamShards::end_step(DistStream dist, const StepScalars* scalars) { grads_->end_step(dist, scalars); }
+GradTarget ParamShards::grad(const Parameter& parameter) {
+  return grads_->grad(parameter);
+}
+void ParamShards::grads_ready(DistStream dist, int block) {
+  grads_->grads_ready(dist, block);
+}
+void ParamShards::begin_step(int64_t step) {
+  grads_->begin_step(step);
+}
+void ParamShards::begin_micro_batch(bool last_of_step) {
+  grads_->begin_micro_batch(last_of_step);
+}
+void ParamShards::reduce_gradients(DistStream dist) {
+  grads_->reduce(dist);
+}
+void ParamShards::end_step(DistStream dist, const StepScalars* scalars) {
+  grads_->end_step(dist, scalars);
+}
 
 // Each rank adds what it owns, in every stage. A tied table counts where its owner is.
 void ParamShards::add_norm(DistStream dist, const Tensor& sum_1) {
   for (const ShardRange& range : layout_.ranges()) {
     const Tensor owned = grads_->owned(range);
-    if (range.tie != Tie::copy && owned.numel() > 0) dist.ops.add_sum_squares(dist.stream, owned, sum_1);
+    if (range.tie != Tie::copy && owned.numel() > 0)
+      dist.ops.add_sum_squares(dist.stream, owned, sum_1);
   }
 }
 
-void ParamShards::add_moments(std::vector<StateSlice>& out, const ShardRange& range, Part part) const {
+void ParamShards::add_moments(std::vector<StateSlice>& out, const ShardRange& range,
+                              Part part) const {
   if (!options_.training) return;
   add_slices(out, "adamw.exp_avg", range, part.begin, moment(exp_avg_, range, part));
   add_slices(out, "adamw.exp_avg_sq", range, part.begin, moment(exp_avg_sq_, range, part));

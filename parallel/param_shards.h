@@ -1,5 +1,6 @@
-// The parameters of a model part that several ranks hold together (ZeRO stages 0 to 3): values, gradients and
-// moments by the flat ranges of shard_layout.h. LocalParamStore defines what is correct.
+// The parameters of a model part that several ranks hold together (ZeRO stages 0 to 3): values,
+// gradients and moments by the flat ranges of shard_layout.h. LocalParamStore defines what is
+// correct.
 #pragma once
 
 #include <vector>
@@ -14,13 +15,14 @@ namespace dstrain {
 
 // Whom a rank shares its parameters with; communicators outlive the store.
 struct ShardRanks {
-  GroupComms groups = {};          // by ReduceGroup; `replicated` is all ranks of the pipeline stage
+  GroupComms groups = {};        // by ReduceGroup; `replicated` is all ranks of the pipeline stage
   Communicator* ties = nullptr;  // first and last pipeline stage; null where nothing is tied
   GroupPlaces places() const;
 };
 
-// Every rank of a group makes the same calls in the same order. With ZeRO 3, Parameter::value is absent outside
-// of acquire and release; with sharded gradients, Parameter::grad always is. Thread-compatible.
+// Every rank of a group makes the same calls in the same order. With ZeRO 3, Parameter::value is
+// absent outside of acquire and release; with sharded gradients, Parameter::grad always is.
+// Thread-compatible.
 class ParamShards : public ParamStore {
  public:
   // `parameters` has its layout; it and the backend outlive the store.
@@ -54,7 +56,9 @@ class ParamShards : public ParamStore {
   struct Part {  // of a range
     int64_t begin = 0, end = 0;
   };
-  Part owned_part(const ShardRange& range) const { return {range.owned_begin(), range.owned_end()}; }
+  Part owned_part(const ShardRange& range) const {
+    return {range.owned_begin(), range.owned_end()};
+  }
   Part updated_part(const ShardRange& range) const;
   // The moments of elements [part.begin, part.end), which this rank has.
   Tensor moment(const Tensor& moments, const ShardRange& range, Part part) const;

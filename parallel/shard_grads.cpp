@@ -16,7 +16,8 @@ constexpr std::string_view kTied = "tied.";
 std::vector<std::string> kinds_of(const std::vector<std::string>& kinds, bool of_copy) {
   std::vector<std::string> out;
   for (const std::string& kind : kinds)
-    if (kind.starts_with(kTied) == of_copy) out.push_back(of_copy ? kind.substr(kTied.size()) : kind);
+    if (kind.starts_with(kTied) == of_copy)
+      out.push_back(of_copy ? kind.substr(kTied.size()) : kind);
   return out;
 }
 
@@ -36,9 +37,11 @@ ShardGrads::ShardGrads(Backend& backend, const ParameterSet& parameters, const S
       all_summed_(backend) {
   std::array<std::vector<GradRange>, kReduceGroups> ranges;
   for (const ShardRange& range : layout.ranges()) {
-    ranges[number_of(range.group.reduce)].push_back({range.group.begin, range.group.end, range.shard});
-    DSTRAIN_CHECK(range.tie == Tie::none || (ties && ties->size() == 2),
-                  "'" + range.parameters.front()->spec.name + "' is tied, but no other stage is named");
+    ranges[number_of(range.group.reduce)].push_back(
+        {range.group.begin, range.group.end, range.shard});
+    DSTRAIN_CHECK(
+        range.tie == Tie::none || (ties && ties->size() == 2),
+        "'" + range.parameters.front()->spec.name + "' is tied, but no other stage is named");
   }
   for (size_t g = 0; g < kReduceGroups; ++g)
     if (!ranges[g].empty())
@@ -50,7 +53,8 @@ ShardGrads::ShardGrads(Backend& backend, const ParameterSet& parameters, const S
 void ShardGrads::make_memory(const OwnerVisitor& visit) {
   const bool sharded = zero_.shards_gradients();
   const int64_t elements = sharded ? layout_.shard_elements() : layout_.whole_elements();
-  visit("gradients", MemoryKind::device, [&](Arena& a) { grads_ = a.make(dtype_, {elements}, "gradients"); });
+  visit("gradients", MemoryKind::device,
+        [&](Arena& a) { grads_ = a.make(dtype_, {elements}, "gradients"); });
   if (sharded)
     visit("gradients of blocks in flight", MemoryKind::device, [&](Arena& a) {
       for (size_t i = 0; i < slots_.size(); ++i)
@@ -71,7 +75,8 @@ void ShardGrads::clear(DistStream dist) {
 }
 
 Tensor ShardGrads::contributions_of(const ShardRange& range) const {
-  if (!zero_.shards_gradients()) return grads_.rows(range.whole_at, range.whole_at + range.padded());
+  if (!zero_.shards_gradients())
+    return grads_.rows(range.whole_at, range.whole_at + range.padded());
   const ShardBlock& block = layout_.blocks()[layout_.block_index(range.group.block)];
   return range_in_block(slots_[block.slot].data, range);
 }
@@ -108,16 +113,20 @@ GradTarget ShardGrads::grad(const Parameter& parameter) {
   if (zero_.shards_gradients())
     take_slot(layout_.blocks()[layout_.block_index(range.group.block)]);
   else
-    DSTRAIN_CHECK(!state.summed, "a contribution to '" + parameter.spec.name + "' comes after its gradient was "
-                                 "summed over ranks with the last micro-batch");
+    DSTRAIN_CHECK(!state.summed, "a contribution to '" + parameter.spec.name +
+                                     "' comes after its gradient was "
+                                     "summed over ranks with the last micro-batch");
   state.contributed = true;
-  return {parameter_view(contributions_of(range), range, parameter), contributions_.next(parameter)};
+  return {parameter_view(contributions_of(range), range, parameter),
+          contributions_.next(parameter)};
 }
 
-// Where weight gradients come long after the rest of a backward pass, blocks of one slot take turns within a
-// micro-batch, and the sums of the last one are sent before it is done. All ranks do so alike.
+// Where weight gradients come long after the rest of a backward pass, blocks of one slot take turns
+// within a micro-batch, and the sums of the last one are sent before it is done. All ranks do so
+// alike.
 void ShardGrads::take_slot(const ShardBlock& block) {
-  DSTRAIN_CHECK(caller_.has_value(), "a contribution to a gradient comes before any call with a stream");
+  DSTRAIN_CHECK(caller_.has_value(),
+                "a contribution to a gradient comes before any call with a stream");
   Slot& slot = slots_[block.slot];
   if (slot.block != block.number) {
     if (slot.block >= 0) sum_block(*caller_, layout_.blocks()[layout_.block_index(slot.block)]);
@@ -154,10 +163,12 @@ void ShardGrads::sum_range(DistStream comm, size_t index) {
   GradReducer& reducer = reducer_of(range);
   if (first) {
     reducer.reduce_scatter(comm, range.reducer_range, whole, sum);
-    if (gathers() && range.tie == Tie::none) reducer.all_gather(comm, range.reducer_range, sum, whole);
+    if (gathers() && range.tie == Tie::none)
+      reducer.all_gather(comm, range.reducer_range, sum, whole);
     return;
   }
-  const Tensor part = whole.rows(range.ranks.rank * range.shard, (range.ranks.rank + 1) * range.shard);
+  const Tensor part =
+      whole.rows(range.ranks.rank * range.shard, (range.ranks.rank + 1) * range.shard);
   reducer.reduce_scatter(comm, range.reducer_range, whole, part);
   comm.ops.add(comm.stream, sum, part, sum);
 }
@@ -187,7 +198,8 @@ void ShardGrads::sum_ties(DistStream comm) {
     if (range.tie == Tie::none || range.shard == 0) continue;
     const Tensor sum = shard(range);
     if (!comm.dry) ties_->all_reduce_sum(comm.stream, sum);
-    if (gathers()) reducer_of(range).all_gather(comm, range.reducer_range, sum, contributions_of(range));
+    if (gathers())
+      reducer_of(range).all_gather(comm, range.reducer_range, sum, contributions_of(range));
   }
 }
 

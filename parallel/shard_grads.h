@@ -1,9 +1,11 @@
-// The gradients of shared parameters, from the layers' contributions to sums over ranks and micro-batches.
+// The gradients of shared parameters, from the layers' contributions to sums over ranks and
+// micro-batches.
 //
-// Whole (ZeRO 0 and 1, or keep_full_grads): every rank adds up its micro-batches, and each block is summed
-// over ranks when the last micro-batch is done with it. A rank's shard stays at its place in the whole.
-// Sharded: whole gradients exist only for the blocks in flight, in slots. They are summed over ranks after
-// each micro-batch, or earlier where another block needs the slot, and the shards add up.
+// Whole (ZeRO 0 and 1, or keep_full_grads): every rank adds up its micro-batches, and each block is
+// summed over ranks when the last micro-batch is done with it. A rank's shard stays at its place in
+// the whole. Sharded: whole gradients exist only for the blocks in flight, in slots. They are
+// summed over ranks after each micro-batch, or earlier where another block needs the slot, and the
+// shards add up.
 #pragma once
 
 #include <functional>
@@ -23,8 +25,8 @@ namespace dstrain {
 using ReducerFactory = std::function<std::unique_ptr<GradReducer>(ReduceGroup, const ParameterSet&,
                                                                   std::vector<GradRange>)>;
 
-// Calls are those of ParamStore. Sums run on the queue; reduce() makes the caller's stream wait for all of
-// them. Thread-compatible.
+// Calls are those of ParamStore. Sums run on the queue; reduce() makes the caller's stream wait for
+// all of them. Thread-compatible.
 class ShardGrads {
  public:
   // ties: the first and the last pipeline stage, in this order; null where nothing is tied.
@@ -56,8 +58,8 @@ class ShardGrads {
   struct Slot {
     explicit Slot(Backend& backend) : summed(backend) {}
     Tensor data;
-    int block = -1;   // whose contributions it holds
-    CommPoint summed; // it may be overwritten
+    int block = -1;    // whose contributions it holds
+    CommPoint summed;  // it may be overwritten
   };
   struct RangeState {
     bool contributed = false;  // since its last sum
@@ -65,7 +67,9 @@ class ShardGrads {
   };
 
   bool gathers() const { return zero_.stage == 0; }
-  GradReducer& reducer_of(const ShardRange& range) const { return *reducers_[number_of(range.group.reduce)]; }
+  GradReducer& reducer_of(const ShardRange& range) const {
+    return *reducers_[number_of(range.group.reduce)];
+  }
   // The whole range that contributions go to.
   Tensor contributions_of(const ShardRange& range) const;
   Tensor shard(const ShardRange& range) const;  // with its padding

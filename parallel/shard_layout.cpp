@@ -39,8 +39,12 @@ int64_t slot_bytes(const std::vector<int64_t>& slots, DType dtype) {
 
 }  // namespace
 
-int64_t ShardRange::owned_begin() const { return std::min(elements(), ranks.rank * shard); }
-int64_t ShardRange::owned_end() const { return std::min(elements(), (ranks.rank + 1) * shard); }
+int64_t ShardRange::owned_begin() const {
+  return std::min(elements(), ranks.rank * shard);
+}
+int64_t ShardRange::owned_end() const {
+  return std::min(elements(), (ranks.rank + 1) * shard);
+}
 
 std::vector<ShardPart> ShardRange::parts(int64_t begin, int64_t end) const {
   std::vector<ShardPart> out;
@@ -73,9 +77,10 @@ void ShardLayout::add_range(const ParameterGroup& group, const GroupPlaces& plac
   range.whole_at = whole_elements_;
   range.shard_at = shard_elements_;
   range.block_at = block.elements;
-  range.reducer_range = static_cast<int>(
-      std::count_if(ranges_.begin(), ranges_.end(),
-                    [&](const ShardRange& other) { return other.group.reduce == group.reduce; }));
+  range.reducer_range =
+      static_cast<int>(std::count_if(ranges_.begin(), ranges_.end(), [&](const ShardRange& other) {
+        return other.group.reduce == group.reduce;
+      }));
   whole_elements_ += range.padded();
   shard_elements_ += range.shard;
   block.elements += range.padded();
@@ -92,7 +97,8 @@ void ShardLayout::add_parameters(ParameterSet& parameters) {
     range.tie = range.parameters.front()->spec.tie;
     int64_t end = 0;
     for (const Parameter* p : range.parameters) {
-      DSTRAIN_CHECK(p->spec.tie == range.tie, "'" + p->spec.name + "' shares its range with a tied parameter");
+      DSTRAIN_CHECK(p->spec.tie == range.tie,
+                    "'" + p->spec.name + "' shares its range with a tied parameter");
       const int64_t at = p->offset - range.group.begin;
       if (end < at) range.gaps.push_back({nullptr, 0, at - end, end});
       end = at + p->numel();
@@ -102,8 +108,9 @@ void ShardLayout::add_parameters(ParameterSet& parameters) {
 }
 
 size_t ShardLayout::block_index(int number) const {
-  const auto at = std::partition_point(blocks_.begin(), blocks_.end(),
-                                       [&](const ShardBlock& block) { return block.number < number; });
+  const auto at =
+      std::partition_point(blocks_.begin(), blocks_.end(),
+                           [&](const ShardBlock& block) { return block.number < number; });
   DSTRAIN_CHECK(at != blocks_.end() && at->number == number,
                 "no parameters of block " + std::to_string(number) + " are here");
   return static_cast<size_t>(at - blocks_.begin());
@@ -113,24 +120,27 @@ size_t ShardLayout::block_index(int number) const {
 size_t ShardLayout::range_index(const Parameter& p) const {
   const ShardBlock& block = blocks_[block_index(p.spec.block)];
   for (size_t i = block.first; i < block.last; ++i)
-    if (ranges_[i].group.reduce == reduce_group(p) && ranges_[i].group.weight_decay == p.spec.weight_decay)
+    if (ranges_[i].group.reduce == reduce_group(p) &&
+        ranges_[i].group.weight_decay == p.spec.weight_decay)
       return i;
   check_failed("range", __FILE__, __LINE__, "'" + p.spec.name + "' has no range");
 }
 
-Tensor parameter_view(const Tensor& range_data, const ShardRange& range, const Parameter& parameter) {
+Tensor parameter_view(const Tensor& range_data, const ShardRange& range,
+                      const Parameter& parameter) {
   char* at = static_cast<char*>(range_data.raw());
   at += (parameter.offset - range.group.begin) * dtype_bytes(range_data.dtype());
   return Tensor(at, range_data.dtype(), parameter.local_shape.data(),
                 static_cast<int>(parameter.local_shape.size()));
 }
 
-ShardBytes bytes_per_rank(const ShardLayout& layout, int64_t buffer_elements, const ZeroOptions& zero,
-                          const ParamStoreOptions& options) {
+ShardBytes bytes_per_rank(const ShardLayout& layout, int64_t buffer_elements,
+                          const ZeroOptions& zero, const ParamStoreOptions& options) {
   const DType value = options.dtype, stat = stat_dtype(options.dtype);
   const int64_t whole = layout.whole_elements(), shards = layout.shard_elements();
   ShardBytes bytes;
-  bytes.values = array_bytes(zero.shards_values() ? shards : whole, value) + array_bytes(buffer_elements, stat);
+  bytes.values = array_bytes(zero.shards_values() ? shards : whole, value) +
+                 array_bytes(buffer_elements, stat);
   if (zero.shards_values()) bytes.gather_slots = slot_bytes(layout.slots(), value);
   if (!options.training) return bytes;
   bytes.gradients = array_bytes(zero.shards_gradients() ? shards : whole, stat);
@@ -142,7 +152,8 @@ ShardBytes bytes_per_rank(const ShardLayout& layout, int64_t buffer_elements, co
 std::string describe(const ShardBytes& bytes) {
   std::string text;
   const auto add = [&](const char* name, int64_t part) {
-    if (part > 0) text += fmt::format("{}{} {}", text.empty() ? "" : ", ", name, format_bytes(part));
+    if (part > 0)
+      text += fmt::format("{}{} {}", text.empty() ? "" : ", ", name, format_bytes(part));
   };
   add("values", bytes.values);
   add("gathered blocks", bytes.gather_slots);

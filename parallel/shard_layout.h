@@ -1,9 +1,10 @@
 // Where the parameters of a model part lie when several ranks share them (ZeRO), in elements.
 //
-// Each ParameterGroup is a range, cut into one shard for each rank that sums its gradients. A shard is a
-// multiple of 64 elements, so a range is padded at its end: whole ranges have memory for shard * ranks
-// elements, and lie one after another in arrays of their own, with offsets other than Parameter::offset.
-// Ranges of a block are consecutive, so that a block is one run of such an array.
+// Each ParameterGroup is a range, cut into one shard for each rank that sums its gradients. A shard
+// is a multiple of 64 elements, so a range is padded at its end: whole ranges have memory for shard
+// * ranks elements, and lie one after another in arrays of their own, with offsets other than
+// Parameter::offset. Ranges of a block are consecutive, so that a block is one run of such an
+// array.
 #pragma once
 
 #include <array>
@@ -21,8 +22,9 @@ struct ZeroOptions {
   int stage = 1;
   // Stages 2 and 3: keep whole gradients, which are summed once per step.
   bool keep_full_grads = false;
-  // The block of the final norm and the head. It is in use together with other blocks, as is block 0,
-  // so both have slots of their own; all other blocks take turns with two slots by parity. -1: not here.
+  // The block of the final norm and the head. It is in use together with other blocks, as is block
+  // 0, so both have slots of their own; all other blocks take turns with two slots by parity. -1:
+  // not here.
   int head_block = -1;
 
   bool shards_values() const { return stage == 3; }
@@ -31,7 +33,9 @@ struct ZeroOptions {
 };
 
 inline constexpr size_t kReduceGroups = 3;
-inline size_t number_of(ReduceGroup group) { return static_cast<size_t>(group); }
+inline size_t number_of(ReduceGroup group) {
+  return static_cast<size_t>(group);
+}
 
 // By ReduceGroup: how many ranks sum gradients, and which of them this one is.
 using GroupPlaces = std::array<AxisPlace, kReduceGroups>;
@@ -46,12 +50,12 @@ struct ShardPart {
 struct ShardRange {
   ParameterGroup group;  // `begin` and `end` count elements of the ParameterSet's flat range
   AxisPlace ranks;
-  Tie tie = Tie::none;    // of all its parameters
-  int64_t shard = 0;      // elements per rank
-  int64_t whole_at = 0;   // in an array of whole ranges
-  int64_t shard_at = 0;   // in an array of this rank's shards
-  int64_t block_at = 0;   // of the whole range in its block
-  int reducer_range = 0;  // its number among the ranges of its ReduceGroup
+  Tie tie = Tie::none;                 // of all its parameters
+  int64_t shard = 0;                   // elements per rank
+  int64_t whole_at = 0;                // in an array of whole ranges
+  int64_t shard_at = 0;                // in an array of this rank's shards
+  int64_t block_at = 0;                // of the whole range in its block
+  int reducer_range = 0;               // its number among the ranges of its ReduceGroup
   std::vector<Parameter*> parameters;  // by offset
   std::vector<ShardPart> gaps;         // elements of no parameter; `parameter` is null
 
@@ -65,7 +69,7 @@ struct ShardRange {
 };
 
 struct ShardBlock {
-  int number = 0;  // ParameterSpec::block
+  int number = 0;              // ParameterSpec::block
   size_t first = 0, last = 0;  // ranges
   int64_t elements = 0;        // of its whole ranges
   size_t slot = 0;
@@ -80,8 +84,8 @@ class ShardLayout {
 
   const std::vector<ShardRange>& ranges() const { return ranges_; }
   const std::vector<ShardBlock>& blocks() const { return blocks_; }
-  size_t block_index(int number) const;             // there must be one
-  size_t range_index(const Parameter& p) const;     // of a trainable parameter
+  size_t block_index(int number) const;          // there must be one
+  size_t range_index(const Parameter& p) const;  // of a trainable parameter
   int64_t whole_elements() const { return whole_elements_; }
   int64_t shard_elements() const { return shard_elements_; }
   // Elements of each slot for whole blocks; 0 where no block here needs it.
@@ -102,7 +106,8 @@ inline Tensor range_in_block(const Tensor& block_data, const ShardRange& range) 
   return block_data.rows(range.block_at, range.block_at + range.padded());
 }
 // Where the parameter lies in `range_data`, the elements of its whole range.
-Tensor parameter_view(const Tensor& range_data, const ShardRange& range, const Parameter& parameter);
+Tensor parameter_view(const Tensor& range_data, const ShardRange& range,
+                      const Parameter& parameter);
 
 // What a rank's store takes, in bytes. Each array is rounded up to Arena::kAlignment.
 struct ShardBytes {
@@ -113,8 +118,8 @@ struct ShardBytes {
   int64_t moments = 0;
   int64_t total() const { return values + gather_slots + gradients + gradient_slots + moments; }
 };
-ShardBytes bytes_per_rank(const ShardLayout& layout, int64_t buffer_elements, const ZeroOptions& zero,
-                          const ParamStoreOptions& options);
+ShardBytes bytes_per_rank(const ShardLayout& layout, int64_t buffer_elements,
+                          const ZeroOptions& zero, const ParamStoreOptions& options);
 // "values 1.20 GiB, gathered blocks 512 B, ...": parts that take nothing are left out.
 std::string describe(const ShardBytes& bytes);
 

@@ -11,7 +11,8 @@ ShardValues::ShardValues(Backend& backend, const ShardLayout& layout, const Grou
 void ShardValues::make_memory(const OwnerVisitor& visit) {
   const bool sharded = zero_.shards_values();
   const int64_t elements = sharded ? layout_.shard_elements() : layout_.whole_elements();
-  visit("parameters", MemoryKind::device, [&](Arena& a) { values_ = a.make(dtype_, {elements}, "parameters"); });
+  visit("parameters", MemoryKind::device,
+        [&](Arena& a) { values_ = a.make(dtype_, {elements}, "parameters"); });
   slots_.assign(sharded ? layout_.slots().size() : 0, {});
   for (BlockState& state : blocks_) state.acquired = 0;
   if (!sharded) {
@@ -41,7 +42,8 @@ Tensor ShardValues::whole(const ShardRange& range) const {
 }
 
 Tensor ShardValues::shard(const ShardRange& range) const {
-  const int64_t at = zero_.shards_values() ? range.shard_at : range.whole_at + range.ranks.rank * range.shard;
+  const int64_t at =
+      zero_.shards_values() ? range.shard_at : range.whole_at + range.ranks.rank * range.shard;
   return values_.rows(at, at + range.shard);
 }
 
@@ -69,8 +71,8 @@ void ShardValues::unbind(const ShardBlock& block) const {
     for (Parameter* p : range.parameters) p->value = Tensor();
 }
 
-// A slot keeps its block after the release, so that the last block of a forward pass is there when the
-// backward pass begins.
+// A slot keeps its block after the release, so that the last block of a forward pass is there when
+// the backward pass begins.
 void ShardValues::acquire_start(DistStream dist, int number) {
   if (!zero_.shards_values()) return;
   const size_t index = layout_.block_index(number);
@@ -92,7 +94,8 @@ void ShardValues::acquire_finish(DistStream dist, int number) {
   BlockState& state = blocks_[index];
   if (zero_.shards_values()) {
     const Slot& slot = slots_[block.slot];
-    DSTRAIN_CHECK(slot.block == number, "block " + std::to_string(number) + " is acquired while block " +
+    DSTRAIN_CHECK(slot.block == number, "block " + std::to_string(number) +
+                                            " is acquired while block " +
                                             std::to_string(slot.block) + " is in its place");
     if (state.acquired == 0) bind(block, slot.data);
   }
@@ -103,7 +106,8 @@ void ShardValues::acquire_finish(DistStream dist, int number) {
 void ShardValues::release(int number) {
   const size_t index = layout_.block_index(number);
   BlockState& state = blocks_[index];
-  DSTRAIN_CHECK(state.acquired > 0, "block " + std::to_string(number) + " is released but not acquired");
+  DSTRAIN_CHECK(state.acquired > 0,
+                "block " + std::to_string(number) + " is released but not acquired");
   if (--state.acquired == 0 && zero_.shards_values()) unbind(layout_.blocks()[index]);
 }
 

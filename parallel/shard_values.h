@@ -1,5 +1,5 @@
-// The values of shared parameters: whole on every rank and gathered after each update (ZeRO 0, 1 and 2), or
-// sharded and gathered block by block when layers ask for them (ZeRO 3).
+// The values of shared parameters: whole on every rank and gathered after each update (ZeRO 0, 1
+// and 2), or sharded and gathered block by block when layers ask for them (ZeRO 3).
 #pragma once
 
 #include <span>
@@ -14,18 +14,18 @@ namespace dstrain {
 // By ReduceGroup: the ranks that sum its gradients. They outlive their users.
 using GroupComms = std::array<Communicator*, kReduceGroups>;
 
-// Calls are those of ParamStore. Communication runs on the queue; acquire_finish makes the caller's stream wait
-// for the block. Thread-compatible.
+// Calls are those of ParamStore. Communication runs on the queue; acquire_finish makes the caller's
+// stream wait for the block. Thread-compatible.
 class ShardValues {
  public:
-  ShardValues(Backend& backend, const ShardLayout& layout, const GroupComms& comms, CommQueue& queue,
-              const ZeroOptions& zero, DType dtype);
+  ShardValues(Backend& backend, const ShardLayout& layout, const GroupComms& comms,
+              CommQueue& queue, const ZeroOptions& zero, DType dtype);
 
   void make_memory(const OwnerVisitor& visit);
   void clear(DistStream dist);
 
-  // A prefetch: nothing happens where the block's slot is in use. Other calls with sharded values need the slot,
-  // whose last block must be released.
+  // A prefetch: nothing happens where the block's slot is in use. Other calls with sharded values
+  // need the slot, whose last block must be released.
   void acquire_start(DistStream dist, int block);
   void acquire_finish(DistStream dist, int block);
   void release(int block);

@@ -10,10 +10,13 @@ namespace {
 class BoxMaker {
  public:
   explicit BoxMaker(const StateSlice& slice)
-      : slice_(slice), parameter_(*slice.parameter), name_(slice.kind + "." + parameter_.spec.name) {}
+      : slice_(slice),
+        parameter_(*slice.parameter),
+        name_(slice.kind + "." + parameter_.spec.name) {}
 
   std::vector<StateTensor> run() {
-    DSTRAIN_CHECK(0 <= slice_.begin && slice_.begin <= slice_.end && slice_.end <= parameter_.numel() &&
+    DSTRAIN_CHECK(0 <= slice_.begin && slice_.begin <= slice_.end &&
+                      slice_.end <= parameter_.numel() &&
                       slice_.data.numel() == slice_.end - slice_.begin && slice_.data.contiguous(),
                   "a slice of '" + name_ + "' is no run of its elements");
     if (slice_.begin == slice_.end) return {};
@@ -23,9 +26,10 @@ class BoxMaker {
   }
 
  private:
-  // Elements [begin, end) of the sub-tensor of dims `dim` and later whose first indices are at[0 .. dim):
-  // what lies inside a row at either end is cut further, whole rows between are one box.
-  void cut(size_t dim, std::vector<int64_t> at, std::vector<int64_t> extent, int64_t begin, int64_t end) {
+  // Elements [begin, end) of the sub-tensor of dims `dim` and later whose first indices are at[0 ..
+  // dim): what lies inside a row at either end is cut further, whole rows between are one box.
+  void cut(size_t dim, std::vector<int64_t> at, std::vector<int64_t> extent, int64_t begin,
+           int64_t end) {
     const std::vector<int64_t>& shape = parameter_.local_shape;
     if (begin == end) return;
     if (dim == shape.size()) return add(at, extent);
@@ -70,13 +74,16 @@ class BoxMaker {
 
 }  // namespace
 
-std::vector<StateTensor> state_boxes(const StateSlice& slice) { return BoxMaker(slice).run(); }
+std::vector<StateTensor> state_boxes(const StateSlice& slice) {
+  return BoxMaker(slice).run();
+}
 
 std::vector<StateTensor> state_tensors(std::span<const StateSlice> slices) {
   std::vector<StateTensor> all;
   for (const StateSlice& slice : slices) {
     std::vector<StateTensor> boxes = state_boxes(slice);
-    all.insert(all.end(), std::make_move_iterator(boxes.begin()), std::make_move_iterator(boxes.end()));
+    all.insert(all.end(), std::make_move_iterator(boxes.begin()),
+               std::make_move_iterator(boxes.end()));
   }
   return all;
 }

@@ -1,5 +1,5 @@
-// The state of a run as boxes of global tensors, which is what checkpoints hold: a rank has flat runs of
-// its parameters, moments and residuals (StateSlice), and a run covers a few boxes.
+// The state of a run as boxes of global tensors, which is what checkpoints hold: a rank has flat
+// runs of its parameters, moments and residuals (StateSlice), and a run covers a few boxes.
 #pragma once
 
 #include <span>
@@ -11,8 +11,9 @@
 namespace dstrain {
 
 // Boxes in the order of the run's elements, so that their data follow each other without gaps from
-// slice.data on: none for an empty run, 2 * dims - 1 at most, one for a whole parameter. The name is the
-// slice's kind, a dot, and the parameter's name. Data stays where the slice has it, on the device or not.
+// slice.data on: none for an empty run, 2 * dims - 1 at most, one for a whole parameter. The name
+// is the slice's kind, a dot, and the parameter's name. Data stays where the slice has it, on the
+// device or not.
 std::vector<StateTensor> state_boxes(const StateSlice& slice);
 
 // The boxes of all slices, in order.

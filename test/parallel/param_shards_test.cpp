@@ -1,5 +1,5 @@
-// Every ZeRO stage against LocalParamStore fed with the sums of all ranks: values, moments and norms, bit for bit;
-// checkpoints between layouts; memory to the byte.
+// Every ZeRO stage against LocalParamStore fed with the sums of all ranks: values, moments and
+// norms, bit for bit; checkpoints between layouts; memory to the byte.
 #include "parallel/param_shards.h"
 
 #include <cstring>
@@ -37,8 +37,8 @@ std::string fault_of(const ShardJob& job) {
 }
 
 void check_job(const ShardJob& job) {
-  CAPTURE(job.shape.pipeline, job.shape.data, job.shape.tensor, job.shape.expert, job.zero, job.keep_full_grads,
-          job.micro_batches, job.tied, static_cast<int>(job.order), job.exact);
+  CAPTURE(job.shape.pipeline, job.shape.data, job.shape.tensor, job.shape.expert, job.zero,
+          job.keep_full_grads, job.micro_batches, job.tied, static_cast<int>(job.order), job.exact);
   CHECK(fault_of(job) == "");
 }
 
@@ -48,22 +48,34 @@ TEST_CASE("param shards: every stage updates as one rank does with the sums", "[
   for (const MeshShape& shape : {kTwoData, kFourData, kDataTensor, kPipeline})
     for (const Zero& zero : kZeros)
       for (const int micro_batches : {1, 3})
-        check_job({.shape = shape, .zero = zero.stage, .keep_full_grads = zero.keep_full_grads,
+        check_job({.shape = shape,
+                   .zero = zero.stage,
+                   .keep_full_grads = zero.keep_full_grads,
                    .micro_batches = micro_batches});
 }
 
-TEST_CASE("param shards: sums run over ranks in ascending order, before or after those over micro-batches",
-          "[ranks]") {
+TEST_CASE(
+    "param shards: sums run over ranks in ascending order, before or after those over "
+    "micro-batches",
+    "[ranks]") {
   for (const MeshShape& shape : {kFourData, kDataTensor, kPipeline})
     for (const Zero& zero : kZeros)
-      check_job({.shape = shape, .zero = zero.stage, .keep_full_grads = zero.keep_full_grads, .micro_batches = 2,
-                 .tied = true, .exact = false, .clip = 0});
+      check_job({.shape = shape,
+                 .zero = zero.stage,
+                 .keep_full_grads = zero.keep_full_grads,
+                 .micro_batches = 2,
+                 .tied = true,
+                 .exact = false,
+                 .clip = 0});
 }
 
 TEST_CASE("param shards: a tied table is one, on one pipeline stage or on two", "[ranks]") {
   for (const MeshShape& shape : {kTwoData, kPipeline, MeshShape{.pipeline = 2, .tensor = 2}})
     for (const Zero& zero : kZeros)
-      check_job({.shape = shape, .zero = zero.stage, .keep_full_grads = zero.keep_full_grads, .micro_batches = 2,
+      check_job({.shape = shape,
+                 .zero = zero.stage,
+                 .keep_full_grads = zero.keep_full_grads,
+                 .micro_batches = 2,
                  .tied = true});
 }
 
@@ -71,8 +83,12 @@ TEST_CASE("param shards: contributions may come in the order of any pipeline sch
   for (const CallOrder order : {CallOrder::ahead, CallOrder::split})
     for (const bool tied : {false, true})
       for (const Zero& zero : kZeros)
-        check_job({.shape = kPipeline, .zero = zero.stage, .keep_full_grads = zero.keep_full_grads,
-                   .micro_batches = 3, .tied = tied, .order = order});
+        check_job({.shape = kPipeline,
+                   .zero = zero.stage,
+                   .keep_full_grads = zero.keep_full_grads,
+                   .micro_batches = 3,
+                   .tied = tied,
+                   .order = order});
 }
 
 TEST_CASE("param shards: planted faults are found", "[ranks]") {
@@ -90,10 +106,12 @@ TEST_CASE("param shards: planted faults are found", "[ranks]") {
 }
 
 TEST_CASE("param shards: a run goes on at any other layout and stage", "[ranks]") {
-  const ShardJob jobs[] = {
-      {.shape = kFourData, .zero = 3, .tied = true}, {.shape = kPipeline, .zero = 1, .tied = true},
-      {.shape = kTwoData, .zero = 0, .tied = true},  {.shape = kDataTensor, .zero = 2, .tied = true},
-      {.shape = kPipeline, .zero = 3, .tied = true}, {.shape = kTwoData, .zero = 3, .tied = true}};
+  const ShardJob jobs[] = {{.shape = kFourData, .zero = 3, .tied = true},
+                           {.shape = kPipeline, .zero = 1, .tied = true},
+                           {.shape = kTwoData, .zero = 0, .tied = true},
+                           {.shape = kDataTensor, .zero = 2, .tied = true},
+                           {.shape = kPipeline, .zero = 3, .tied = true},
+                           {.shape = kTwoData, .zero = 3, .tied = true}};
   GlobalState saved = initial_state(true);
   int step = 0;
   for (const ShardJob& job : jobs) {
@@ -106,7 +124,8 @@ TEST_CASE("param shards: a run goes on at any other layout and stage", "[ranks]"
 TEST_CASE("param shards: memory is what the formula says", "[ranks]") {
   for (const MeshShape& shape : {kTwoData, kDataTensor, kPipeline})
     for (const Zero& zero : kZeros) {
-      const ShardJob job{.shape = shape, .zero = zero.stage, .keep_full_grads = zero.keep_full_grads};
+      const ShardJob job{
+          .shape = shape, .zero = zero.stage, .keep_full_grads = zero.keep_full_grads};
       CHECK_NOTHROW(run_ranks(static_cast<int>(shape.ranks()), [&](RankContext& rank) {
         ShardRank shards(job, rank);
         const ShardBytes bytes = shards.store().bytes();
@@ -114,7 +133,8 @@ TEST_CASE("param shards: memory is what the formula says", "[ranks]") {
         rank_check(planned["parameters"] + planned["router bias"] == bytes.values, "values");
         rank_check(planned["gathered parameters"] == bytes.gather_slots, "gather slots");
         rank_check(planned["gradients"] == bytes.gradients, "gradients");
-        rank_check(planned["gradients of blocks in flight"] == bytes.gradient_slots, "gradient slots");
+        rank_check(planned["gradients of blocks in flight"] == bytes.gradient_slots,
+                   "gradient slots");
         rank_check(planned["optimizer state"] == bytes.moments, "moments");
         int64_t total = 0;
         for (const auto& [owner, size] : planned) total += size;
@@ -135,8 +155,8 @@ TEST_CASE("param shards: memory of a range follows from its elements, ranks and 
     return bytes_per_rank(layout, 0, zero, {DType::f32, training});
   };
   const int64_t whole = (1024 + 768) * 4, shards = (256 + 192) * 4;
-  const auto check = [&](const ZeroOptions& zero, int64_t values, int64_t gathered, int64_t gradients,
-                         int64_t in_flight, int64_t moments) {
+  const auto check = [&](const ZeroOptions& zero, int64_t values, int64_t gathered,
+                         int64_t gradients, int64_t in_flight, int64_t moments) {
     const ShardBytes bytes = bytes_of(zero, true);
     CHECK(bytes.values == values);
     CHECK(bytes.gather_slots == gathered);
@@ -151,10 +171,12 @@ TEST_CASE("param shards: memory of a range follows from its elements, ranks and 
   check({.stage = 3}, shards, whole, shards, whole, 2 * shards);
   check({.stage = 3, .keep_full_grads = true}, shards, whole, whole, 0, 2 * shards);
   CHECK(bytes_of({.stage = 3}, false).total() == shards + whole);
-  CHECK(describe(bytes_of({.stage = 1}, true)) == "values 7.00 KiB, gradients 7.00 KiB, moments 3.50 KiB");
+  CHECK(describe(bytes_of({.stage = 1}, true)) ==
+        "values 7.00 KiB, gradients 7.00 KiB, moments 3.50 KiB");
 }
 
-TEST_CASE("param shards: with stage 3 values are there between acquire and release alone", "[ranks]") {
+TEST_CASE("param shards: with stage 3 values are there between acquire and release alone",
+          "[ranks]") {
   run_ranks(2, [](RankContext& rank) {
     ShardRank shards({.shape = kTwoData, .zero = 3}, rank);
     ParamShards& store = shards.store();
@@ -207,10 +229,12 @@ TEST_CASE("param shards: a contribution after the last sum is refused", "[ranks]
   });
 }
 
-TEST_CASE("param shards: stages 0 and 1 send gradients once a step, 2 and 3 after each micro-batch", "[ranks]") {
+TEST_CASE("param shards: stages 0 and 1 send gradients once a step, 2 and 3 after each micro-batch",
+          "[ranks]") {
   const auto bytes_of = [](int zero, bool keep, int micro_batches) {
     std::array<int64_t, 2> sent{};
-    const ShardJob job{.shape = kTwoData, .zero = zero, .keep_full_grads = keep, .micro_batches = micro_batches};
+    const ShardJob job{
+        .shape = kTwoData, .zero = zero, .keep_full_grads = keep, .micro_batches = micro_batches};
     const ReferenceRun reference = run_reference(job, 1, initial_state(false));
     run_shard_job(job, reference, [&](RankContext& rank, ParamShards& store) {
       sent[static_cast<size_t>(rank.world.rank())] = store.traffic().reduce.sent;

@@ -23,7 +23,9 @@ OptimizerConfig optimizer_of(const ShardJob& job) {
   return config;
 }
 
-uint64_t name_id(const Parameter& p) { return stream_id(p.spec.name.data(), p.spec.name.size()); }
+uint64_t name_id(const Parameter& p) {
+  return stream_id(p.spec.name.data(), p.spec.name.size());
+}
 
 // The place of a local element in the global tensor.
 int64_t global_index(const Parameter& p, int64_t local) {
@@ -37,7 +39,8 @@ int64_t global_index(const Parameter& p, int64_t local) {
 }
 
 // Half of what a rank's micro-batch adds to the gradient of an element; layers add it twice.
-float half_gradient(const ShardJob& job, int step, int micro, int world_rank, const Parameter& p, int64_t local) {
+float half_gradient(const ShardJob& job, int step, int micro, int world_rank, const Parameter& p,
+                    int64_t local) {
   const uint64_t key = static_cast<uint64_t>((step * 64 + micro) * 64 + world_rank) * 1000003 +
                        static_cast<uint64_t>(global_index(p, local));
   if (!job.exact) return static_cast<float>(random_normal(7, name_id(p), key));
@@ -51,11 +54,17 @@ bool contributes(const Parameter& p, int step, int micro) {
   return true;
 }
 
-bool comes_early(const Parameter& p) { return p.spec.shape.size() == 1; }  // of a split backward
+bool comes_early(const Parameter& p) {
+  return p.spec.shape.size() == 1;
+}  // of a split backward
 
-bool adds_shards(const ShardJob& job) { return job.zero >= 2 && !job.keep_full_grads; }
+bool adds_shards(const ShardJob& job) {
+  return job.zero >= 2 && !job.keep_full_grads;
+}
 
-ShardPlace shard_place(const RankPlace& place) { return {place.tensor, place.expert}; }
+ShardPlace shard_place(const RankPlace& place) {
+  return {place.tensor, place.expert};
+}
 
 ParameterSet& parameters_of_rank(ParameterSet& set, const ShardJob& job, int world_rank) {
   declare_shard_job(set, job, place_of(job.shape, world_rank));
@@ -76,11 +85,13 @@ class ReferenceGradients {
     for (int stage = 0; stage < job_.shape.pipeline; ++stage) {
       GlobalState of_stage;
       if (!adds_shards(job_)) {
-        for (int r = 0; r < stage_ranks; ++r) add_rank(of_stage, step, 0, job_.micro_batches, stage * stage_ranks + r);
+        for (int r = 0; r < stage_ranks; ++r)
+          add_rank(of_stage, step, 0, job_.micro_batches, stage * stage_ranks + r);
       } else {
         for (int m = 0; m < job_.micro_batches; ++m) {
           GlobalState of_micro;
-          for (int r = 0; r < stage_ranks; ++r) add_rank(of_micro, step, m, m + 1, stage * stage_ranks + r);
+          for (int r = 0; r < stage_ranks; ++r)
+            add_rank(of_micro, step, m, m + 1, stage * stage_ranks + r);
           add(of_stage, of_micro);
         }
       }
@@ -144,8 +155,9 @@ void check_same(const std::string& what, const std::string& name, const std::vec
                 const std::vector<float>& wanted) {
   rank_check(got.size() == wanted.size(), what + ": elements of " + name);
   for (size_t i = 0; i < got.size(); ++i)
-    rank_check(got[i] == wanted[i], what + ": element " + std::to_string(i) + " of " + name + " is " +
-                                        std::to_string(got[i]) + " instead of " + std::to_string(wanted[i]));
+    rank_check(got[i] == wanted[i], what + ": element " + std::to_string(i) + " of " + name +
+                                        " is " + std::to_string(got[i]) + " instead of " +
+                                        std::to_string(wanted[i]));
 }
 
 void load(const std::vector<StateSlice>& slices, const GlobalState& state) {
@@ -190,8 +202,10 @@ class RankSteps {
     const int M = job_.micro_batches;
     if (job_.order == CallOrder::ahead) forward(0);
     for (int m = 0; m < M; ++m) {
-      if (job_.order != CallOrder::ahead) forward(m);
-      else if (m + 1 < M) forward(m + 1);
+      if (job_.order != CallOrder::ahead)
+        forward(m);
+      else if (m + 1 < M)
+        forward(m + 1);
       backward(m);
     }
   }
@@ -223,7 +237,9 @@ class RankSteps {
   }
 
   // The loss head adds in the forward pass.
-  const Parameter* head_table() { return parameters_.find(job_.tied && last_stage() ? "embed" : "head"); }
+  const Parameter* head_table() {
+    return parameters_.find(job_.tied && last_stage() ? "embed" : "head");
+  }
   bool last_stage() const { return parameters_.find("final") != nullptr; }
 
   void contribute(int micro, int block, bool early) {
@@ -289,18 +305,28 @@ class RankSteps {
 }  // namespace
 
 void declare_shard_job(ParameterSet& parameters, const ShardJob& job, const RankPlace& place) {
-  const bool first = place.pipeline.rank == 0, last = place.pipeline.rank + 1 == place.pipeline.size;
+  const bool first = place.pipeline.rank == 0,
+             last = place.pipeline.rank + 1 == place.pipeline.size;
   const ShardPlace cut = shard_place(place);
-  const auto declare = [&](const std::string& name, int block, std::vector<int64_t> shape, ShardSpec shard,
-                           Tie tie = Tie::none) {
+  const auto declare = [&](const std::string& name, int block, std::vector<int64_t> shape,
+                           ShardSpec shard, Tie tie = Tie::none) {
     const bool decay = shape.size() > 1, trainable = !name.starts_with("bias");
-    parameters.declare({.name = name, .shape = std::move(shape), .shard = shard, .init = Init::normal, .std = 0.5,
-                        .weight_decay = decay, .trainable = trainable, .tie = tie, .block = block},
+    parameters.declare({.name = name,
+                        .shape = std::move(shape),
+                        .shard = shard,
+                        .init = Init::normal,
+                        .std = 0.5,
+                        .weight_decay = decay,
+                        .trainable = trainable,
+                        .tie = tie,
+                        .block = block},
                        cut);
   };
   if (first || job.tied)
     declare("embed", 0, {37, 9}, {.tensor_dim = 0, .uneven = true},
-            !job.tied || (first && last) ? Tie::none : first ? Tie::owner : Tie::copy);
+            !job.tied || (first && last) ? Tie::none
+            : first                      ? Tie::owner
+                                         : Tie::copy);
   for (int block = 1; block < kBlocks; ++block) {
     if (block <= 2 ? !first : !last) continue;
     const std::string of = "." + std::to_string(block);
@@ -325,13 +351,14 @@ namespace {
 class WholeJob {
  public:
   explicit WholeJob(bool tied) : store_(declare(tied)) {
-    store_.make_memory([&](const char* owner, MemoryKind kind, const std::function<void(Arena&)>& make) {
-      Arena measure(owner);
-      make(measure);
-      memory_.emplace_back(*backend_, measure.peak(), kind);
-      Arena arena(owner, memory_.back().data(), measure.peak());
-      make(arena);
-    });
+    store_.make_memory(
+        [&](const char* owner, MemoryKind kind, const std::function<void(Arena&)>& make) {
+          Arena measure(owner);
+          make(measure);
+          memory_.emplace_back(*backend_, measure.peak(), kind);
+          Arena arena(owner, memory_.back().data(), measure.peak());
+          make(arena);
+        });
     store_.clear(dist());
   }
   DistStream dist() { return {backend_->ops(), *stream_}; }
@@ -365,7 +392,8 @@ GlobalState initial_state(bool tied) {
   return whole.state();
 }
 
-ReferenceRun run_reference(const ShardJob& job, int steps, const GlobalState& start, int first_step) {
+ReferenceRun run_reference(const ShardJob& job, int steps, const GlobalState& start,
+                           int first_step) {
   WholeJob whole(job.tied);
   LocalParamStore& store = whole.store();
   const DistStream dist = whole.dist();
@@ -379,7 +407,8 @@ ReferenceRun run_reference(const ShardJob& job, int steps, const GlobalState& st
   for (int step = first_step; step < first_step + steps; ++step) {
     store.begin_step(step);
     for (const auto& [name, sum] : gradients.of_step(step))
-      std::memcpy(store.grad(*whole.parameters().find(name)).grad.raw(), sum.data(), sum.size() * sizeof(float));
+      std::memcpy(store.grad(*whole.parameters().find(name)).grad.raw(), sum.data(),
+                  sum.size() * sizeof(float));
     store.reduce_gradients(dist);
     double sum = 0;
     const Tensor sum_1(&sum, DType::f64, {1});
@@ -408,8 +437,10 @@ ReducerFactory reducers_of(const ShardJob& job, ProcessMesh& mesh) {
   return [&](ReduceGroup group, const ParameterSet& parameters, std::vector<GradRange> ranges) {
     ReduceRanks ranks;
     ranks.all = ranks_of(job, mesh).groups[number_of(group)];
-    const GradReducerOptions options{
-        .compression = job.compression, .hierarchical = false, .gathers = job.zero == 0, .dtype = DType::f32};
+    const GradReducerOptions options{.compression = job.compression,
+                                     .hierarchical = false,
+                                     .gathers = job.zero == 0,
+                                     .dtype = DType::f32};
     return make_grad_reducer(options, ranks, parameters, std::move(ranges));
   };
 }
@@ -420,7 +451,8 @@ ShardRank::ShardRank(const ShardJob& job, RankContext& rank)
     : mesh_(job.shape, rank.world, rank.backend),
       parameters_(),
       store_(rank.backend, parameters_of_rank(parameters_, job, rank.world.rank()), {},
-             {job.zero, job.keep_full_grads, kShardJobHead}, ranks_of(job, mesh_), reducers_of(job, mesh_)) {
+             {job.zero, job.keep_full_grads, kShardJobHead}, ranks_of(job, mesh_),
+             reducers_of(job, mesh_)) {
   std::vector<int64_t> bytes;
   store_.make_memory([&](const char* owner, MemoryKind, const std::function<void(Arena&)>& make) {
     Arena arena(owner);
@@ -428,13 +460,15 @@ ShardRank::ShardRank(const ShardJob& job, RankContext& rank)
     planned_[owner] += bytes.emplace_back(arena.peak());
   });
   size_t next = 0;
-  store_.make_memory([&](const char* owner, MemoryKind kind, const std::function<void(Arena&)>& make) {
-    const int64_t size = bytes.at(next++);
-    memory_.emplace_back(rank.backend, std::max<int64_t>(size, 1), kind);
-    std::memset(memory_.back().data(), 0xff, static_cast<size_t>(std::max<int64_t>(size, 1)));  // NaN
-    Arena arena(owner, memory_.back().data(), size);
-    make(arena);
-  });
+  store_.make_memory(
+      [&](const char* owner, MemoryKind kind, const std::function<void(Arena&)>& make) {
+        const int64_t size = bytes.at(next++);
+        memory_.emplace_back(rank.backend, std::max<int64_t>(size, 1), kind);
+        std::memset(memory_.back().data(), 0xff,
+                    static_cast<size_t>(std::max<int64_t>(size, 1)));  // NaN
+        Arena arena(owner, memory_.back().data(), size);
+        make(arena);
+      });
 }
 
 GlobalState run_shard_job(const ShardJob& job, const ReferenceRun& reference, const AtEnd& at_end) {
@@ -450,7 +484,8 @@ GlobalState run_shard_job(const ShardJob& job, const ReferenceRun& reference, co
   const GlobalState& wanted = reference.states.back().tensors;
   rank_check(state.size() == wanted.size(), "the tensors that are saved");
   for (const auto& [name, values] : wanted) {
-    for (const float times : seen[name]) rank_check(times == 1, "an element of " + name + " is saved once");
+    for (const float times : seen[name])
+      rank_check(times == 1, "an element of " + name + " is saved once");
     check_same("the state at the end", name, state.at(name), values);
   }
   return state;

@@ -1,5 +1,5 @@
-// Parameters and made-up gradients without a model, for tests of stores that several ranks share: the calls of a
-// training step as layers and engines make them, and what must come out of it.
+// Parameters and made-up gradients without a model, for tests of stores that several ranks share:
+// the calls of a training step as layers and engines make them, and what must come out of it.
 #pragma once
 
 #include <cstdint>
@@ -29,7 +29,8 @@ struct ShardJob {
   int micro_batches = 1;
   bool tied = false;  // the table of block 0 is also the head
   CallOrder order = CallOrder::plain;
-  // Gradients are small multiples of 1/8, so that sums are exact in any order; otherwise they are random.
+  // Gradients are small multiples of 1/8, so that sums are exact in any order; otherwise they are
+  // random.
   bool exact = true;
   double clip = 3.0;
   CompressionConfig compression = {};
@@ -46,18 +47,21 @@ struct JobState {
 // The initial state, which does not depend on the job but for its tie.
 GlobalState initial_state(bool tied);
 
-// A run of steps by LocalParamStore, with sums in the order that the job's ZeRO stage has: over ranks, or over
-// micro-batches first.
+// A run of steps by LocalParamStore, with sums in the order that the job's ZeRO stage has: over
+// ranks, or over micro-batches first.
 struct ReferenceRun {
   int first_step = 0;
   std::vector<JobState> states;  // before the first step, and after each
 };
-ReferenceRun run_reference(const ShardJob& job, int steps, const GlobalState& start, int first_step = 0);
+ReferenceRun run_reference(const ShardJob& job, int steps, const GlobalState& start,
+                           int first_step = 0);
 
-// The same steps on rank threads. Checks values whenever they are acquired, norms, and the state that it returns,
-// which each element must be in once; throws RuntimeFailure that names what is wrong. `at_end` runs on each rank.
+// The same steps on rank threads. Checks values whenever they are acquired, norms, and the state
+// that it returns, which each element must be in once; throws RuntimeFailure that names what is
+// wrong. `at_end` runs on each rank.
 using AtEnd = std::function<void(RankContext&, ParamShards&)>;
-GlobalState run_shard_job(const ShardJob& job, const ReferenceRun& reference, const AtEnd& at_end = {});
+GlobalState run_shard_job(const ShardJob& job, const ReferenceRun& reference,
+                          const AtEnd& at_end = {});
 
 // Declares the parameters of one rank.
 void declare_shard_job(ParameterSet& parameters, const ShardJob& job, const RankPlace& place);

@@ -1,4 +1,5 @@
-// Flat runs of a parameter as boxes of its global tensor, by brute force over all runs of small shapes.
+// Flat runs of a parameter as boxes of its global tensor, by brute force over all runs of small
+// shapes.
 #include "core/checkpoint/state_boxes.h"
 
 #include <numeric>
@@ -34,7 +35,8 @@ std::vector<int64_t> elements_of(const StateTensor& box, const Parameter& p) {
 }
 
 // Empty if the boxes of run [begin, end) are right, else what is not.
-std::string fault_of_run(const Parameter& p, const std::vector<float>& data, int64_t begin, int64_t end) {
+std::string fault_of_run(const Parameter& p, const std::vector<float>& data, int64_t begin,
+                         int64_t end) {
   // The box code reads the tensor's address alone.
   float* const at = const_cast<float*>(data.data()) + begin;
   const StateSlice slice{"param", &p, begin, end, Tensor(at, DType::f32, {end - begin})};
@@ -57,9 +59,9 @@ std::string fault_of_run(const Parameter& p, const std::vector<float>& data, int
 
 TEST_CASE("state boxes: every run of small shapes is covered once, in order, by few boxes",
           "[checkpoint]") {
-  const std::vector<std::vector<int64_t>> shapes = {{1},       {7},          {3, 4},       {1, 5},
-                                                    {5, 1},    {2, 3, 4},    {3, 1, 2},    {1, 1, 6},
-                                                    {2, 3, 2, 3}, {1, 2, 1, 4}, {3, 2, 2, 1}};
+  const std::vector<std::vector<int64_t>> shapes = {
+      {1},       {7},       {3, 4},       {1, 5},       {5, 1},      {2, 3, 4},
+      {3, 1, 2}, {1, 1, 6}, {2, 3, 2, 3}, {1, 2, 1, 4}, {3, 2, 2, 1}};
   for (const std::vector<int64_t>& shape : shapes) {
     for (const int64_t shift : {0, 2}) {
       const Parameter p = parameter_of(shape, std::vector<int64_t>(shape.size(), shift));
@@ -94,8 +96,9 @@ TEST_CASE("state boxes: a whole parameter is one box, an empty run none, the wor
   CHECK(boxes_of(5, 5).empty());
   CHECK(boxes_of(1, p.numel() - 1).size() == 7);
 
-  const std::vector<StateSlice> slices = {{"param", &p, 0, 1, Tensor(data.data(), DType::f32, {1})},
-                                          {"param", &p, 1, 3, Tensor(data.data() + 1, DType::f32, {2})}};
+  const std::vector<StateSlice> slices = {
+      {"param", &p, 0, 1, Tensor(data.data(), DType::f32, {1})},
+      {"param", &p, 1, 3, Tensor(data.data() + 1, DType::f32, {2})}};
   const std::vector<StateTensor> all = state_tensors(slices);
   REQUIRE(all.size() == 2);
   CHECK(all[1].extent == std::vector<int64_t>{1, 1, 1, 2});
