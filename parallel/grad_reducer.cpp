@@ -56,6 +56,20 @@ std::vector<PieceLayout> pieces_between_nodes(const std::vector<GradRange>& rang
 
 }  // namespace
 
+PhaseTraffic& PhaseTraffic::operator+=(const PhaseTraffic& other) {
+  sent += other.sent;
+  baseline += other.baseline;
+  sent_between_nodes += other.sent_between_nodes;
+  baseline_between_nodes += other.baseline_between_nodes;
+  return *this;
+}
+
+GradTraffic& GradTraffic::operator+=(const GradTraffic& other) {
+  reduce += other.reduce;
+  gather += other.gather;
+  return *this;
+}
+
 std::string describe(const GradTraffic& traffic) {
   std::string text;
   if (traffic.reduce.baseline > 0) text = describe_phase("reduce-scatter", traffic.reduce);

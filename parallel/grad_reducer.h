@@ -53,9 +53,11 @@ NodeSplit split_by_node(Communicator& all, const std::string& node);
 struct PhaseTraffic {
   int64_t sent = 0, baseline = 0;
   int64_t sent_between_nodes = 0, baseline_between_nodes = 0;  // parts of the above
+  PhaseTraffic& operator+=(const PhaseTraffic& other);
 };
 struct GradTraffic {
   PhaseTraffic reduce, gather;
+  GradTraffic& operator+=(const GradTraffic& other);
 };
 // "reduce-scatter 1.2 MiB sent, 5.0% of 24.0 MiB in fp32 at once; all-gather ...": phases without
 // calls are left out; where there are several nodes, the part between them follows.

@@ -131,11 +131,7 @@ TEST_CASE("grad reducer: f64 is summed in f64, and not compressed", "[parallel]"
     GradReducerOptions options = kHierarchical;
     options.dtype = DType::f64;
     const auto reducer = make_grad_reducer(options, nodes.ranks, parameters, {{0, 4, 1}});
-    std::vector<std::byte> memory(4096);
-    reducer->make_memory([&](const char* owner, MemoryKind, const auto& make) {
-      Arena arena(owner, memory.data(), 4096);
-      make(arena);
-    });
+    const auto memory = make_reducer_memory(rank.backend, *reducer);
     std::vector<double> whole(4, 1 + 1e-12), shard(1);
     reducer->reduce_scatter({rank.backend.ops(), rank.stream}, 0,
                             Tensor(whole.data(), DType::f64, {4}),
@@ -178,6 +174,9 @@ TEST_CASE("grad reducer: compression between uneven nodes is refused", "[paralle
 
 TEST_CASE("grad reducer: traffic as a line", "[parallel]") {
   CHECK(describe(GradTraffic{}) == "nothing sent");
+  GradTraffic sum{{1, 2, 3, 4}, {5, 6, 7, 8}};
+  sum += sum;
+  CHECK(describe(sum) == describe(GradTraffic{{2, 4, 6, 8}, {10, 12, 14, 16}}));
   CHECK(describe(GradTraffic{{1 << 20, 20 << 20, 0, 0}, {}}) ==
         "reduce-scatter 1.00 MiB sent, 5.0% of 20.0 MiB in fp32 at once");
   CHECK(

@@ -55,6 +55,21 @@ inline GradRange whole_range(const ParameterSet& set, int ranks) {
   return {0, set.trainable_elements(), (set.trainable_elements() + ranks - 1) / ranks};
 }
 
+// Gives the reducer its memory, filled with NaN, as a plan would.
+inline std::vector<DeviceMemory> make_reducer_memory(Backend& backend, GradReducer& reducer) {
+  std::vector<DeviceMemory> memory;
+  reducer.make_memory([&](const char* owner, MemoryKind kind, const auto& make) {
+    Arena measuring(owner);
+    make(measuring);
+    const int64_t bytes = measuring.peak();
+    memory.emplace_back(backend, bytes, kind);
+    std::memset(memory.back().data(), 0xff, static_cast<size_t>(bytes));
+    Arena arena(owner, memory.back().data(), bytes);
+    make(arena);
+  });
+  return memory;
+}
+
 class ReducerRank {
  public:
   // The machine of rank r is r / ranks_per_node; 0 means that all ranks are on one.
@@ -66,7 +81,7 @@ class ReducerRank {
     const int node = ranks_per_node == 0 ? 0 : rank.world.rank() / ranks_per_node;
     nodes_ = split_by_node(rank.world, "node" + std::to_string(node));
     reducer = make_grad_reducer(options, nodes_.ranks, parameters, {range});
-    make_memory();
+    memory_ = make_reducer_memory(rank.backend, *reducer);
     reducer->clear(dist_);
   }
 
@@ -107,17 +122,6 @@ class ReducerRank {
   std::unique_ptr<GradReducer> reducer;
 
  private:
-  void make_memory() {
-    reducer->make_memory([&](const char* owner, MemoryKind kind, const auto& make) {
-      Arena measuring(owner);
-      make(measuring);
-      memory_.emplace_back(rank_.backend, measuring.peak(), kind);
-      std::memset(memory_.back().data(), 0xff, static_cast<size_t>(measuring.peak()));
-      Arena arena(owner, memory_.back().data(), measuring.peak());
-      make(arena);
-    });
-  }
-
   RankContext& rank_;
   DistStream dist_;
   NodeSplit nodes_;

@@ -194,6 +194,31 @@ TEST_CASE("int8 codes are within half a step, and the residual keeps the rest ex
   }
 }
 
+TEST_CASE("int8: products of codes and scales are exact, so that fused sums have the same bits",
+          "[ops]") {
+  const Int8Format format{256};
+  Device device;
+  Floats none;
+  const std::vector<uint8_t> payload = device.compress(format, 1, random_floats(2560, 13), none);
+  for (size_t block = 0; block < 10; ++block) {
+    float scale = 0;
+    std::memcpy(&scale, payload.data() + 4 * block, 4);
+    CHECK(static_cast<double>(127.0f * scale) == 127.0 * static_cast<double>(scale));
+    CHECK(static_cast<double>(85.0f * scale) == 85.0 * static_cast<double>(scale));
+  }
+}
+
+TEST_CASE("compression: padding of payloads is zero", "[ops]") {
+  Device device;
+  Floats none;
+  const std::vector<uint8_t> int8 = device.compress(Int8Format{256}, 1, Floats(257, 1.0f), none);
+  CHECK(std::vector<uint8_t>(int8.end() - 4, int8.end()) == std::vector<uint8_t>{127, 0, 0, 0});
+  const TopkFormat format{64, 0.01, DType::f32};
+  const std::vector<uint8_t> topk = device.compress(format, 1, Floats(64, 1.0f), none);
+  CHECK(topk.size() == 8);
+  CHECK(std::vector<uint8_t>(topk.end() - 4, topk.end()) == std::vector<uint8_t>(4, 0));
+}
+
 TEST_CASE("int8: sums run in ascending order of pieces", "[ops]") {
   const int64_t n = 700, pieces = 3;
   const Int8Format format{256};
