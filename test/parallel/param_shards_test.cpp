@@ -4,8 +4,10 @@
 
 #include <cstring>
 
+#include "core/backend/cpu_backend.h"
 #include "core/base/error.h"
 #include "test/support/catch.h"
+#include "test/support/late_backend.h"
 #include "test/support/shard_job.h"
 
 using namespace dstrain;
@@ -89,6 +91,26 @@ TEST_CASE("param shards: contributions may come in the order of any pipeline sch
                    .micro_batches = 3,
                    .tied = tied,
                    .order = order});
+}
+
+TEST_CASE("param shards: work waits for communication that comes late", "[ranks]") {
+  const auto backend = make_cpu_backend(1);
+  const auto stream = backend->make_stream();
+  LateBackend late(*backend, *stream);
+  LocalCommunicator world(late);
+  RankContext rank{world, late, *stream};
+  for (const Zero& zero : kZeros)
+    for (const CallOrder order : {CallOrder::plain, CallOrder::ahead, CallOrder::split}) {
+      CAPTURE(zero.stage, zero.keep_full_grads, static_cast<int>(order));
+      const ShardJob job{.zero = zero.stage,
+                         .keep_full_grads = zero.keep_full_grads,
+                         .micro_batches = 2,
+                         .order = order};
+      const ReferenceRun reference = run_reference(job, kSteps, initial_state(false));
+      JobRun run(job, reference);
+      CHECK_NOTHROW(run.run_rank(rank));
+      CHECK_NOTHROW(run.finish());
+    }
 }
 
 TEST_CASE("param shards: planted faults are found", "[ranks]") {

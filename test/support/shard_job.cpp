@@ -2,7 +2,7 @@
 
 #include <cmath>
 #include <cstring>
-#include <mutex>
+#include <utility>
 
 #include "core/backend/cpu_backend.h"
 #include "core/base/rng.h"
@@ -27,22 +27,11 @@ uint64_t name_id(const Parameter& p) {
   return stream_id(p.spec.name.data(), p.spec.name.size());
 }
 
-// The place of a local element in the global tensor.
-int64_t global_index(const Parameter& p, int64_t local) {
-  int64_t index = 0, stride = 1;
-  for (size_t d = p.local_shape.size(); d-- > 0;) {
-    index += (local % p.local_shape[d] + p.local_begin[d]) * stride;
-    local /= p.local_shape[d];
-    stride *= p.spec.shape[d];
-  }
-  return index;
-}
-
 // Half of what a rank's micro-batch adds to the gradient of an element; layers add it twice.
 float half_gradient(const ShardJob& job, int step, int micro, int world_rank, const Parameter& p,
                     int64_t local) {
   const uint64_t key = static_cast<uint64_t>((step * 64 + micro) * 64 + world_rank) * 1000003 +
-                       static_cast<uint64_t>(global_index(p, local));
+                       static_cast<uint64_t>(p.global_index(local));
   if (!job.exact) return static_cast<float>(random_normal(7, name_id(p), key));
   return static_cast<float>(static_cast<int>(random_u64(7, name_id(p), key) % 17) - 8) / 8;
 }
@@ -121,7 +110,7 @@ class ReferenceGradients {
           sum = sum + half;
           sum = sum + half;
         }
-        out[static_cast<size_t>(global_index(p, i))] += sum;
+        out[static_cast<size_t>(p.global_index(i))] += sum;
       }
     }
   }
@@ -144,7 +133,7 @@ void collect(GlobalState& state, GlobalState& seen, const std::vector<StateSlice
     part.local_shape = box.extent;
     part.local_begin = box.offset;
     for (int64_t i = 0; i < part.numel(); ++i) {
-      const size_t at = static_cast<size_t>(global_index(part, i));
+      const size_t at = static_cast<size_t>(part.global_index(i));
       out[at] = static_cast<const float*>(box.data)[i];
       times[at] += 1;
     }
@@ -165,7 +154,7 @@ void load(const std::vector<StateSlice>& slices, const GlobalState& state) {
     const std::vector<float>& whole = state.at(slice.kind + "." + slice.parameter->spec.name);
     for (int64_t i = slice.begin; i < slice.end; ++i)
       slice.data.data<float>()[i - slice.begin] =
-          whole[static_cast<size_t>(global_index(*slice.parameter, i))];
+          whole[static_cast<size_t>(slice.parameter->global_index(i))];
   }
 }
 
@@ -269,7 +258,7 @@ class RankSteps {
       if (p.spec.block != block) continue;
       const std::vector<float>& wanted = values_->at("param." + p.spec.name);
       for (int64_t i = 0; i < p.numel(); ++i)
-        rank_check(p.value.data<float>()[i] == wanted[static_cast<size_t>(global_index(p, i))],
+        rank_check(p.value.data<float>()[i] == wanted[static_cast<size_t>(p.global_index(i))],
                    "an acquired value of " + p.spec.name + " in step " + std::to_string(step_));
     }
   }
@@ -471,24 +460,32 @@ ShardRank::ShardRank(const ShardJob& job, RankContext& rank)
       });
 }
 
-GlobalState run_shard_job(const ShardJob& job, const ReferenceRun& reference, const AtEnd& at_end) {
-  GlobalState state, seen;
-  std::mutex mutex;
-  run_ranks(static_cast<int>(job.shape.ranks()), [&](RankContext& rank) {
-    ShardRank shards(job, rank);
-    RankSteps(job, rank, shards).run(reference);
-    if (at_end) at_end(rank, shards.store());
-    const std::lock_guard lock(mutex);
-    collect(state, seen, shards.store().saved());
-  });
-  const GlobalState& wanted = reference.states.back().tensors;
-  rank_check(state.size() == wanted.size(), "the tensors that are saved");
+JobRun::JobRun(const ShardJob& job, const ReferenceRun& reference, AtEnd at_end)
+    : job_(job), reference_(reference), at_end_(std::move(at_end)) {}
+
+void JobRun::run_rank(RankContext& rank) {
+  ShardRank shards(job_, rank);
+  RankSteps(job_, rank, shards).run(reference_);
+  if (at_end_) at_end_(rank, shards.store());
+  const std::lock_guard lock(mutex_);
+  collect(state_, times_, shards.store().saved());
+}
+
+GlobalState JobRun::finish() {
+  const GlobalState& wanted = reference_.states.back().tensors;
+  rank_check(state_.size() == wanted.size(), "the tensors that are saved");
   for (const auto& [name, values] : wanted) {
-    for (const float times : seen[name])
+    for (const float times : times_[name])
       rank_check(times == 1, "an element of " + name + " is saved once");
-    check_same("the state at the end", name, state.at(name), values);
+    check_same("the state at the end", name, state_.at(name), values);
   }
-  return state;
+  return std::move(state_);
+}
+
+GlobalState run_shard_job(const ShardJob& job, const ReferenceRun& reference, const AtEnd& at_end) {
+  JobRun run(job, reference, at_end);
+  run_ranks(static_cast<int>(job.shape.ranks()), [&](RankContext& rank) { run.run_rank(rank); });
+  return run.finish();
 }
 
 }  // namespace dstrain::test

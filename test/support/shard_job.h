@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <functional>
 #include <map>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -56,10 +57,24 @@ struct ReferenceRun {
 ReferenceRun run_reference(const ShardJob& job, int steps, const GlobalState& start,
                            int first_step = 0);
 
-// The same steps on rank threads. Checks values whenever they are acquired, norms, and the state
-// that it returns, which each element must be in once; throws RuntimeFailure that names what is
-// wrong. `at_end` runs on each rank.
+// The same steps by ranks that share the parameters. Checks values whenever they are acquired,
+// norms, and the state at the end, which each element must be in once; throws RuntimeFailure that
+// names what is wrong. `at_end` runs on each rank.
 using AtEnd = std::function<void(RankContext&, ParamShards&)>;
+class JobRun {
+ public:
+  JobRun(const ShardJob& job, const ReferenceRun& reference, AtEnd at_end = {});
+  void run_rank(RankContext& rank);  // on the thread of each rank
+  GlobalState finish();              // after all of them
+
+ private:
+  const ShardJob job_;
+  const ReferenceRun& reference_;
+  const AtEnd at_end_;
+  std::mutex mutex_;
+  GlobalState state_, times_;
+};
+// All of it, on rank threads.
 GlobalState run_shard_job(const ShardJob& job, const ReferenceRun& reference,
                           const AtEnd& at_end = {});
 
