@@ -3,25 +3,9 @@
 #include <algorithm>
 #include <iterator>
 #include <string>
-#include <string_view>
 #include <utility>
 
 namespace dstrain {
-namespace {
-
-// Both stages of a tied table have residuals of their own; the copy's are kinds of their own.
-constexpr std::string_view kTied = "tied.";
-
-// Those of the copy, without the prefix, or the others.
-std::vector<std::string> kinds_of(const std::vector<std::string>& kinds, bool of_copy) {
-  std::vector<std::string> out;
-  for (const std::string& kind : kinds)
-    if (kind.starts_with(kTied) == of_copy)
-      out.push_back(of_copy ? kind.substr(kTied.size()) : kind);
-  return out;
-}
-
-}  // namespace
 
 ShardGrads::ShardGrads(Backend& backend, const ParameterSet& parameters, const ShardLayout& layout,
                        const ReducerFactory& make_reducer, Communicator* ties, CommQueue& queue,
@@ -213,47 +197,20 @@ std::vector<StateSlice> ShardGrads::saved_residuals() const {
   std::vector<StateSlice> all;
   for (const auto& reducer : reducers_)
     if (reducer) std::ranges::move(reducer->saved(), std::back_inserter(all));
-  for (StateSlice& slice : all)
-    if (slice.parameter->spec.tie == Tie::copy) slice.kind.insert(0, kTied);
   return all;
 }
 
-// A table that is not tied here takes what both of its copies had not sent.
 std::vector<StateSlice> ShardGrads::loaded_residuals(const SavedKinds& kinds) const {
   std::vector<StateSlice> all;
-  const auto load = [&](bool of_copy) {
-    const SavedKinds wanted = [&](const Parameter& p) {
-      const Tie tie = p.spec.tie;
-      const bool takes = of_copy ? tie != Tie::owner : tie != Tie::copy;
-      return takes ? kinds_of(kinds(p), of_copy) : std::vector<std::string>();
-    };
-    for (const auto& reducer : reducers_) {
-      if (!reducer) continue;
-      for (StateSlice& slice : reducer->loaded(wanted)) {
-        if (of_copy) slice.kind.insert(0, kTied);
-        slice.add = slice.add || (of_copy && slice.parameter->spec.tie == Tie::none);
-        all.push_back(std::move(slice));
-      }
-    }
-  };
-  load(false);
-  load(true);
+  for (const auto& reducer : reducers_)
+    if (reducer) std::ranges::move(reducer->loaded(kinds), std::back_inserter(all));
   return all;
 }
 
 GradTraffic ShardGrads::traffic() const {
   GradTraffic sum;
-  const auto add = [](PhaseTraffic& to, const PhaseTraffic& part) {
-    to.sent += part.sent;
-    to.baseline += part.baseline;
-    to.sent_between_nodes += part.sent_between_nodes;
-    to.baseline_between_nodes += part.baseline_between_nodes;
-  };
-  for (const auto& reducer : reducers_) {
-    if (!reducer) continue;
-    add(sum.reduce, reducer->traffic().reduce);
-    add(sum.gather, reducer->traffic().gather);
-  }
+  for (const auto& reducer : reducers_)
+    if (reducer) sum += reducer->traffic();
   return sum;
 }
 

@@ -34,7 +34,7 @@ struct ShardJob {
   // random.
   bool exact = true;
   double clip = 3.0;
-  CompressionConfig compression = {};
+  CompressionConfig compression = {};  // where it loses something, nothing is compared
   ShardFault fault = ShardFault::none;
 };
 
