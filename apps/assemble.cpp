@@ -14,7 +14,11 @@
 
 namespace dstrain {
 
-BuildCapabilities build_capabilities() { return {}; }
+BuildCapabilities build_capabilities() {
+  BuildCapabilities build;
+  build.ranks = build.compression = build.restarts = true;
+  return build;
+}
 
 std::unique_ptr<Backend> make_backend(const Config& config) {
   return make_cpu_backend(static_cast<int>(config.run.threads));

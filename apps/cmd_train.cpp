@@ -1,4 +1,7 @@
 // deepseek-train --config job.yaml: checks, start-up table, training.
+#include <unistd.h>
+
+#include <chrono>
 #include <cstdlib>
 
 #include "apps/assemble.h"
@@ -8,11 +11,41 @@
 #include "apps/rank_process.h"
 #include "apps/signals.h"
 #include "apps/trainer.h"
+#include "core/backend/cpu_backend.h"
 #include "core/base/log.h"
 #include "core/config/validate.h"
 #include "core/metrics/console_sink.h"
+#include "parallel/mpi_session.h"
 
 namespace dstrain {
+namespace {
+
+std::string machine_name() {
+  char name[256] = "";
+  ::gethostname(name, sizeof name - 1);
+  return name;
+}
+
+// One rank of several, started by mpirun or srun. Signals are handled already: MPI's threads inherit the mask.
+int train_as_rank(Config config, const TrainerOptions& options, MetricsHub& hub, const RankEnvironment& ranks) {
+  config.run.threads = threads_per_rank(config.run.threads, ranks, available_cores());
+  RankProcess process(ranks, static_cast<double>(config.launch.hang_timeout), std::getenv);
+  MpiOptions mpi;
+  mpi.expected_ranks = static_cast<int>(ranks.size);
+  // The watchdog notices a hang first, and says where.
+  mpi.timeout = config.launch.hang_timeout > 0 ? std::chrono::seconds(2 * config.launch.hang_timeout)
+                                               : std::chrono::hours(24 * 365);
+  MpiSession session(mpi);
+  ExitCode code = ExitCode::ok;
+  session.run([&](Communicator& world) {
+    Trainer trainer(config, options, hub, {&world, ranks.local_size, machine_name(), &process.progress()});
+    code = trainer.run();
+  });
+  session.finalize();
+  return static_cast<int>(code);
+}
+
+}  // namespace
 
 int cmd_train(const TrainOptions& options) {
   if (options.resume && options.resume->empty())
@@ -50,7 +83,9 @@ int cmd_train(const TrainOptions& options) {
     hub.add(std::make_unique<ConsoleSink>(
         line,
         ConsoleOptions{.mode = mode, .color = color, .log_every = loaded.config.train.log_every}));
-  Trainer trainer(loaded.config, {options.resume.value_or(""), options.overwrite}, hub);
+  const TrainerOptions start{options.resume.value_or(""), options.overwrite};
+  if (launched) return train_as_rank(loaded.config, start, hub, *launched);
+  Trainer trainer(loaded.config, start, hub);
   return static_cast<int>(trainer.run());
 }
 

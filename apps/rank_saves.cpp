@@ -76,7 +76,12 @@ void RankSaves::settle(const std::vector<std::string>& states) {
   under_way_.reset();
   result.ok = outcome[0] == kDone;
   (result.ok ? result.path : result.error) = outcome.substr(1);
-  if (result.ok) result.error.clear();
+  if (result.ok) {
+    result.error.clear();
+    result.bytes = 0;
+    for (const std::string& state : states)
+      result.bytes += parse_shard_info(state.substr(1), "the part of a rank").file.bytes;
+  }
   results_.push_back(std::move(result));
 }
 

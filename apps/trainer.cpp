@@ -239,6 +239,7 @@ void Trainer::queue_step() {
   record.step = ++step_;
   record.steps = config_.train.steps;
   record.lr = learning_rate(config_.schedule, config_.optimizer.lr, step_, config_.train.steps);
+  enter(RankPhase::data);
   job_->runner().run([&](int64_t m) {
     const Clock::time_point wait = Clock::now();
     const HostMicroBatch& batch = stream_->next();
@@ -246,7 +247,9 @@ void Trainer::queue_step() {
     if (m == 0) engine_->begin_step(record.lr, step.valid_tokens = batch.step_valid_tokens);
     engine_->load(m, to_host_batch(batch), batch.last_of_step);
     stream_->release();
+    if (m == 0) enter(RankPhase::forward_backward);
   });
+  enter(RankPhase::reducing);
   const Clock::time_point update = Clock::now();
   record.phases.forward_backward_ms = 1e3 * seconds_between(step.begin, update) - record.phases.data_ms;
   if (left_by_.empty()) left_by_ = leave_requested();
@@ -307,6 +310,7 @@ double Trainer::unweighted_balance_loss(double weighted) const {
 void Trainer::evaluate() {
   if (valid_data_.datasets.empty() || evaluated_step_ == step_) return;
   complete_steps();
+  enter(RankPhase::evaluating);
   evaluated_step_ = step_;
   last_evals_.clear();
   for (size_t i = 0; i < valid_data_.datasets.size(); ++i) {
@@ -341,6 +345,7 @@ CheckpointMeta Trainer::checkpoint_meta() const {
 
 void Trainer::request_save() {
   complete_steps();
+  enter(RankPhase::saving);
   const double before = saver_->stall_seconds();
   saves_->request(checkpoint_meta(), state_tensors(*engine_));
   save_stall_ms_ = 1e3 * (saver_->stall_seconds() - before);
@@ -367,6 +372,7 @@ void Trainer::report_saves() {
 
 // The last state must reach the disk: a failed save is tried again until the limit.
 void Trainer::finish_saves() {
+  enter(RankPhase::leaving);
   for (;;) {
     saves_->wait();
     report_saves();

@@ -14,6 +14,7 @@
 #include "core/data/batch_stream.h"
 #include "core/metrics/sink.h"
 #include "parallel/rank_job.h"
+#include "parallel/rank_progress.h"
 
 namespace dstrain {
 
@@ -22,10 +23,12 @@ struct TrainerOptions {
   bool overwrite = false;  // delete the checkpoints that are there
 };
 
+// Where a trainer is one rank of several: all outlive it.
 struct JobRanks {
   Communicator* world = nullptr;
-  int on_this_machine = 1;
-  std::string machine;  // its name
+  int64_t on_this_machine = 1;
+  std::string machine;               // its name
+  RankProgress* progress = nullptr;  // told where the rank is
 };
 
 // Everything that has to hold before the first step is checked by the constructor: data, memory, folder.
@@ -66,6 +69,9 @@ class Trainer {
   void report_saves();
   void finish_saves();
   bool due(int64_t every) const;
+  void enter(RankPhase phase) {
+    if (ranks_.progress) ranks_.progress->enter(phase, step_);
+  }
   CheckpointMeta checkpoint_meta() const;
   StartupInfo startup_info() const;
   RunSummary summary(const std::string& outcome) const;
