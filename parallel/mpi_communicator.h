@@ -50,6 +50,11 @@ class MpiCommunicator : public Communicator {
   struct Piece {
     int64_t begin = 0, end = 0;
   };
+  // The sends of one tensor that are under way.
+  struct Sending {
+    const void* data = nullptr;  // null: not in use
+    MpiRequests requests;
+  };
 
   const Piece& piece(int rank) const { return pieces_[static_cast<size_t>(rank)]; }
   int world_rank(int rank) const { return world_ranks_[static_cast<size_t>(rank)]; }
@@ -70,10 +75,6 @@ class MpiCommunicator : public Communicator {
   const int rank_, size_;
   int64_t bytes_sent_ = 0;
   MpiRequests pending_;               // of the call under way
-  struct Sending {
-    const void* data = nullptr;  // null: not in use
-    MpiRequests requests;
-  };
   std::vector<Sending> sends_;        // of send(), by tensor; entries are used again
   std::vector<Piece> pieces_;         // of the sum under way, by rank
   std::vector<const void*> sources_;  // scratch of sums

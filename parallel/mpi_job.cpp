@@ -6,6 +6,7 @@
 #include <charconv>
 #include <cstring>
 #include <thread>
+#include <utility>
 
 #include "core/base/error.h"
 
@@ -20,6 +21,9 @@ constexpr int kPollsBeforeYield = 100;
 constexpr auto kYieldTime = std::chrono::milliseconds(10);
 constexpr auto kSleep = std::chrono::microseconds(200);
 constexpr int kPollsPerNotice = 16;
+// A longer gap between two looks at the clock means that this process was stopped, as by Ctrl-Z,
+// and the others with it; the time-out does not count it.
+constexpr auto kLongestGap = std::chrono::seconds(1);
 // For notices of a failure to leave this process, which is about to end.
 constexpr auto kNoticeTime = std::chrono::milliseconds(500);
 
@@ -70,6 +74,8 @@ void MpiJob::wait(MpiRequests& pending, const char* call) {
   const int count = static_cast<int>(pending.requests.size());
   statuses_.resize(pending.requests.size());
   const Clock::time_point start = Clock::now();
+  Clock::time_point last_look = start;
+  Clock::duration waited{};
   for (int64_t polls = 1;; ++polls) {
     int done = 0;
     const int code = MPI_Testall(count, pending.requests.data(), &done, statuses_.data());
@@ -80,8 +86,10 @@ void MpiJob::wait(MpiRequests& pending, const char* call) {
     check_mpi(code, call);
     if (done) break;
     if (polls % kPollsPerNotice == 0) {
+      const Clock::time_point now = Clock::now();
+      waited += std::min<Clock::duration>(now - std::exchange(last_look, now), kLongestGap);
       look_for_notice();
-      if (!failure_ && Clock::now() - start > options_.timeout) report_late(pending, call);
+      if (!failure_ && waited > options_.timeout) report_late(pending, call);
       if (failure_) give_up(pending);
     }
     back_off(polls, start);

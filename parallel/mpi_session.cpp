@@ -6,6 +6,7 @@
 
 #include <array>
 #include <charconv>
+#include <cstdlib>
 #include <cstring>
 #include <exception>
 #include <optional>
@@ -50,14 +51,28 @@ class KeepSignalHandlers {
   std::array<struct sigaction, NSIG> before_{};
 };
 
-void initialise() {
-  const KeepSignalHandlers keep;
-  int provided = 0;
-  check_mpi(MPI_Init_thread(nullptr, nullptr, MPI_THREAD_SERIALIZED, &provided), "MPI_Init_thread");
+// What is refused is refused on all ranks, so that MPI can be finalised.
+void initialise(int expected_ranks) {
+  int provided = 0, ranks = 0;
+  {
+    const KeepSignalHandlers keep;
+    check_mpi(MPI_Init_thread(nullptr, nullptr, MPI_THREAD_SERIALIZED, &provided),
+              "MPI_Init_thread");
+  }
+  check_mpi(MPI_Comm_size(MPI_COMM_WORLD, &ranks), "MPI_Comm_size");
   if (provided < MPI_THREAD_SERIALIZED) {
+    MPI_Finalize();
     throw RuntimeFailure(
-        "this MPI library does not let threads take turns in calling it "
-        "(MPI_THREAD_SERIALIZED); use one built with threads");
+        "this MPI library does not let threads take turns in calling it (MPI_THREAD_SERIALIZED); "
+        "use one built with threads");
+  }
+  if (expected_ranks > 0 && ranks != expected_ranks) {
+    MPI_Finalize();
+    throw RuntimeFailure(fmt::format(
+        "{} ranks were started but MPI counts {}: the launcher and the MPI library of this program "
+        "do not know each other; under Slurm use srun --mpi=pmix, elsewhere the mpirun of this "
+        "library",
+        expected_ranks, ranks));
   }
 }
 
@@ -99,17 +114,9 @@ struct MpiSession::State {
 };
 
 MpiSession::MpiSession(const MpiOptions& options) {
-  initialise();
+  initialise(options.expected_ranks);
   state_ = std::make_unique<State>(options);
-  const int size = state_->job.size();
-  if (options.expected_ranks > 0 && size != options.expected_ranks) {
-    throw RuntimeFailure(fmt::format(
-        "{} ranks were started but MPI counts {}: the launcher and the MPI library of this program "
-        "do not know each other; under Slurm use srun --mpi=pmix, elsewhere the mpirun of this "
-        "library",
-        options.expected_ranks, size));
-  }
-  state_->world.emplace(state_->job, duplicate_world(), all_ranks(size));
+  state_->world.emplace(state_->job, duplicate_world(), all_ranks(state_->job.size()));
 }
 
 MpiSession::~MpiSession() {

@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <cstring>
 #include <utility>
 
@@ -24,6 +25,17 @@ std::string name_ranks(const std::vector<int>& ranks) {
 std::string describe(const Offer& offer) {
   return fmt::format("{} of {} {} (root {})", offer.call, offer.count, dtype_name(offer.dtype),
                      offer.root);
+}
+
+// Whether `done` holds within the time-out. Waits in short turns, so that a process that is stopped
+// meanwhile, as by Ctrl-Z, loses one turn and not all of its time.
+template <class Done>
+bool wait_in_time(std::condition_variable& news, std::unique_lock<std::mutex>& lock,
+                  std::chrono::milliseconds timeout, const Done& done) {
+  constexpr std::chrono::milliseconds kTurn{1000};
+  for (auto left = timeout; left.count() > 0; left -= kTurn)
+    if (news.wait_for(lock, std::min(left, kTurn), done)) return true;
+  return done();
 }
 
 }  // namespace
@@ -118,9 +130,8 @@ void ThreadGroup::wait_for_all(int rank, const char* call) {
     all_came_.notify_all();
     return;
   }
-  const auto deadline = std::chrono::steady_clock::now() + world_.timeout();
-  const bool in_time =
-      all_came_.wait_until(lock, deadline, [&] { return passed_ >= barrier || world_.failed(); });
+  const bool in_time = wait_in_time(all_came_, lock, world_.timeout(),
+                                    [&] { return passed_ >= barrier || world_.failed(); });
   // Once all have come, the meeting takes place, whatever has failed since: the others read our
   // memory.
   if (passed_ >= barrier) return;
@@ -180,9 +191,8 @@ void ThreadGroup::receive(int rank, int from, void* data, int64_t bytes) {
   std::vector<std::byte> message;
   {
     Lock lock(mutex_);
-    const auto deadline = std::chrono::steady_clock::now() + world_.timeout();
-    rank_state(rank).mail.wait_until(lock, deadline,
-                                     [&] { return !box.messages.empty() || world_.failed(); });
+    wait_in_time(rank_state(rank).mail, lock, world_.timeout(),
+                 [&] { return !box.messages.empty() || world_.failed(); });
     if (box.messages.empty()) {
       lock.unlock();
       if (!world_.failed()) report_late("the send that recv waits for", {from});

@@ -123,12 +123,12 @@ void check_scatter(RankContext& rank, int64_t part, bool in_place) {
 template <class T>
 void check_sums_of(RankContext& rank) {
   Communicator& world = rank.world;
-  for (const int64_t n : {0, 1, 2, 7, 1000, 4099, 30011}) {
+  for (const int64_t n : {0, 1, 2, 7, 1000, 4099, 13001}) {
     auto x = input<T>(world.rank(), n, 3);
     world.all_reduce_sum(rank.stream, tensor_of(x));
     require_bits(x, expected_sum<T>(world.size(), n, 3), "all_reduce_sum");
   }
-  for (const int64_t part : {0, 1, 13, 5000})
+  for (const int64_t part : {0, 1, 13, 2700})
     for (const bool in_place : {false, true}) check_scatter<T>(rank, part, in_place);
 }
 
@@ -259,6 +259,10 @@ void check_messages(RankContext& rank) {
       std::vector<float> message(static_cast<size_t>(n));
       world.recv(rank.stream, tensor_of(message), previous);
       require_bits(message, input<float>(previous, n, static_cast<uint64_t>(50 + n)), "a message");
+    }
+    for (auto& message : sent) {  // each may change once it is gone, whatever the next rank does
+      if (round == 0) world.wait_send(rank.stream, tensor_of(message));
+      if (round == 0) std::fill(message.begin(), message.end(), -1.0f);
     }
     world.wait_sends(rank.stream);
   }
