@@ -32,7 +32,7 @@ const std::string kRank = R"sh(#!/bin/bash
 rank=${OMPI_COMM_WORLD_RANK:-0}
 slot() { printf "\\x$(printf %x $2)" |
   dd of="$DSTRAIN_RANK_BOARD" bs=1 seek=$((32 * rank + $1)) conv=notrunc status=none; }
-come() { slot 4 $rank; slot 16 ${1:-0}; slot 0 1; echo $$ >>pids; }
+come() { slot 4 $rank; slot 16 ${1:-0}; slot 0 1; echo $$ >>pids; echo $PPID >>mpiruns; }
 )sh";
 
 // An mpirun that runs one rank and looks after it as the real one does.
@@ -92,12 +92,15 @@ class LaunchedJob {
       ::kill(pid_, SIGKILL);
       ::waitpid(pid_, nullptr, 0);
     }
+    for (const pid_t pid : ranks())
+      if (is_alive(pid)) ::kill(pid, SIGKILL);  // a test has failed
   }
   LaunchedJob(const LaunchedJob&) = delete;
   LaunchedJob& operator=(const LaunchedJob&) = delete;
 
   LaunchJob job;
   int stderr_fd = -1;  // a file where not set
+  bool ignores_hangup = false;
 
   std::string operator/(const std::string& name) const { return folder_ / name; }
   std::string read(const std::string& name) const { return read_file(folder_ / name); }
@@ -113,6 +116,7 @@ class LaunchedJob {
     if (::getppid() != parent) ::_exit(126);
     for (int signal = 1; signal < NSIG; ++signal) ::signal(signal, SIG_DFL);
     ::signal(SIGPIPE, SIG_IGN);  // as in main()
+    if (ignores_hangup) ::signal(SIGHUP, SIG_IGN);
     if (::chdir(folder_.path().c_str()) != 0) ::_exit(125);
     FILE* out = std::freopen("out", "w", stdout);
     FILE* err = std::freopen("err", "w", stderr);
@@ -156,15 +160,12 @@ class LaunchedJob {
     return wait();
   }
 
-  // Of the ranks that came.
-  std::vector<pid_t> ranks() const {
-    std::ifstream file(folder_ / "pids");
-    std::vector<pid_t> pids;
-    for (pid_t pid; file >> pid;) pids.push_back(pid);
-    return pids;
-  }
+  // Of the ranks that came, and of the mpiruns that started them.
+  std::vector<pid_t> ranks() const { return pids_in("pids"); }
+  std::vector<pid_t> mpiruns() const { return pids_in("mpiruns"); }
   void all_gone() const {
     for (const pid_t pid : ranks()) wait_until([pid] { return !is_alive(pid); });
+    for (const pid_t pid : mpiruns()) wait_until([pid] { return !is_alive(pid); });
   }
   std::vector<std::string> leftovers() const {
     std::vector<std::string> found;
@@ -180,6 +181,13 @@ class LaunchedJob {
   }
 
  private:
+  std::vector<pid_t> pids_in(const std::string& name) const {
+    std::ifstream file(folder_ / name);
+    std::vector<pid_t> pids;
+    for (pid_t pid; file >> pid;) pids.push_back(pid);
+    return pids;
+  }
+
   TempFolder folder_;
   pid_t pid_ = -1;
   std::optional<int> status_;
@@ -275,6 +283,19 @@ TEST_CASE("launcher: SIGUSR1 saves, each signal to leave saves and leaves", "[la
   CHECK(job.calls() == 1);
   job.all_gone();
   CHECK(job.leftovers().empty());
+}
+
+TEST_CASE("launcher: SIGHUP stays ignored where it was, as under nohup", "[launcher]") {
+  LaunchedJob job(kSaveAndLeave);
+  job.ignores_hangup = true;
+  job.start();
+  job.wait_until([&] { return job.ranks().size() == 1; });
+  job.send(SIGHUP);
+  job.send(SIGUSR1);
+  job.wait_for("said", "saved\n");
+  job.send(SIGTERM);
+  CHECK(job.wait() == 75);
+  CHECK_THAT(job.read("err"), !Contains("SIGHUP"));
 }
 
 TEST_CASE("launcher: a signal while the ranks start waits for them", "[launcher]") {
