@@ -156,7 +156,7 @@ void MpiJob::look_for_notice() {
 
 void MpiJob::throw_if_failed() const {
   if (failure_) {
-    throw RuntimeFailure(fmt::format("rank {} failed: {}", failure_->rank, failure_->reason));
+    throw PeerFailure(fmt::format("rank {} failed: {}", failure_->rank, failure_->reason));
   }
 }
 
