@@ -6,11 +6,13 @@
 namespace dstrain {
 namespace {
 
+// data: of the part.
 void add_slices(std::vector<StateSlice>& out, const char* kind, const ShardRange& range,
-                int64_t begin, const Tensor& data) {
-  for (const ShardPart& part : range.parts(begin, begin + data.numel()))
-    out.push_back({kind, part.parameter, part.begin, part.end,
-                   data.rows(part.at - begin, part.at - begin + part.end - part.begin)});
+                RangePart part, const Tensor& data) {
+  for (const ParameterPart& of : range.parameters_in(part)) {
+    const int64_t at = of.at - part.begin;
+    out.push_back({kind, of.parameter, of.begin, of.end, data.rows(at, at + of.end - of.begin)});
+  }
 }
 
 }  // namespace
@@ -62,21 +64,21 @@ ShardBytes ParamShards::bytes() const {
 }
 
 // Stage 0 updates everything everywhere.
-ParamShards::Part ParamShards::updated_part(const ShardRange& range) const {
-  return zero_.shards_moments() ? owned_part(range) : Part{0, range.elements()};
+RangePart ParamShards::updated(const ShardRange& range) const {
+  return zero_.shards_moments() ? range.owned() : range.all();
 }
 
-Tensor ParamShards::moment(const Tensor& moments, const ShardRange& range, Part part) const {
+Tensor ParamShards::moment(const Tensor& moments, const ShardRange& range, RangePart part) const {
   const int64_t start =
-      zero_.shards_moments() ? range.shard_at - range.owned_begin() : range.whole_at;
+      zero_.shards_moments() ? range.shard_at - range.owned().begin : range.whole_at;
   return moments.rows(start + part.begin, start + part.end);
 }
 
 void ParamShards::make_ranges() {
   ranges_.clear();
   for (const ShardRange& range : layout_.ranges()) {
-    const Part part = updated_part(range);
-    if (part.begin == part.end) continue;
+    const RangePart part = updated(range);
+    if (part.elements() == 0) continue;
     const bool sharded = zero_.shards_moments();
     ranges_.push_back(
         {range.group.weight_decay,
@@ -98,25 +100,6 @@ void ParamShards::acquire_finish(DistStream dist, int block) {
   if (grads_) grads_->set_caller(dist);
 }
 
-GradTarget ParamShards::grad(const Parameter& parameter) {
-  return grads_->grad(parameter);
-}
-void ParamShards::grads_ready(DistStream dist, int block) {
-  grads_->grads_ready(dist, block);
-}
-void ParamShards::begin_step(int64_t step) {
-  grads_->begin_step(step);
-}
-void ParamShards::begin_micro_batch(bool last_of_step) {
-  grads_->begin_micro_batch(last_of_step);
-}
-void ParamShards::reduce_gradients(DistStream dist) {
-  grads_->reduce(dist);
-}
-void ParamShards::end_step(DistStream dist, const StepScalars* scalars) {
-  grads_->end_step(dist, scalars);
-}
-
 // Each rank adds what it owns, in every stage. A tied table counts where its owner is.
 void ParamShards::add_norm(DistStream dist, const Tensor& sum_1) {
   for (const ShardRange& range : layout_.ranges()) {
@@ -127,10 +110,10 @@ void ParamShards::add_norm(DistStream dist, const Tensor& sum_1) {
 }
 
 void ParamShards::add_moments(std::vector<StateSlice>& out, const ShardRange& range,
-                              Part part) const {
+                              RangePart part) const {
   if (!options_.training) return;
-  add_slices(out, "adamw.exp_avg", range, part.begin, moment(exp_avg_, range, part));
-  add_slices(out, "adamw.exp_avg_sq", range, part.begin, moment(exp_avg_sq_, range, part));
+  add_slices(out, "adamw.exp_avg", range, part, moment(exp_avg_, range, part));
+  add_slices(out, "adamw.exp_avg_sq", range, part, moment(exp_avg_sq_, range, part));
 }
 
 void ParamShards::add_buffers(std::vector<StateSlice>& out) const {
@@ -142,8 +125,8 @@ std::vector<StateSlice> ParamShards::saved() const {
   std::vector<StateSlice> out;
   for (const ShardRange& range : layout_.ranges()) {
     if (range.tie == Tie::copy) continue;
-    add_slices(out, "param", range, range.owned_begin(), values_.owned(range));
-    add_moments(out, range, owned_part(range));
+    add_slices(out, "param", range, range.owned(), values_.owned(range));
+    add_moments(out, range, range.owned());
   }
   if (ranks_of_group_.groups[number_of(ReduceGroup::replicated)]->rank() == 0) add_buffers(out);
   if (grads_) std::ranges::move(grads_->saved_residuals(), std::back_inserter(out));
@@ -154,10 +137,10 @@ std::vector<StateSlice> ParamShards::loaded() const {
   std::vector<StateSlice> out;
   for (const ShardRange& range : layout_.ranges()) {
     if (zero_.shards_values())
-      add_slices(out, "param", range, range.owned_begin(), values_.owned(range));
+      add_slices(out, "param", range, range.owned(), values_.owned(range));
     else
-      add_slices(out, "param", range, 0, values_.whole(range));
-    add_moments(out, range, updated_part(range));
+      add_slices(out, "param", range, range.all(), values_.whole(range));
+    add_moments(out, range, updated(range));
   }
   add_buffers(out);
   return out;

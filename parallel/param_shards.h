@@ -34,15 +34,17 @@ class ParamShards : public ParamStore {
   void acquire_start(DistStream dist, int block) override { values_.acquire_start(dist, block); }
   void acquire_finish(DistStream dist, int block) override;
   void release(DistStream, int block) override { values_.release(block); }
-  GradTarget grad(const Parameter& parameter) override;
-  void grads_ready(DistStream dist, int block) override;
-  void begin_step(int64_t step) override;
-  void begin_micro_batch(bool last_of_step) override;
-  void reduce_gradients(DistStream dist) override;
+  GradTarget grad(const Parameter& parameter) override { return grads_->grad(parameter); }
+  void grads_ready(DistStream dist, int block) override { grads_->grads_ready(dist, block); }
+  void begin_step(int64_t step) override { grads_->begin_step(step); }
+  void begin_micro_batch(bool last) override { grads_->begin_micro_batch(last); }
+  void reduce_gradients(DistStream dist) override { grads_->reduce(dist); }
   void add_norm(DistStream dist, const Tensor& sum_1) override;
   std::span<const OptimizerRange> ranges() const override { return ranges_; }
   void publish(DistStream dist) override { values_.publish(dist); }
-  void end_step(DistStream dist, const StepScalars* scalars) override;
+  void end_step(DistStream dist, const StepScalars* scalars) override {
+    grads_->end_step(dist, scalars);
+  }
   std::vector<StateSlice> saved() const override;
   std::vector<StateSlice> loaded() const override;
   // What is to be read after loaded(), in this order: see GradReducer::loaded().
@@ -53,17 +55,11 @@ class ParamShards : public ParamStore {
   GradTraffic traffic() const { return grads_ ? grads_->traffic() : GradTraffic(); }
 
  private:
-  struct Part {  // of a range
-    int64_t begin = 0, end = 0;
-  };
-  Part owned_part(const ShardRange& range) const {
-    return {range.owned_begin(), range.owned_end()};
-  }
-  Part updated_part(const ShardRange& range) const;
-  // The moments of elements [part.begin, part.end), which this rank has.
-  Tensor moment(const Tensor& moments, const ShardRange& range, Part part) const;
+  RangePart updated(const ShardRange& range) const;
+  // Of the first or second moments, a part that this rank has.
+  Tensor moment(const Tensor& moments, const ShardRange& range, RangePart part) const;
   void make_ranges();
-  void add_moments(std::vector<StateSlice>& out, const ShardRange& range, Part part) const;
+  void add_moments(std::vector<StateSlice>& out, const ShardRange& range, RangePart part) const;
   void add_buffers(std::vector<StateSlice>& out) const;
 
   ParameterSet& parameters_;

@@ -72,7 +72,7 @@ Tensor ShardGrads::shard(const ShardRange& range) const {
 }
 
 Tensor ShardGrads::owned(const ShardRange& range) const {
-  return shard(range).rows(0, range.owned_end() - range.owned_begin());
+  return shard(range).rows(0, range.owned().elements());
 }
 
 Tensor ShardGrads::whole(const ShardRange& range) const {
@@ -159,8 +159,8 @@ void ShardGrads::sum_range(DistStream comm, size_t index) {
 
 // What no layer has written: gaps hold whatever the last user of the memory left there.
 void ShardGrads::zero_rest(DistStream comm, const ShardRange& range, const Tensor& whole) const {
-  for (const ShardPart& gap : range.gaps)
-    comm.ops.fill(comm.stream, whole.rows(gap.at, gap.at + gap.end), 0.0);
+  for (const RangePart& gap : range.gaps)
+    comm.ops.fill(comm.stream, whole.rows(gap.begin, gap.end), 0.0);
   for (const Parameter* p : range.parameters)
     if (!contributions_.any(*p)) comm.ops.fill(comm.stream, parameter_view(whole, range, *p), 0.0);
 }

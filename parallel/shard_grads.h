@@ -46,7 +46,7 @@ class ShardGrads {
   void reduce(DistStream dist);
   void end_step(DistStream dist, const StepScalars* scalars);
 
-  // After reduce(): the whole range (ZeRO 0), and elements [owned_begin, owned_end) of it.
+  // After reduce(): the whole range (ZeRO 0), and elements owned() of it.
   Tensor whole(const ShardRange& range) const;
   Tensor owned(const ShardRange& range) const;
 

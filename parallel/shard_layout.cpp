@@ -39,18 +39,15 @@ int64_t slot_bytes(const std::vector<int64_t>& slots, DType dtype) {
 
 }  // namespace
 
-int64_t ShardRange::owned_begin() const {
-  return std::min(elements(), ranks.rank * shard);
-}
-int64_t ShardRange::owned_end() const {
-  return std::min(elements(), (ranks.rank + 1) * shard);
+RangePart ShardRange::owned() const {
+  return {std::min(elements(), ranks.rank * shard), std::min(elements(), (ranks.rank + 1) * shard)};
 }
 
-std::vector<ShardPart> ShardRange::parts(int64_t begin, int64_t end) const {
-  std::vector<ShardPart> out;
+std::vector<ParameterPart> ShardRange::parameters_in(RangePart part) const {
+  std::vector<ParameterPart> out;
   for (const Parameter* p : parameters) {
     const int64_t at = p->offset - group.begin;
-    const int64_t from = std::max(begin, at), to = std::min(end, at + p->numel());
+    const int64_t from = std::max(part.begin, at), to = std::min(part.end, at + p->numel());
     if (from < to) out.push_back({p, from - at, to - at, from});
   }
   return out;
@@ -100,10 +97,10 @@ void ShardLayout::add_parameters(ParameterSet& parameters) {
       DSTRAIN_CHECK(p->spec.tie == range.tie,
                     "'" + p->spec.name + "' shares its range with a tied parameter");
       const int64_t at = p->offset - range.group.begin;
-      if (end < at) range.gaps.push_back({nullptr, 0, at - end, end});
+      if (end < at) range.gaps.push_back({end, at});
       end = at + p->numel();
     }
-    if (end < range.padded()) range.gaps.push_back({nullptr, 0, range.padded() - end, end});
+    if (end < range.padded()) range.gaps.push_back({end, range.padded()});
   }
 }
 

@@ -40,11 +40,17 @@ inline size_t number_of(ReduceGroup group) {
 // By ReduceGroup: how many ranks sum gradients, and which of them this one is.
 using GroupPlaces = std::array<AxisPlace, kReduceGroups>;
 
-// A run of a range's elements that belong to one parameter.
-struct ShardPart {
+// Elements [begin, end) of a range, counted from its start.
+struct RangePart {
+  int64_t begin = 0, end = 0;
+  int64_t elements() const { return end - begin; }
+};
+
+// A part of a range that belongs to one parameter.
+struct ParameterPart {
   const Parameter* parameter = nullptr;
   int64_t begin = 0, end = 0;  // elements of the parameter
-  int64_t at = 0;              // from the start of the range
+  int64_t at = 0;              // of the first, in the range
 };
 
 struct ShardRange {
@@ -57,15 +63,13 @@ struct ShardRange {
   int64_t block_at = 0;                // of the whole range in its block
   int reducer_range = 0;               // its number among the ranges of its ReduceGroup
   std::vector<Parameter*> parameters;  // by offset
-  std::vector<ShardPart> gaps;         // elements of no parameter; `parameter` is null
+  std::vector<RangePart> gaps;         // elements of no parameter, padding included
 
   int64_t elements() const { return group.end - group.begin; }
   int64_t padded() const { return shard * ranks.size; }
-  // Elements of this rank's shard, from the start of the range, without padding; may be none.
-  int64_t owned_begin() const;
-  int64_t owned_end() const;
-  // The parameters in elements [begin, end) of the range.
-  std::vector<ShardPart> parts(int64_t begin, int64_t end) const;
+  RangePart all() const { return {0, elements()}; }  // without padding
+  RangePart owned() const;  // this rank's shard, without padding; may be empty
+  std::vector<ParameterPart> parameters_in(RangePart part) const;
 };
 
 struct ShardBlock {

@@ -48,7 +48,7 @@ Tensor ShardValues::shard(const ShardRange& range) const {
 }
 
 Tensor ShardValues::owned(const ShardRange& range) const {
-  return shard(range).rows(0, range.owned_end() - range.owned_begin());
+  return shard(range).rows(0, range.owned().elements());
 }
 
 void ShardValues::gather(DistStream dist, const ShardBlock& block, const Tensor& whole_ranges) {

@@ -32,7 +32,7 @@ class ShardValues {
   // The shards have new values.
   void publish(DistStream dist);
 
-  // The whole range, absent where it is sharded; and elements [owned_begin, owned_end) of it.
+  // The whole range, absent where it is sharded; and elements owned() of it.
   Tensor whole(const ShardRange& range) const;
   Tensor owned(const ShardRange& range) const;
 

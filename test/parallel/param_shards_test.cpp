@@ -83,6 +83,16 @@ TEST_CASE("param shards: a tied table is one, on one pipeline stage or on two", 
                  .tied = true});
 }
 
+TEST_CASE("param shards: a rank may hold nothing of a parameter or of a whole range", "[ranks]") {
+  for (const Zero& zero : kZeros)
+    for (const bool tied : {false, true})
+      check_job({.shape = {.data = 2, .tensor = 4},
+                 .zero = zero.stage,
+                 .keep_full_grads = zero.keep_full_grads,
+                 .micro_batches = 2,
+                 .tied = tied});
+}
+
 TEST_CASE("param shards: contributions may come in the order of any pipeline schedule", "[ranks]") {
   for (const CallOrder order : {CallOrder::ahead, CallOrder::split})
     for (const bool tied : {false, true})

@@ -336,6 +336,8 @@ void declare_shard_job(ParameterSet& parameters, const ShardJob& job, const Rank
     const std::string of = "." + std::to_string(block);
     if (block == kShardJobHead) {
       declare("final", block, {13}, {});
+      declare("tail", block, {5, 3},
+              {.tensor_dim = 0, .uneven = true});  // nothing on a fourth rank
       if (!job.tied) declare("head", block, {37, 9}, {.tensor_dim = 0, .uneven = true});
       continue;
     }
