@@ -18,7 +18,7 @@ namespace dstrain {
 struct ModelPart {
   int64_t first_layer = 0;
   int64_t last_layer = -1;  // exclusive; -1 means all
-  ShardPlace place;
+  ShardPlace place = {};
 };
 
 // What one micro-batch in flight keeps between forward and backward. The tensors lie in its slot arena.

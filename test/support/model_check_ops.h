@@ -105,13 +105,13 @@ class ForwardingOps : public Ops {
   }
   void router_backward(Stream& s, const Tensor& dweights_TK, const Tensor& scores_TE,
                        const Tensor& indices_TK, const RouterParams& params,
-                       const Tensor& balance_coeff_SE, const SequenceRows& rows,
+                       const Tensor& balance_coeff_SE, const RowsOfSequences& rows,
                        const Tensor& dlogits_TE) override {
     ops_.router_backward(s, dweights_TK, scores_TE, indices_TK, params, balance_coeff_SE, rows,
                          dlogits_TE);
   }
   void balance_statistics(Stream& s, const Tensor& scores_TE, const Tensor& indices_TK,
-                          const SequenceRows& rows, const Tensor& load_SE,
+                          const RowsOfSequences& rows, const Tensor& load_SE,
                           const Tensor& prob_SE) override {
     ops_.balance_statistics(s, scores_TE, indices_TK, rows, load_SE, prob_SE);
   }

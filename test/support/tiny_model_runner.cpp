@@ -86,7 +86,7 @@ void ModelRunner::begin(int64_t valid_tokens) {
   scalars_.in.loss_scale = 1.0 / static_cast<double>(valid_tokens);
   sums_.assign(3, 0.0);
   counts_.assign(counts_.size(), 0);
-  store_.begin_step();
+  store_.begin_step(0);
 }
 
 StepContext ModelRunner::context(Flight& flight) {

@@ -52,7 +52,7 @@ struct RouterCase {
   OpCase c{31};
   int64_t T, E;
   RouterParams params;
-  SequenceRows rows;
+  RowsOfSequences rows;
   Slot logits, bias, scores, indices, weights, dweights, coeff, dlogits, load, prob;
 
   RouterCase(int64_t tokens, int64_t experts, const RouterParams& p, int64_t sequences = 1)

@@ -82,7 +82,7 @@ struct BalanceTermDropped : ForwardingOps {
   static constexpr const char* kSpares = "lm_head.weight";
   void router_backward(Stream& s, const Tensor& dweights_TK, const Tensor& scores_TE,
                        const Tensor& indices_TK, const RouterParams& params, const Tensor&,
-                       const SequenceRows& rows, const Tensor& dlogits_TE) override {
+                       const RowsOfSequences& rows, const Tensor& dlogits_TE) override {
     ops_.router_backward(s, dweights_TK, scores_TE, indices_TK, params, Tensor(), rows, dlogits_TE);
   }
 };
