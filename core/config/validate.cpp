@@ -298,6 +298,12 @@ std::vector<std::string> config_warnings(const Config& c) {
         "model.first_k_dense_replace ({}) leaves none of the {} to the {}",
         c.model.first_k_dense_replace, format_plural(c.model.num_hidden_layers, "block"),
         format_plural(c.model.n_routed_experts, "routed expert")));
+  if (c.compression.method == CompressionMethod::topk && !c.compression.error_feedback)
+    warnings.push_back(
+        fmt::format("compression.error_feedback is off: the {:.3g}% of each gradient's elements "
+                    "that are not sent are "
+                    "lost for good",
+                    100 * (1 - c.compression.density)));
   if (const std::optional<MeshShape> shape = planned_mesh(c))
     for (std::string& note : layout_notes(c, *shape)) warnings.push_back(std::move(note));
   return warnings;

@@ -236,6 +236,11 @@ TEST_CASE("validate: warnings are no errors", "[config]") {
   CHECK(none("schedule.name", "constant"));
   CHECK(none("train.steps", "0"));
   CHECK(config_warnings(job({{"model.first_k_dense_replace", "6"}}).config).size() == 1);
+
+  const auto lossy = config_warnings(
+      job({{"compression.method", "topk"}, {"compression.error_feedback", "false"}}).config);
+  REQUIRE(lossy.size() == 1);
+  CHECK(contains(lossy[0], "the 95% of each gradient's elements that are not sent are lost"));
 }
 
 TEST_CASE("validate: data-parallel ranks", "[config]") {
