@@ -57,9 +57,10 @@ DSTRAIN_HOST_DEVICE inline double random_normal(uint64_t seed, uint64_t stream, 
   return sqrt(-2.0 * log(u)) * cos(angle);
 }
 
-// A stream number from a name (FNV-1a), for keys such as a tensor's name.
+// A stream number from a name, for keys such as a tensor's name: FNV-1a with an offset basis of its own (any
+// will do). Another basis would start every model from other values.
 inline uint64_t stream_id(const char* text, uint64_t length) {
-  uint64_t hash = 14695981039346656037ull;
+  uint64_t hash = 1469598103934665603ull;
   for (uint64_t i = 0; i < length; ++i) hash = (hash ^ static_cast<uint8_t>(text[i])) * 1099511628211ull;
   return hash;
 }

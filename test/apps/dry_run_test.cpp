@@ -118,14 +118,14 @@ TEST_CASE("dry run: too little memory is said in the run's words", "[dry_run][me
 }
 
 TEST_CASE("dry run: what this build lacks is marked, warnings are printed", "[dry_run]") {
-  const TinyJob job({"launch.max_restarts=5", "schedule.warmup=30"});
+  const TinyJob job({"precision.quantization=aware", "schedule.warmup=30"});
   const Finished planned = plan(job);
-  CHECK_THAT(planned.out, Contains("not available: launch.max_restarts: 5 "));
+  CHECK_THAT(planned.out, Contains("not available: precision.quantization: aware "));
   CHECK_THAT(planned.err, Contains("schedule.warmup (30 steps) is longer than train.steps (20)"));
   CHECK_THAT(planned.out, Contains("never reached: warm-up takes 30 steps"));
   const Finished refused = job.train();
   CHECK(refused.code == kBadConfig);
-  CHECK_THAT(refused.err, Contains("launch.max_restarts: 5 is not available"));
+  CHECK_THAT(refused.err, Contains("precision.quantization: aware is not available"));
 }
 
 TEST_CASE("dry run: a job that holds nowhere is refused", "[dry_run]") {

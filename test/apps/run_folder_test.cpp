@@ -251,7 +251,7 @@ TEST_CASE("run folder: a run that is refused before its first step leaves none",
   };
   const Refused cases[] = {
       {{"--set", "train.global_batch=3"}, ExitCode::bad_config},
-      {{"--set", "parallel.data=2"}, ExitCode::bad_config},
+      {{"--set", "parallel.data=3"}, ExitCode::bad_config},
       {{"--set", "data.tokenizer=absent"}, ExitCode::no_input},
       {{"--set", "data.train=[{path: absent}]"}, ExitCode::no_input},
       {{"--set", "model.vocab_size=16000000", "--set", "model.hidden_size=1000000"},

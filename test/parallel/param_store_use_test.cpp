@@ -134,7 +134,7 @@ void check_same(const Run& run, const Run& wanted, bool bits) {
 }  // namespace
 
 TEST_CASE(
-    "param store: models acquire what they read and say when gradients are ready; every ZeRO stage "
+    "param store: models acquire what they read and say when gradients are ready, and every ZeRO stage "
     "trains alike",
     "[ranks]") {
   const auto backend = make_cpu_backend(1);
