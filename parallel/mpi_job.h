@@ -38,7 +38,7 @@ class MpiJob {
   int rank() const { return rank_; }
   int size() const { return size_; }
 
-  // Returns when all requests are complete, and forgets them. Throws RuntimeFailure if a rank
+  // Returns when all requests are complete, and forgets them. Throws PeerFailure if a rank
   // failed, or did not come to `call` in time; then the requests are given up and the other ranks
   // hear of it.
   void wait(MpiRequests& pending, const char* call);

@@ -5,9 +5,7 @@
 #include <signal.h>
 
 #include <array>
-#include <charconv>
 #include <cstdlib>
-#include <cstring>
 #include <exception>
 #include <optional>
 #include <utility>
@@ -76,12 +74,6 @@ void initialise(int expected_ranks) {
   }
 }
 
-int number(const char* text) {
-  int value = 0;
-  if (text) std::from_chars(text, text + std::strlen(text), value);
-  return value;
-}
-
 MPI_Comm duplicate_world() {
   MPI_Comm comm = MPI_COMM_NULL;
   check_mpi(MPI_Comm_dup(MPI_COMM_WORLD, &comm), "MPI_Comm_dup");
@@ -95,16 +87,6 @@ std::vector<int> all_ranks(int size) {
 }
 
 }  // namespace
-
-MpiLaunch mpi_launch(const std::function<const char*(const char* name)>& variable) {
-  if (const char* const size = variable("OMPI_COMM_WORLD_SIZE")) return {"mpirun", number(size)};
-  const int tasks = variable("SLURM_STEP_ID") ? number(variable("SLURM_STEP_NUM_TASKS")) : 0;
-  if (variable("PMIX_RANK")) return {"PMIx", tasks};
-  if (variable("PMI_RANK")) return {"PMI", number(variable("PMI_SIZE"))};
-  // srun without MPI support. One task is like no launcher: a batch script's own step, for example.
-  if (variable("SLURM_PROCID") && tasks > 1) return {"srun", tasks};
-  return {};
-}
 
 struct MpiSession::State {
   explicit State(const MpiOptions& options) : job(options) {}

@@ -5,20 +5,10 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
-#include <string>
 
 #include "core/dist/communicator.h"
 
 namespace dstrain {
-
-// Who started this process as one rank of several, as the environment tells; MPI is not touched.
-struct MpiLaunch {
-  std::string launcher;  // "mpirun", "PMIx", "PMI", "srun"; empty if nobody did
-  int ranks = 0;         // 0: the environment does not say
-  explicit operator bool() const { return !launcher.empty(); }
-};
-// variable(name) is the value of an environment variable, or null.
-MpiLaunch mpi_launch(const std::function<const char*(const char* name)>& variable);
 
 struct MpiOptions {
   // How long a rank waits in one call for the others before they count as failed.
@@ -55,8 +45,7 @@ class MpiSession {
   Communicator& world();
 
   // Runs body(world). If it throws, the other ranks hear of it, so that their calls throw
-  // RuntimeFailure
-  // ("rank 2 failed: ..."), and the exception goes on.
+  // PeerFailure ("rank 2 failed: ..."), and the exception goes on.
   void run(const std::function<void(Communicator& world)>& body);
 
   // Waits for all ranks; for the end of a run, and for whoever knows that all ranks come in spite

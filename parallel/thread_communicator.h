@@ -20,7 +20,7 @@ struct RankThreadOptions {
 // with it.
 //
 // If a body throws, or does not come to a call within the time-out, the calls of all other ranks
-// throw RuntimeFailure, on every communicator. The first failure is thrown here: with its exit code
+// throw PeerFailure, on every communicator. The first failure is thrown here: with its exit code
 // and "rank 2: " before its text, or as it is where it is no std::exception. A body that hangs
 // outside of a communicator keeps this function from returning: a thread cannot be ended from
 // outside.

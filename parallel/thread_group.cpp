@@ -64,7 +64,7 @@ std::optional<ThreadWorld::Failure> ThreadWorld::failure() const {
 
 void ThreadWorld::throw_failure() const {
   const Failure first = failure().value();
-  throw RuntimeFailure(fmt::format("rank {} failed: {}", first.rank, first.reason));
+  throw PeerFailure(fmt::format("rank {} failed: {}", first.rank, first.reason));
 }
 
 ThreadGroup::ThreadGroup(ThreadWorld& world, std::vector<int> world_ranks)

@@ -87,8 +87,8 @@ class ThreadGroup {
   ThreadWorld& world() { return world_; }
   int world_rank(int rank) const { return world_ranks_[static_cast<size_t>(rank)]; }
 
-  // Makes the offer and waits for all ranks; the offers in rank order. Throws RuntimeFailure if a
-  // rank failed, did not come in time, or came with another call.
+  // Makes the offer and waits for all ranks; the offers in rank order. Throws PeerFailure if a rank
+  // failed or did not come in time, RuntimeFailure if it came with another call.
   std::span<const Held> meet(int rank, const Offer& offer);
   // Waits until all ranks have come here; only between meet() and the next, on all ranks or none.
   // They do come, because nothing between the two throws: no failure is looked for, so that no rank

@@ -72,10 +72,10 @@ TEST_CASE("mpi communicator: a rank that throws wakes all others", "[ranks2][ran
       if (me == 0) rank.world.all_reduce_sum(rank.stream, tensor);
       if (me == 2) rank.world.recv(rank.stream, tensor, 1);
       while (true) pair->barrier();
-    } catch (const RuntimeFailure&) {
+    } catch (const PeerFailure&) {
       try {
         pair->barrier();
-      } catch (const RuntimeFailure&) {
+      } catch (const PeerFailure&) {
         later_calls_throw = true;
       }
       throw;

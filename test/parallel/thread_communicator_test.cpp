@@ -61,13 +61,13 @@ TEST_CASE("thread communicator: a rank that throws wakes all others", "[parallel
       if (me == 0) pair->recv(rank.stream, tensor, 1);
       if (me == 1) rank.world.all_reduce_sum(rank.stream, tensor);
       if (me == 3) pair->barrier();
-    } catch (const RuntimeFailure& failure) {
+    } catch (const PeerFailure& failure) {
       seen[static_cast<size_t>(me)] = failure.what();
     }
     try {
       pair->barrier();
       seen[static_cast<size_t>(me)] = "a later call went through";
-    } catch (const RuntimeFailure&) {
+    } catch (const PeerFailure&) {
     }
   });
   CHECK(text == "rank 2: out of tea");

@@ -2,12 +2,15 @@
 
 #include <cstdlib>
 
+#include "apps/rank_environment.h"
+
 namespace dstrain::test {
 
 MpiSession& mpi_session(const MpiOptions& options) {
   static MpiSession session([&] {
     MpiOptions all = options;
-    all.expected_ranks = mpi_launch([](const char* name) { return std::getenv(name); }).ranks;
+    const auto launched = rank_environment([](const char* name) { return std::getenv(name); });
+    all.expected_ranks = launched ? static_cast<int>(launched->size) : 1;
     return all;
   }());
   return session;
