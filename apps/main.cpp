@@ -4,11 +4,13 @@
 #include <cstdio>
 #include <cstdlib>
 #include <new>
+#include <optional>
 #include <string>
 #include <system_error>
 
 #include "apps/cli.h"
 #include "apps/rank_process.h"
+#include "apps/signals.h"
 #include "core/base/error.h"
 #include "core/base/log.h"
 #include "core/base/progress.h"
@@ -20,8 +22,12 @@ using dstrain::ExitCode;
 
 // A rank that ends without finalising MPI ends its job: mpirun passes its exit code on.
 int fail(ExitCode code, const char* prefix, const char* text, bool is_peer_failure = false) {
-  const std::string rank = dstrain::failing_rank_prefix(std::getenv, is_peer_failure);
-  std::fprintf(stderr, "%s%s%s\n", rank.c_str(), prefix, text);
+  // mpirun sends SIGTERM to the ranks that are left when one has ended.
+  const auto is_terminated = [] { return dstrain::leave_requested() == "SIGTERM"; };
+  const bool was_terminated = is_terminated();
+  const std::optional<std::string> rank = dstrain::failing_rank_prefix(
+      std::getenv, is_peer_failure, [&] { return !was_terminated && is_terminated(); });
+  if (rank) std::fprintf(stderr, "%s%s%s\n", rank->c_str(), prefix, text);
   return static_cast<int>(code);
 }
 

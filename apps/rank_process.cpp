@@ -17,7 +17,7 @@ namespace {
 
 // In which the other ranks can say where they are before the first to end ends them.
 constexpr double kLastWordsSeconds = 2;
-constexpr std::chrono::milliseconds kFirstRankSpeaks{300}, kFailedRankSpeaks{1500};
+constexpr std::chrono::milliseconds kFirstRankSpeaks{500}, kFailedRankSpeaks{1500}, kLook{10};
 
 std::optional<int> number_in(const char* text) {
   if (text == nullptr) return std::nullopt;
@@ -59,15 +59,19 @@ std::optional<int> launcher_columns(const Variables& variables) {
   return columns && *columns > 0 ? columns : std::nullopt;
 }
 
-std::string failing_rank_prefix(const Variables& variables, bool is_peer_failure) {
+std::optional<std::string> failing_rank_prefix(const Variables& variables, bool is_peer_failure,
+                                               const std::function<bool()>& is_ended) {
   std::optional<int> rank;
   for (const char* name : {"OMPI_COMM_WORLD_RANK", "SLURM_PROCID"})
     if (!rank) rank = number_in(variables(name));
   if (!rank) return "";
-  if (is_peer_failure) std::this_thread::sleep_for(kFailedRankSpeaks);
-  if (*rank == 0) return "";
-  std::this_thread::sleep_for(kFirstRankSpeaks);
-  return fmt::format("rank {}: ", *rank);
+  auto wait = *rank == 0 ? std::chrono::milliseconds(0) : kFirstRankSpeaks;
+  if (is_peer_failure) wait += kFailedRankSpeaks;
+  for (; wait.count() > 0; wait -= kLook) {
+    if (is_ended()) return std::nullopt;
+    std::this_thread::sleep_for(kLook);
+  }
+  return *rank == 0 ? "" : fmt::format("rank {}: ", *rank);
 }
 
 }  // namespace dstrain

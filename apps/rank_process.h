@@ -2,6 +2,7 @@
 // when something is wrong, so that no other rank waits for it.
 #pragma once
 
+#include <functional>
 #include <optional>
 #include <string>
 
@@ -41,7 +42,8 @@ std::optional<int> launcher_columns(const Variables& variables);
 // Before a rank reports an error that ends it. What went wrong should be read once: a rank that
 // only heard of another's failure waits for that one to report it and end the job, and a fault that
 // all ranks meet, such as a missing file, is left to rank 0 in the same way. Returns what the
-// report begins with: "" or "rank 3: ".
-std::string failing_rank_prefix(const Variables& variables, bool is_peer_failure);
+// report begins with, "" or "rank 3: "; none if the job ended meanwhile, as is_ended() tells.
+std::optional<std::string> failing_rank_prefix(const Variables& variables, bool is_peer_failure,
+                                               const std::function<bool()>& is_ended);
 
 }  // namespace dstrain

@@ -90,7 +90,8 @@ TEST_CASE("rank_process: the terminal behind the launcher", "[launch]") {
 TEST_CASE("rank_process: rank 0 and whoever failed first report before the others", "[launch]") {
   const auto timed = [](const Table& table, bool is_peer_failure) {
     const int64_t begin = monotonic_ns();
-    const std::string prefix = failing_rank_prefix(in(table), is_peer_failure);
+    const std::string prefix =
+        failing_rank_prefix(in(table), is_peer_failure, [] { return false; }).value();
     return std::pair(prefix, 1e-9 * static_cast<double>(monotonic_ns() - begin));
   };
   const Table first = {{"OMPI_COMM_WORLD_RANK", "0"}}, third = {{"OMPI_COMM_WORLD_RANK", "3"}};
@@ -102,6 +103,9 @@ TEST_CASE("rank_process: rank 0 and whoever failed first report before the other
   CHECK(seconds > 0.2);
   CHECK(timed({{"SLURM_PROCID", "3"}}, false).first == "rank 3: ");
   CHECK(timed(first, true).second > seconds);
+  // The job ends while a rank waits: another one has said it.
+  int looks = 0;
+  CHECK_FALSE(failing_rank_prefix(in(third), false, [&] { return ++looks == 3; }));
 }
 
 }  // namespace dstrain
