@@ -32,12 +32,13 @@ EngineOptions rank_engine_options(const Config& config, const MeshShape& shape, 
 }
 
 RankJob::RankJob(const Config& config, const MeshShape& shape, Communicator& world, Backend& backend,
-                 const std::string& node, bool training)
+                 const std::string& node, bool training, const DistributionWrap& wrap)
     : mesh_(shape, world, backend), distribution_(config, mesh_, backend, node) {
+  if (wrap) wrapped_ = wrap(distribution_);
   const PipelineSchedule schedule = schedule_of(config, shape);
   engine_ = std::make_unique<TrainEngine>(
       backend, config.model, rank_engine_options(config, shape, mesh_.place(), schedule, training),
-      &distribution_);
+      wrapped_ ? wrapped_.get() : &distribution_);
   runner_ = std::make_unique<PipelineRunner>(*engine_, schedule, mesh_.group(MeshGroup::pipeline));
 }
 

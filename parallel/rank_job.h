@@ -2,6 +2,7 @@
 // distribution, engine, pipeline. A job of one rank is made of the same parts.
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <string>
 
@@ -16,12 +17,15 @@ namespace dstrain {
 EngineOptions rank_engine_options(const Config& config, const MeshShape& shape, const RankPlace& place,
                                   const PipelineSchedule& schedule, bool training);
 
+// Puts something between the engine and its distribution, which outlives it; absent, or null, for nothing.
+using DistributionWrap = std::function<std::unique_ptr<Distribution>(Distribution& inner)>;
+
 class RankJob {
  public:
   // shape is legal for the config and has world.size() ranks. `node` names this machine. A collective call;
   // world and backend outlive the job. Plans memory, allocates nothing large.
   RankJob(const Config& config, const MeshShape& shape, Communicator& world, Backend& backend,
-          const std::string& node, bool training);
+          const std::string& node, bool training, const DistributionWrap& wrap = {});
 
   ProcessMesh& mesh() { return mesh_; }
   RankDistribution& distribution() { return distribution_; }
@@ -31,6 +35,7 @@ class RankJob {
  private:
   ProcessMesh mesh_;
   RankDistribution distribution_;
+  std::unique_ptr<Distribution> wrapped_;
   std::unique_ptr<TrainEngine> engine_;
   std::unique_ptr<PipelineRunner> runner_;
 };
