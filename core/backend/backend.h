@@ -48,7 +48,8 @@ class Backend {
   virtual void* allocate(int64_t bytes, MemoryKind kind) = 0;
   virtual void deallocate(void* memory, int64_t bytes, MemoryKind kind) noexcept = 0;
 
-  // What its operations keep for themselves, allocated when it was made.
+  // What its operations keep for themselves, allocated when it was made; scratch of concurrent streams lies
+  // apart.
   virtual int64_t workspace_bytes() const = 0;
 
   virtual std::unique_ptr<Stream> make_stream() = 0;

@@ -279,8 +279,8 @@ class Ops {
   // Decoupled AdamW (Loshchilov & Hutter, arXiv:1711.05101) over a flat range; does nothing if
   // scalars->finite is 0. g = grad * grad_scale; p -= lr * (weight_decay * p + m^ / (sqrt(v^) + eps)).
   // param is F. A bf16 param needs param_low (u16, absent otherwise): together they are the f32 master
-  // value, whose nearest bf16 is param and whose lower 16 bits are param_low. grad is S; moments are S or
-  // bf16.
+  // value, whose lower 16 bits are param_low and whose nearest bf16, ties away from zero, is param. grad
+  // is S; moments are S or bf16.
   virtual void adamw(Stream&, const AdamWParams& params, const StepScalars* scalars,
                      const Tensor& grad, const Tensor& param, const Tensor& param_low,
                      const Tensor& exp_avg, const Tensor& exp_avg_sq) = 0;

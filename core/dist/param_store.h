@@ -31,6 +31,7 @@ struct GradTarget {
 struct OptimizerRange {
   bool weight_decay = false;
   Tensor value, grad, exp_avg, exp_avg_sq;
+  Tensor value_low = {};  // u16, where values are bf16: the rest of the master value (Ops::adamw)
 };
 
 // Elements [begin, end) of a parameter's local tensor, row-major, as a checkpoint holds them.

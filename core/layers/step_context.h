@@ -55,6 +55,7 @@ inline Arenas arenas_for(Recompute recompute, Arena& slot, Arena& scratch, bool 
 
 // Sees the routing of every MoE layer, and may replace it by a recorded one: so that two runs can be
 // compared without a flipped tie being taken for a fault. Called in the first forward of a micro-batch.
+// The tensors it is given are device memory.
 class RoutingHook {
  public:
   virtual ~RoutingHook() = default;

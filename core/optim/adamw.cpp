@@ -11,7 +11,7 @@ void AdamW::update(Ops& ops, Stream& stream, std::span<const OptimizerRange> ran
   for (const OptimizerRange& range : ranges) {
     const AdamWParams params = {config_.betas.first, config_.betas.second, config_.eps,
                                 range.weight_decay ? config_.weight_decay : 0.0};
-    ops.adamw(stream, params, scalars, range.grad, range.value, {}, range.exp_avg, range.exp_avg_sq);
+    ops.adamw(stream, params, scalars, range.grad, range.value, range.value_low, range.exp_avg, range.exp_avg_sq);
   }
 }
 
