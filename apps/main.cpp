@@ -15,19 +15,20 @@
 #include "core/base/log.h"
 #include "core/base/progress.h"
 #include "core/checkpoint/failpoint.h"
+#include "parallel/mpi_session.h"
 
 namespace {
 
 using dstrain::ExitCode;
 
-// A rank that ends without finalising MPI ends its job: mpirun passes its exit code on.
 int fail(ExitCode code, const char* prefix, const char* text, bool is_peer_failure = false) {
-  // mpirun sends SIGTERM to the ranks that are left when one has ended.
+  // When a rank has ended its job, mpirun sends SIGTERM to the others.
   const auto is_terminated = [] { return dstrain::leave_requested() == "SIGTERM"; };
   const bool was_terminated = is_terminated();
   const std::optional<std::string> rank = dstrain::failing_rank_prefix(
       std::getenv, is_peer_failure, [&] { return !was_terminated && is_terminated(); });
   if (rank) std::fprintf(stderr, "%s%s%s\n", rank->c_str(), prefix, text);
+  dstrain::abort_unfinished_job(static_cast<int>(code));
   return static_cast<int>(code);
 }
 

@@ -138,4 +138,11 @@ void MpiSession::abort(int exit_code) {
   std::_Exit(exit_code);
 }
 
+void abort_unfinished_job(int exit_code) {
+  int started = 0, finished = 0;
+  MPI_Initialized(&started);
+  MPI_Finalized(&finished);
+  if (started && !finished) MPI_Abort(MPI_COMM_WORLD, exit_code);
+}
+
 }  // namespace dstrain

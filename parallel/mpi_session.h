@@ -60,4 +60,9 @@ class MpiSession {
   std::unique_ptr<State> state_;
 };
 
+// For a process that is about to exit because of a failure, its session gone: ends the other ranks
+// at once, which mpirun by itself does a second later, and passes the exit code on. Returns where
+// MPI is not in use.
+void abort_unfinished_job(int exit_code);
+
 }  // namespace dstrain

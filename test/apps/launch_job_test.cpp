@@ -1,0 +1,144 @@
+// Jobs of two ranks from outside: the program starts its ranks, and what kills, stops and signals
+// do to them. What a job has computed in the end must not depend on any of it.
+#include <fmt/format.h>
+#include <signal.h>
+
+#include <fstream>
+
+#include "core/base/error.h"
+#include "core/base/rng.h"
+#include "test/support/pty.h"
+#include "test/support/tiny_job.h"
+
+namespace dstrain::test {
+namespace {
+
+using Catch::Contains;
+
+// Long enough to be hit in the middle.
+const std::vector<std::string> kTwoRanks = {"launch.ranks=2", "train.steps=300",
+                                            "train.eval_every=100", "checkpoint.every=20"};
+
+std::vector<pid_t> children_of(pid_t pid) {
+  std::ifstream file(fmt::format("/proc/{0}/task/{0}/children", pid));
+  std::vector<pid_t> children;
+  for (pid_t child; file >> child;) children.push_back(child);
+  return children;
+}
+
+// In the order of the ranks, as mpirun starts them one after the other.
+std::vector<pid_t> ranks_of(const RunningProgram& launcher) {
+  const std::vector<pid_t> mpirun = children_of(launcher.pid());
+  return mpirun.empty() ? std::vector<pid_t>() : children_of(mpirun.front());
+}
+
+int64_t count(const std::string& text, const std::string& part) {
+  int64_t n = 0;
+  for (size_t at = text.find(part); at != text.npos; at = text.find(part, at + 1)) ++n;
+  return n;
+}
+
+// The same job, never disturbed.
+const RunTrace& undisturbed() {
+  static const RunTrace trace = [] {
+    const TinyJob job(kTwoRanks);
+    job.must_train();
+    return trace_of(job);
+  }();
+  return trace;
+}
+
+}  // namespace
+
+TEST_CASE("launch: a killed rank costs the steps since the checkpoint and nothing else",
+          "[launch][job]") {
+  constexpr uint64_t kSeed = 4401;
+  const TinyJob job(joined(kTwoRanks, {"launch.max_restarts=9"}));
+  RunningProgram program(job.launch());
+  for (uint64_t i = 0; i < 2; ++i) {
+    // Each time a checkpoint further, or the job would count as unable to go on.
+    const auto wanted = static_cast<int64_t>(25 + 100 * i + 70 * random_uniform(kSeed, 0, i));
+    CAPTURE(kSeed, i, wanted);
+    REQUIRE(program.wait_until([&] { return last_step(job) >= wanted; }));
+    const std::vector<pid_t> ranks = ranks_of(program);
+    REQUIRE(ranks.size() == 2);
+    REQUIRE(::kill(ranks[i % 2], SIGKILL) == 0);
+    const std::string restarted = fmt::format("(restart {} of 9)", i + 1);
+    REQUIRE(program.wait_until([&] { return count(program.err(), restarted) == 1; }));
+    REQUIRE(program.wait_until([&] { return ranks_of(program).size() == 2; }));
+  }
+  const Finished end = program.wait();
+  INFO(end.err);
+  REQUIRE(end.code == 0);
+  CHECK(count(end.err, " was ended by SIGKILL in step ") == 2);
+  CHECK(difference(undisturbed(), trace_of(job)) == "");
+  CHECK(job.damage() == "");
+}
+
+TEST_CASE("launch: SIGTERM saves the step under way and leaves", "[launch][job]") {
+  const TinyJob job(kTwoRanks);
+  RunningProgram program(job.launch());
+  REQUIRE(program.wait_until([&] { return last_step(job) >= 50; }));
+  program.send(SIGTERM);
+  const Finished end = program.wait();
+  INFO(end.err);
+  REQUIRE(end.code == static_cast<int>(ExitCode::preempted));
+  CHECK(job.saved_steps().back() == last_step(job));
+  CHECK(last_step(job) < 300);
+  job.must_train({"--resume", "latest"});
+  CHECK(difference(undisturbed(), trace_of(job)) == "");
+}
+
+TEST_CASE("launch: SIGUSR1 saves and training goes on", "[launch][job]") {
+  const TinyJob job(joined(kTwoRanks, {"checkpoint.every=0"}));
+  RunningProgram program(job.launch());
+  REQUIRE(program.wait_until([&] { return last_step(job) >= 20; }));
+  program.send(SIGUSR1);
+  const Finished end = program.wait();
+  INFO(end.err);
+  REQUIRE(end.code == 0);
+  CHECK(std::ssize(events(job, "checkpoint")) == 2);  // that one and the last
+}
+
+TEST_CASE("launch: a stopped rank is found, and the job goes on without it", "[launch][job]") {
+  const TinyJob job(joined(kTwoRanks, {"launch.hang_timeout=2"}));
+  RunningProgram program(job.launch());
+  REQUIRE(program.wait_until([&] { return last_step(job) >= 50; }));
+  const std::vector<pid_t> ranks = ranks_of(program);
+  REQUIRE(ranks.size() == 2);
+  REQUIRE(::kill(ranks[1], SIGSTOP) == 0);
+  const Finished end = program.wait();
+  INFO(end.err);
+  REQUIRE(end.code == 0);
+  CHECK_THAT(end.err, Contains("no progress within launch.hang_timeout (2 s)") &&
+                          Contains("error: the job hung; rank"));
+  CHECK(difference(undisturbed(), trace_of(job)) == "");
+}
+
+TEST_CASE("launch: a fault that every rank meets is told once", "[launch][job]") {
+  const TinyJob job(joined(kTwoRanks, {"data.train[0].path=nothing-here"}));
+  const Finished end = job.train();
+  INFO(end.err);
+  CHECK(end.code == static_cast<int>(ExitCode::no_input));
+  CHECK(count(end.err, "nothing-here") == 2);  // in the command and in the error
+  CHECK(count(end.err, "error: ") == 1);
+  CHECK(count(end.err, "starting ") == 1);
+}
+
+TEST_CASE("launch: on a terminal rank 0 has its live line", "[launch][job]") {
+  Pty pty(90);
+  const TinyJob job(kTwoRanks);
+  Launch launch = job.launch();
+  launch.stderr_fd = pty.fd();
+  RunningProgram program(launch);
+  std::string screen;
+  program.wait_until([&] {
+    screen += pty.read();
+    return false;
+  });
+  CHECK(program.wait().code == 0);
+  screen += pty.read();
+  CHECK_THAT(screen, Contains("-x DSTRAIN_COLUMNS=90 ") && Contains("\r\033[Kstep "));
+}
+
+}  // namespace dstrain::test
