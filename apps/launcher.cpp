@@ -39,6 +39,11 @@ std::string ranks_text(const std::vector<int64_t>& ranks) {
   return fmt::format("rank{} {}", ranks.size() == 1 ? "" : "s", fmt::join(ranks, ", "));
 }
 
+bool is_hung(const std::vector<RankState>& states) {
+  return std::any_of(states.begin(), states.end(),
+                     [](const RankState& state) { return state.is_stuck; });
+}
+
 // Where the ranks stood when their watchdogs found them stuck: the fewest first, since they are
 // what the others waited for.
 std::string hang_text(const std::vector<RankState>& states) {
@@ -93,6 +98,7 @@ class Launcher {
   End attempt(const std::optional<std::string>& resume);
   void take_signals(MpirunJob& mpirun);
   void act(MpirunJob& mpirun, const RankBoard& board);
+  void end_hung(MpirunJob& mpirun, const RankBoard& board);
   bool have_come(const RankBoard& board) const;
   void ask_to_leave(int signal);
   void pause();
@@ -110,6 +116,8 @@ class Launcher {
 
   int64_t attempts_ = 0;
   double started_ = 0;  // of the last one
+  std::optional<double> hung_at_;
+  int hung_signals_ = 0;  // sent since
   bool is_save_wanted_ = false, is_child_ended_ = false;
   int leave_signal_ = 0;  // that asked first
   double leave_by_ = 0;
@@ -177,6 +185,23 @@ void Launcher::act(MpirunJob& mpirun, const RankBoard& board) {
   mpirun.send(SIGTERM);
 }
 
+// SIGTERM once and SIGKILL once: mpirun takes repeated ones for impatience and leaves files behind.
+void Launcher::end_hung(MpirunJob& mpirun, const RankBoard& board) {
+  if (!hung_at_ && !is_hung(board.states())) return;
+  if (!hung_at_) hung_at_ = now_s();
+  const double waited = now_s() - *hung_at_;
+  if (hung_signals_ == 0 && waited > job_.times.hung_s) {
+    ++hung_signals_;
+    log_warning(
+        "mpirun does not end the ranks, which may be on a host that cannot be reached; it "
+        "is ended");
+    mpirun.send(SIGTERM);
+  } else if (hung_signals_ == 1 && waited > job_.times.hung_s + job_.times.end_s) {
+    ++hung_signals_;
+    mpirun.send(SIGKILL);
+  }
+}
+
 Launcher::End Launcher::attempt(const std::optional<std::string>& resume) {
   LaunchPlan plan = job_.plan;
   plan.session_folder = session_.path();
@@ -190,20 +215,22 @@ Launcher::End Launcher::attempt(const std::optional<std::string>& resume) {
   const RankBoard board = RankBoard::create(path, total_ranks(plan.hosts));
   MpirunJob mpirun(command, out_, err_);
   started_ = now_s();
+  hung_at_.reset();
+  hung_signals_ = 0;
   is_child_ended_ = false;
   while (!is_child_ended_) {
     mpirun.wait(signals_, kTick);
     take_signals(mpirun);
-    if (!is_child_ended_) act(mpirun, board);
+    if (is_child_ended_) break;
+    act(mpirun, board);
+    end_hung(mpirun, board);
   }
   return {mpirun.exit_code(), mpirun.end_signal(), mpirun.failure(), board.states()};
 }
 
 // Which rank, how, and where it was.
 std::string Launcher::failure_text(const End& end) const {
-  const bool is_hung = std::any_of(end.states.begin(), end.states.end(),
-                                   [](const RankState& state) { return state.is_stuck; });
-  if (is_hung) return hang_text(end.states);
+  if (is_hung(end.states)) return hang_text(end.states);
   if (!end.failure)
     return end.signal != 0 ? fmt::format("mpirun was ended by {}", signal_name(end.signal))
                            : fmt::format("mpirun ended with exit code {}", end.code);

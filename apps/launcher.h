@@ -23,6 +23,8 @@ struct LaunchTimes {
   // Signals wait until every rank has come, since a rank that is only starting would die of them. A
   // rank on another host is not seen; this long after its start it counts as come.
   double ready_s = 10;
+  // For mpirun to end after a rank has found the job to hang: it waits for hosts it cannot reach.
+  double hung_s = 15;
   double pause_s = 1;  // before the ranks are started again
 };
 

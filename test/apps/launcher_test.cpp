@@ -106,6 +106,13 @@ class LaunchedJob {
   std::string read(const std::string& name) const { return read_file(folder_ / name); }
   pid_t pid() const { return pid_; }
 
+  void make_mpirun_stubborn() {
+    std::string text = kFakeMpirun;
+    const std::string ends = "trap 'kill $rank; exit 1' TERM";
+    text.replace(text.find(ends), ends.size(), "trap '' TERM");
+    write_script(folder_ / "mpirun", text);
+  }
+
   void start() {
     std::fflush(nullptr);
     const pid_t parent = ::getpid();
@@ -321,10 +328,7 @@ TEST_CASE("launcher: ranks that do not leave are ended after the grace period", 
 
 TEST_CASE("launcher: an mpirun that does not end either is killed with its ranks", "[launcher]") {
   LaunchedJob job("trap '' USR2 TERM\ncome\nwhile true; do sleep 0.02; done\n");
-  std::string text = kFakeMpirun;
-  const std::string ends = "trap 'kill $rank; exit 1' TERM";
-  text.replace(text.find(ends), ends.size(), "trap '' TERM");
-  write_script(job / "mpirun", text);
+  job.make_mpirun_stubborn();
   job.job.times.grace_s = 0.2;
   job.job.times.end_s = 0.2;
   job.start();
@@ -428,6 +432,23 @@ slot 8 3; sleep 0.3; slot 12 1; exit 1
   const size_t at = text.find("error: the job hung; rank 0: step 12, in forward or backward for ");
   REQUIRE(at != std::string::npos);
   CHECK_THAT(text.substr(at), Contains("; ranks 1, 2: step 12, summing gradients for "));
+}
+
+TEST_CASE("launcher: an mpirun that waits for a hung rank is ended, and the job goes on",
+          "[launcher]") {
+  const bool is_stubborn = GENERATE(false, true);
+  CAPTURE(is_stubborn);
+  LaunchedJob job("come 12\n[[ $(wc -l <calls) -ge 2 ]] && exit 0\n" + save("10") +
+                  "trap '' TERM\nslot 12 1\nwhile true; do sleep 0.02; done\n");
+  if (is_stubborn) job.make_mpirun_stubborn();
+  job.job.times.hung_s = 0.2;
+  job.job.times.end_s = 0.3;
+  CHECK(job.run() == 0);
+  CHECK(job.calls() == 2);
+  CHECK_THAT(job.read("err"), Contains("a host that cannot be reached") &&
+                                  Contains("error: the job hung; rank 0: step 12, ") &&
+                                  Contains("starting again from step 10"));
+  job.all_gone();
 }
 
 TEST_CASE("launcher: with the real mpirun, signals reach every rank", "[launcher]") {
