@@ -2,7 +2,11 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
+#include <set>
+
 #include "apps/assemble.h"
+#include "apps/launch_plan.h"
 #include "apps/run_folder.h"
 #include "apps/startup_info.h"
 #include "core/base/log.h"
@@ -68,6 +72,36 @@ void check_folder(StartupInfo& info, const Config& config, const TrainOptions& o
   });
 }
 
+// The plan of the rank that needs the most memory. Ranks of a pipeline stage need the same; first,
+// last and middle stages differ in tables, layers and micro-batches in flight. As if on one
+// machine.
+StartupInfo plan_of_job(const Config& config, const MeshShape& shape, Backend& backend) {
+  const int64_t stages = shape.pipeline;
+  StartupInfo largest;
+  for (const int64_t stage : std::set{int64_t{0}, stages / 2, stages - 1}) {
+    const int64_t rank = stage * shape.stage_ranks();
+    RankJob job(config, shape, static_cast<int>(rank), backend, /*training=*/true);
+    StartupInfo info = startup_info_of(config, &job);
+    if (stage > 0 && info.memory_total_bytes() <= largest.memory_total_bytes()) continue;
+    largest = std::move(info);
+    if (stages > 1)
+      largest.memory_rank = fmt::format("rank {}, in stage {}, which needs the most", rank, stage);
+  }
+  if (config.compression.scope == CompressionScope::inter_node &&
+      config.compression.method != CompressionMethod::none)
+    log_warning(
+        "the plan is for ranks on one machine: what compression between nodes takes is not in it");
+  return largest;
+}
+
+// Ranks of the job on the machine that has the most of them.
+int64_t ranks_of_a_machine(const Config& config) {
+  int64_t most = 1;
+  for (const HostRanks& host : ranks_to_start(config, /*gpus=*/0))
+    most = std::max(most, host.ranks);
+  return most;
+}
+
 }  // namespace
 
 int dry_run(const LoadedConfig& loaded, const TrainOptions& options,
@@ -79,16 +113,17 @@ int dry_run(const LoadedConfig& loaded, const TrainOptions& options,
   const bool has_tokenizer = check_tokenizer(config);
   if (!config.model.from.empty()) passes([&] { HfWeights weights(config.model.from); });
 
-  std::unique_ptr<Backend> backend;
-  std::unique_ptr<TrainEngine> engine;
-  if (config.model.vocab_size > 0 && missing.empty()) {
-    backend = make_backend(config);
-    engine = std::make_unique<TrainEngine>(*backend, config.model, engine_options(config, true));
+  const bool is_planned = config.model.vocab_size > 0 && missing.empty();
+  StartupInfo info = startup_info_of(config, nullptr);
+  if (is_planned) {
+    const std::unique_ptr<Backend> backend = make_backend(config);
+    const std::optional<MeshShape> shape = planned_mesh(config);
+    info = plan_of_job(config, shape.value_or(smallest_mesh(config)), *backend);
   }
-  StartupInfo info = startup_info_of(config, engine.get());
   info.dry_run = true;
   add_data(info, config, has_tokenizer ? config.data.tokenizer : "");
-  if (engine) passes([&] { require_memory(info.memory_total_bytes()); });
+  if (is_planned)
+    passes([&] { require_memory(info.memory_total_bytes() * ranks_of_a_machine(config)); });
   if (!config.run.name.empty()) check_folder(info, config, options);
 
   fmt::print("{}\n{}", loaded.resolved_yaml(), startup_table(info, color));

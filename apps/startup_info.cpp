@@ -1,16 +1,82 @@
 #include "apps/startup_info.h"
 
+#include <fmt/format.h>
+
+#include <sstream>
+
 #include "apps/assemble.h"
 #include "apps/evaluation.h"
 #include "build_info.h"
 #include "core/backend/cpu_backend.h"
+#include "core/base/format_units.h"
 #include "core/checkpoint/async_saver.h"
 #include "core/metrics/report.h"
 #include "core/model/cost.h"
 
 namespace dstrain {
+namespace {
 
-StartupInfo startup_info_of(const Config& config, TrainEngine* engine) {
+// The drawing without its first line, which the table has elsewhere, and without its indent.
+std::vector<std::string> mesh_lines(const Config& config, const MeshShape& shape) {
+  std::istringstream text(draw_mesh(config, shape));
+  std::vector<std::string> lines;
+  std::string line;
+  std::getline(text, line);
+  while (std::getline(text, line)) lines.push_back(line.substr(2));
+  return lines;
+}
+
+std::string in_flight_text(const EngineOptions& options) {
+  std::string text;
+  for (const EngineChunk& chunk : options.chunks)
+    text += fmt::format("{}{}", text.empty() ? "" : " + ", chunk.in_flight);
+  const bool is_one = options.chunks.size() == 1 && options.chunks[0].in_flight == 1;
+  return fmt::format("activations of {} micro-batch{}", text, is_one ? "" : "es") +
+         (options.chunks.size() > 1 ? ", by model chunk of the stage" : "");
+}
+
+std::string expert_buffer_text(const Config& config, RankJob& job) {
+  const RankPlace& place = job.mesh().place();
+  if (place.expert.size == 1) return "";
+  const int64_t tokens =
+      config.train.micro_batch * config.data.seq_len / (place.context.size * place.tensor.size);
+  const int64_t rows =
+      job.distribution().dispatcher().max_rows(tokens, config.model.num_experts_per_tok);
+  return fmt::format("{} rows of {}, {} experts on this rank", format_grouped(rows),
+                     config.model.hidden_size, config.model.n_routed_experts / place.expert.size);
+}
+
+void add_layout(StartupInfo& info, const Config& config, RankJob& job) {
+  const MeshShape& shape = job.mesh().shape();
+  info.ranks = shape.ranks();
+  if (info.ranks == 1) return;
+  info.layout = fmt::format("{}, ZeRO-{}", to_text(shape), config.parallel.zero);
+  info.mesh = mesh_lines(config, shape);
+  int64_t parameters = 0;
+  for (int chunk = 0; chunk < job.engine().num_chunks(); ++chunk)
+    for (const Parameter& p : job.engine().parameters(chunk).all())
+      if (p.spec.trainable) parameters += p.numel();
+  info.parameters_of_rank = parameters;
+  const ShardBytes bytes = job.distribution().parameter_bytes();
+  info.parameter_memory = fmt::format("{} = {}", describe(bytes), format_bytes(bytes.total()));
+  info.in_flight = in_flight_text(job.engine().options());
+  info.expert_buffer = expert_buffer_text(config, job);
+}
+
+std::vector<MemoryRow> memory_rows(const Config& config, TrainEngine& engine) {
+  std::vector<MemoryRow> rows;
+  for (const MemoryOwner& owner : engine.memory()) rows.push_back({owner.name, owner.bytes});
+  if (config.checkpoint.async)
+    rows.push_back({"checkpoint snapshot", AsyncSaver::snapshot_bytes(state_tensors(engine))});
+  const int64_t slot = BatchStream::slot_bytes(config.train.micro_batch, config.data.seq_len);
+  const int64_t evaluation = config.data.valid.empty() ? 0 : evaluation_bytes(config);
+  rows.push_back({"input batches", slot * config.data.prefetch + evaluation});
+  return rows;
+}
+
+}  // namespace
+
+StartupInfo startup_info_of(const Config& config, RankJob* job) {
   StartupInfo info;
   info.version = DSTRAIN_VERSION;
   info.commit = DSTRAIN_COMMIT;
@@ -26,16 +92,10 @@ StartupInfo startup_info_of(const Config& config, TrainEngine* engine) {
     info.parameters_active = cost.parameters_active;
     info.flops_per_token = cost.flops_per_token;
   }
-  if (engine) {
-    info.precision = precision_name(engine->options());
-    for (const MemoryOwner& owner : engine->memory())
-      info.memory.push_back({owner.name, owner.bytes});
-    if (config.checkpoint.async)
-      info.memory.push_back(
-          {"checkpoint snapshot", AsyncSaver::snapshot_bytes(state_tensors(*engine))});
-    const int64_t slot = BatchStream::slot_bytes(config.train.micro_batch, config.data.seq_len);
-    const int64_t evaluation = config.data.valid.empty() ? 0 : evaluation_bytes(config);
-    info.memory.push_back({"input batches", slot * config.data.prefetch + evaluation});
+  if (job) {
+    info.precision = precision_name(job->engine().options());
+    info.memory = memory_rows(config, job->engine());
+    add_layout(info, config, *job);
   }
   const int64_t available = available_memory_bytes();
   if (available > 0) info.memory_available_bytes = available;

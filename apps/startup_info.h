@@ -5,13 +5,14 @@
 
 #include "core/config/config.h"
 #include "core/data/token_dataset.h"
-#include "core/engine/train_engine.h"
 #include "core/metrics/run_info.h"
+#include "parallel/rank_job.h"
 
 namespace dstrain {
 
-// engine may be null (--dry-run of something this build cannot run): memory is then unknown.
-StartupInfo startup_info_of(const Config& config, TrainEngine* engine);
+// job may be null (--dry-run of something this build cannot run): memory and layout are then
+// unknown. What differs between ranks is that of the job's rank.
+StartupInfo startup_info_of(const Config& config, RankJob* job);
 
 // dataset may be null (--dry-run without it): its size is then unknown.
 DataRow data_row(const char* split, const DataSourceConfig& source, const TokenDataset* dataset);

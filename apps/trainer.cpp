@@ -27,6 +27,15 @@ double seconds_between(std::chrono::steady_clock::time_point a, std::chrono::ste
   return std::chrono::duration<double>(b - a).count();
 }
 
+GradientTraffic traffic_between(const GradTraffic& before, const GradTraffic& after) {
+  const auto apart = [](const PhaseTraffic& a, const PhaseTraffic& b) {
+    return TrafficRecord{b.sent - a.sent, b.baseline - a.baseline,
+                         b.sent_between_nodes - a.sent_between_nodes,
+                         b.baseline_between_nodes - a.baseline_between_nodes};
+  };
+  return {apart(before.reduce, after.reduce), apart(before.gather, after.gather)};
+}
+
 std::map<std::string, std::string> data_fingerprints(const Config& config, const DataSet& train) {
   std::map<std::string, std::string> out;
   if (!config.data.tokenizer.empty()) out["tokenizer"] = file_fingerprint(config.data.tokenizer);
@@ -255,6 +264,11 @@ void Trainer::queue_step() {
   if (left_by_.empty()) left_by_ = leave_requested();
   engine_->request(!left_by_.empty(), take_save_request());
   engine_->finish_step();
+  if (world_.size() > 1) {
+    const GradTraffic sent = job_->distribution().traffic();
+    record.traffic = traffic_between(last_traffic_, sent);
+    last_traffic_ = sent;
+  }
   record.phases.optimizer_ms = 1e3 * seconds_between(update, Clock::now());
   cursor_ = stream_->cursor();
   queued_.push_back(std::move(step));
@@ -382,7 +396,7 @@ void Trainer::finish_saves() {
 }
 
 StartupInfo Trainer::startup_info() const {
-  StartupInfo info = startup_info_of(config_, engine_);
+  StartupInfo info = startup_info_of(config_, job_.get());
   info.resume = resumed_from_;
   info.resume_step = resumed_step_;
   for (size_t i = 0; i < train_data_.datasets.size(); ++i)
@@ -404,6 +418,7 @@ RunSummary Trainer::summary(const std::string& outcome) const {
   s.evals = last_evals_;
   s.tokens_per_s = step_seconds_ > 0 ? static_cast<double>(step_tokens_) / step_seconds_ : 0;
   s.skipped_total = skipped_steps_;
+  if (world_.size() > 1) s.traffic = describe(job_->distribution().traffic());
   s.checkpoint = newest_checkpoint_;
   if (config_.metrics.jsonl) s.metrics = paths_.metrics;
   if (config_.metrics.tensorboard) s.tensorboard = paths_.tensorboard;

@@ -114,6 +114,7 @@ class Trainer {
   int64_t saved_step_ = -1, evaluated_step_ = -1, failed_saves_ = 0;
   int64_t skipped_in_a_row_ = 0;
   double last_stall_seconds_ = 0, save_stall_ms_ = 0;
+  GradTraffic last_traffic_;  // up to the step queued last
   std::string resumed_from_, newest_checkpoint_;
   int64_t resumed_step_ = 0;
   // Of this process.

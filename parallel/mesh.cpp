@@ -6,8 +6,20 @@
 #include <map>
 
 #include "core/base/error.h"
+#include "parallel/planned_communicator.h"
 
 namespace dstrain {
+namespace {
+
+// The place in `groups` of the one that the rank is in.
+size_t find_group(const std::vector<std::vector<int>>& groups, int world_rank) {
+  const auto mine = std::find_if(groups.begin(), groups.end(), [&](const auto& ranks) {
+    return std::binary_search(ranks.begin(), ranks.end(), world_rank);
+  });
+  return static_cast<size_t>(mine - groups.begin());
+}
+
+}  // namespace
 
 const char* group_name(MeshGroup group) {
   static constexpr std::array<const char*, kMeshGroups> kNames = {
@@ -78,16 +90,33 @@ ProcessMesh::ProcessMesh(const MeshShape& shape, Communicator& world, Backend& b
   for (int i = 0; i < kMeshGroups; ++i) {
     const auto group = static_cast<MeshGroup>(i);
     const auto groups = mesh_groups(shape, group);
-    const auto mine = std::find_if(groups.begin(), groups.end(), [&](const auto& ranks) {
-      return std::binary_search(ranks.begin(), ranks.end(), world.rank());
-    });
+    const size_t mine = find_group(groups, world.rank());
     // All ranks split or none does: a split is a call of the whole world.
     const bool any_shared = std::any_of(groups.begin(), groups.end(),
                                         [](const auto& ranks) { return ranks.size() > 1; });
-    if (any_shared) groups_[i] = world.split(static_cast<int>(mine - groups.begin()), world.rank());
-    if (mine->size() == 1) groups_[i] = std::make_unique<LocalCommunicator>(backend);
-    DSTRAIN_CHECK(groups_[i]->size() == std::ssize(*mine),
+    if (any_shared) groups_[i] = world.split(static_cast<int>(mine), world.rank());
+    if (groups[mine].size() == 1) groups_[i] = std::make_unique<LocalCommunicator>(backend);
+    DSTRAIN_CHECK(groups_[i]->size() == std::ssize(groups[mine]),
                   fmt::format("the {} group has the wrong ranks", group_name(group)));
+  }
+}
+
+ProcessMesh::ProcessMesh(const MeshShape& shape, int world_rank, Backend& backend)
+    : shape_(shape),
+      place_(place_of(shape, world_rank)),
+      planned_world_(
+          std::make_unique<PlannedCommunicator>(world_rank, static_cast<int>(shape.ranks()))),
+      world_(*planned_world_) {
+  DSTRAIN_CHECK(shape.stage_ranks() % shape.expert == 0, "experts fold over whole runs of ranks");
+  for (int i = 0; i < kMeshGroups; ++i) {
+    const auto groups = mesh_groups(shape, static_cast<MeshGroup>(i));
+    const std::vector<int>& ranks = groups[find_group(groups, world_rank)];
+    if (ranks.size() == 1) {
+      groups_[i] = std::make_unique<LocalCommunicator>(backend);
+      continue;
+    }
+    const auto me = std::lower_bound(ranks.begin(), ranks.end(), world_rank) - ranks.begin();
+    groups_[i] = std::make_unique<PlannedCommunicator>(static_cast<int>(me), std::ssize(ranks));
   }
 }
 

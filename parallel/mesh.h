@@ -47,6 +47,9 @@ std::string draw_mesh(const Config& config, const MeshShape& shape);
 class ProcessMesh {
  public:
   ProcessMesh(const MeshShape& shape, Communicator& world, Backend& backend);
+  // The place of one rank alone, for plans: its groups have the right ranks and sizes, and refuse
+  // to move data (parallel/planned_communicator.h).
+  ProcessMesh(const MeshShape& shape, int world_rank, Backend& backend);
 
   const MeshShape& shape() const { return shape_; }
   const RankPlace& place() const { return place_; }
@@ -56,6 +59,7 @@ class ProcessMesh {
  private:
   MeshShape shape_;
   RankPlace place_;
+  std::unique_ptr<Communicator> planned_world_;
   Communicator& world_;
   std::array<std::unique_ptr<Communicator>, kMeshGroups> groups_;  // by MeshGroup
 };

@@ -1,5 +1,7 @@
 #include "parallel/rank_distribution.h"
 
+#include "parallel/timed_reducer.h"
+
 namespace dstrain {
 namespace {
 
@@ -68,7 +70,8 @@ std::unique_ptr<ParamStore> RankDistribution::make_param_store(ParameterSet& par
   auto store = std::make_unique<ParamShards>(
       backend_, parameters, options, zero, ranks,
       [this, reducer](ReduceGroup group, const ParameterSet& set, std::vector<GradRange> ranges) {
-        return make_grad_reducer(reducer, reduce_[index_of(group)].ranks, set, std::move(ranges));
+        return std::make_unique<TimedReducer>(
+            make_grad_reducer(reducer, reduce_[index_of(group)].ranks, set, std::move(ranges)));
       });
   stores_.push_back(store.get());
   return store;
@@ -84,15 +87,19 @@ void RankDistribution::sum_over_ranks(DistStream dist, const Tensor& x) {
 
 GradTraffic RankDistribution::traffic() const {
   GradTraffic sum;
-  const auto add = [](PhaseTraffic& to, const PhaseTraffic& part) {
-    to.sent += part.sent;
-    to.baseline += part.baseline;
-    to.sent_between_nodes += part.sent_between_nodes;
-    to.baseline_between_nodes += part.baseline_between_nodes;
-  };
+  for (const ParamShards* store : stores_) sum += store->traffic();
+  return sum;
+}
+
+ShardBytes RankDistribution::parameter_bytes() const {
+  ShardBytes sum;
   for (const ParamShards* store : stores_) {
-    add(sum.reduce, store->traffic().reduce);
-    add(sum.gather, store->traffic().gather);
+    const ShardBytes part = store->bytes();
+    sum.values += part.values;
+    sum.gather_slots += part.gather_slots;
+    sum.gradients += part.gradients;
+    sum.gradient_slots += part.gradient_slots;
+    sum.moments += part.moments;
   }
   return sum;
 }

@@ -37,6 +37,8 @@ class RankDistribution : public Distribution {
 
   // What gradients cost on the wire since the start, over this rank's stores, which must still live.
   GradTraffic traffic() const;
+  // What the stores hold of parameters; nothing where one rank is alone. Likewise.
+  ShardBytes parameter_bytes() const;
 
  private:
   Config config_;

@@ -35,9 +35,18 @@ RankJob::RankJob(const Config& config, const MeshShape& shape, Communicator& wor
                  const std::string& node, bool training, const DistributionWrap& wrap)
     : mesh_(shape, world, backend), distribution_(config, mesh_, backend, node) {
   if (wrap) wrapped_ = wrap(distribution_);
-  const PipelineSchedule schedule = schedule_of(config, shape);
+  make_engine(config, backend, training);
+}
+
+RankJob::RankJob(const Config& config, const MeshShape& shape, int world_rank, Backend& backend, bool training)
+    : mesh_(shape, world_rank, backend), distribution_(config, mesh_, backend, "the machine of a plan") {
+  make_engine(config, backend, training);
+}
+
+void RankJob::make_engine(const Config& config, Backend& backend, bool training) {
+  const PipelineSchedule schedule = schedule_of(config, mesh_.shape());
   engine_ = std::make_unique<TrainEngine>(
-      backend, config.model, rank_engine_options(config, shape, mesh_.place(), schedule, training),
+      backend, config.model, rank_engine_options(config, mesh_.shape(), mesh_.place(), schedule, training),
       wrapped_ ? wrapped_.get() : &distribution_);
   runner_ = std::make_unique<PipelineRunner>(*engine_, schedule, mesh_.group(MeshGroup::pipeline));
 }

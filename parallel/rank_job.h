@@ -26,6 +26,9 @@ class RankJob {
   // world and backend outlive the job. Plans memory, allocates nothing large.
   RankJob(const Config& config, const MeshShape& shape, Communicator& world, Backend& backend,
           const std::string& node, bool training, const DistributionWrap& wrap = {});
+  // The plan of one rank of a job whose other ranks do not exist, as if all were on one machine: its engine
+  // tells its memory, and must not be allocated.
+  RankJob(const Config& config, const MeshShape& shape, int world_rank, Backend& backend, bool training);
 
   ProcessMesh& mesh() { return mesh_; }
   RankDistribution& distribution() { return distribution_; }
@@ -33,6 +36,8 @@ class RankJob {
   PipelineRunner& runner() { return *runner_; }
 
  private:
+  void make_engine(const Config& config, Backend& backend, bool training);
+
   ProcessMesh mesh_;
   RankDistribution distribution_;
   std::unique_ptr<Distribution> wrapped_;

@@ -38,6 +38,15 @@ void put(Json& line, const std::string& key, const std::string& value) {
   if (!value.empty()) line[key] = value;
 }
 
+void put(Json& line, const std::string& phase, const TrafficRecord& traffic) {
+  if (traffic.baseline == 0) return;
+  line[phase + "_bytes"] = traffic.sent;
+  line[phase + "_fp32_bytes"] = traffic.baseline;
+  if (traffic.baseline_between_nodes == 0) return;
+  line[phase + "_between_nodes_bytes"] = traffic.sent_between_nodes;
+  line[phase + "_between_nodes_fp32_bytes"] = traffic.baseline_between_nodes;
+}
+
 }  // namespace
 
 double unix_seconds() {
@@ -60,6 +69,12 @@ std::string json_line(const StartupInfo& info, double ts) {
   put(line, "isa", info.isa);
   put(line, "precision", info.precision);
   put(line, "layout", info.layout);
+  if (!info.mesh.empty()) line["mesh"] = info.mesh;
+  put(line, "parameters_of_rank", info.parameters_of_rank);
+  put(line, "parameter_memory", info.parameter_memory);
+  put(line, "in_flight", info.in_flight);
+  put(line, "expert_buffer", info.expert_buffer);
+  put(line, "memory_rank", info.memory_rank);
   put(line, "model", info.model);
   put(line, "parameters_total", info.parameters_total);
   put(line, "parameters_active", info.parameters_active);
@@ -110,6 +125,10 @@ std::string json_line(const StepRecord& record, double ts) {
   put(line, "forward_backward_ms", record.phases.forward_backward_ms);
   put(line, "optimizer_ms", record.phases.optimizer_ms);
   put(line, "checkpoint_stall_ms", record.phases.checkpoint_stall_ms);
+  if (record.traffic) {
+    put(line, "reduce_scatter", record.traffic->reduce_scatter);
+    put(line, "all_gather", record.traffic->all_gather);
+  }
   put(line, "gflops_per_s", record.gflops_per_s);
   put(line, "mfu", record.mfu);
   return close_line(line);
@@ -154,6 +173,7 @@ std::string json_line(const RunSummary& summary, double ts) {
   put(line, "tokens_per_s", summary.tokens_per_s);
   put(line, "mfu", summary.mfu);
   line["skipped_total"] = summary.skipped_total;
+  put(line, "traffic", summary.traffic);
   put(line, "checkpoint", summary.checkpoint);
   Json next = Json::array();
   for (const NextCommand& command : summary.next) next.push_back(command.command);

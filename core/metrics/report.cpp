@@ -100,6 +100,18 @@ void add_run(Table& table, const StartupInfo& info) {
                                           : format_plural(info.ranks, "rank") + ", " + info.layout);
 }
 
+void add_layout(Table& table, const StartupInfo& info) {
+  if (info.mesh.empty()) return;
+  table.heading("Layout");
+  for (const std::string& line : info.mesh) table.line(line);
+  if (info.parameters_of_rank)
+    table.row("of a rank",
+              format_count(static_cast<double>(*info.parameters_of_rank)) + " parameters");
+  table.row("parameters", info.parameter_memory);
+  table.row("in flight", info.in_flight);
+  table.row("expert buffer", info.expert_buffer);
+}
+
 void add_model(Table& table, const StartupInfo& info) {
   table.heading("Model");
   table.row("architecture", info.model);
@@ -118,7 +130,8 @@ void add_model(Table& table, const StartupInfo& info) {
 
 void add_memory(Table& table, const StartupInfo& info) {
   if (info.memory.empty()) return;
-  table.heading(info.ranks > 1 ? "Memory of one rank" : "Memory");
+  table.heading(info.memory_rank.empty() ? info.ranks > 1 ? "Memory of one rank" : "Memory"
+                                         : "Memory of " + info.memory_rank);
   std::vector<MemoryRow> rows = info.memory;
   if (rows.size() > kMaxMemoryRows) {
     std::stable_sort(rows.begin(), rows.end(), [](const MemoryRow& a, const MemoryRow& b) {
@@ -207,6 +220,7 @@ std::string eval_figures(const EvalRecord& eval) {
 std::string startup_table(const StartupInfo& info, bool color) {
   Table table(color);
   add_run(table, info);
+  add_layout(table, info);
   add_model(table, info);
   add_memory(table, info);
   add_data(table, info);
@@ -242,6 +256,7 @@ std::string final_report(const RunSummary& summary, bool color) {
                                   format_duration(summary.seconds));
   if (summary.mfu) speed += fmt::format(", {:.1f}% of the device's peak", 100.0 * *summary.mfu);
   table.row("speed", speed);
+  table.row("traffic", summary.traffic);
   table.row("checkpoint", summary.checkpoint);
   table.row("metrics", summary.metrics);
   table.row("tensorboard", summary.tensorboard);

@@ -1,6 +1,6 @@
 // Texts for people: what will run, before the first step, and what came out, after the last.
 // Each function returns whole lines that end in a newline, readable without colour, and at most
-// about 35 of them: long lists are cut, with a line that says what the rest adds up to.
+// about 50 of them: long lists are cut, with a line that says what the rest adds up to.
 #pragma once
 
 #include <string>

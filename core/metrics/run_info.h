@@ -39,6 +39,13 @@ struct StartupInfo {
   std::string precision;
   int64_t ranks = 1;
   std::string layout;  // "data 2 x expert 2, ZeRO-1"; empty with one rank
+  // Of a job of several ranks.
+  std::vector<std::string> mesh;  // lines of a drawing: who talks to whom
+  std::optional<int64_t> parameters_of_rank;
+  std::string parameter_memory;  // of one rank: "values 1.20 GiB, gradients ... = 4.1 GiB"
+  std::string in_flight;         // micro-batches whose activations a rank keeps
+  std::string expert_buffer;     // empty without expert parallelism
+  std::string memory_rank;  // whose memory the rows below are, where it is not the same for all
 
   std::string model;  // one line; see describe_model
   std::optional<int64_t> parameters_total;
@@ -81,6 +88,7 @@ struct RunSummary {
   double tokens_per_s = 0;        // mean over this process's steps
   std::optional<double> mfu;
   int64_t skipped_total = 0;
+  std::string traffic;      // of gradients, first rank, this process; empty with one rank
   std::string checkpoint;   // path of the newest; empty = none
   std::string metrics;      // path of metrics.jsonl; empty = not written
   std::string tensorboard;  // folder; empty = not written

@@ -26,6 +26,18 @@ struct StepPhases {
   double checkpoint_stall_ms = 0;  // held up by a save
 };
 
+// Bytes that one rank sent to other ranks for one phase of summing gradients. The baseline is what
+// the same phase in fp32, over all ranks of the group at once, would have sent.
+struct TrafficRecord {
+  int64_t sent = 0, baseline = 0;
+  int64_t sent_between_nodes = 0, baseline_between_nodes = 0;  // parts of the above
+};
+
+// The first rank's traffic of gradients.
+struct GradientTraffic {
+  TrafficRecord reduce_scatter, all_gather;
+};
+
 struct StepRecord {
   int64_t step = 0;   // 1 is the first
   int64_t steps = 0;  // planned for the whole run
@@ -41,6 +53,7 @@ struct StepRecord {
   bool skipped = false;               // gradient not finite: nothing was updated
   int64_t skipped_total = 0;
   StepPhases phases;
+  std::optional<GradientTraffic> traffic;  // absent with one rank
   std::optional<double> gflops_per_s;
   std::optional<double> mfu;  // share of the device's peak, 0 to 1
 };

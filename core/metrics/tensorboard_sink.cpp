@@ -40,6 +40,28 @@ std::string file_header(std::optional<int64_t> resume_step) {
   return header;
 }
 
+// A Scalar does not own its tag.
+struct TrafficTags {
+  const char *sent, *baseline, *sent_between_nodes, *baseline_between_nodes;
+};
+constexpr TrafficTags kReduceScatterTags = {"traffic/reduce_scatter_bytes",
+                                            "traffic/reduce_scatter_fp32_bytes",
+                                            "traffic/reduce_scatter_between_nodes_bytes",
+                                            "traffic/reduce_scatter_between_nodes_fp32_bytes"};
+constexpr TrafficTags kAllGatherTags = {"traffic/all_gather_bytes", "traffic/all_gather_fp32_bytes",
+                                        "traffic/all_gather_between_nodes_bytes",
+                                        "traffic/all_gather_between_nodes_fp32_bytes"};
+
+void add(std::vector<Scalar>& scalars, const TrafficTags& tags, const TrafficRecord& traffic) {
+  if (traffic.baseline == 0) return;
+  scalars.push_back({tags.sent, static_cast<double>(traffic.sent)});
+  scalars.push_back({tags.baseline, static_cast<double>(traffic.baseline)});
+  if (traffic.baseline_between_nodes == 0) return;
+  scalars.push_back({tags.sent_between_nodes, static_cast<double>(traffic.sent_between_nodes)});
+  scalars.push_back(
+      {tags.baseline_between_nodes, static_cast<double>(traffic.baseline_between_nodes)});
+}
+
 }  // namespace
 
 TensorBoardSink::TensorBoardSink(const std::string& folder, std::optional<int64_t> resume_step)
@@ -73,6 +95,10 @@ void TensorBoardSink::on_step(const StepRecord& record) {
     scalars.push_back({"moe/dead_experts", static_cast<double>(experts.dead_worst)});
     scalars.push_back({"moe/dead_experts_average", experts.dead_average});
     scalars.push_back({"moe/balance_loss", experts.balance_loss});
+  }
+  if (record.traffic) {
+    add(scalars, kReduceScatterTags, record.traffic->reduce_scatter);
+    add(scalars, kAllGatherTags, record.traffic->all_gather);
   }
   write(record.step, scalars);
 }

@@ -128,6 +128,35 @@ TEST_CASE("dry run: what this build lacks is marked, warnings are printed", "[dr
   CHECK_THAT(refused.err, Contains("precision.quantization: aware is not available"));
 }
 
+TEST_CASE("dry run: a job of 64 ranks is planned in one process", "[dry_run][layout]") {
+  const Finished planned = run_program(
+      {"--config", std::string(DSTRAIN_SOURCE_DIR) + "/configs/v2-lite-3d.yaml", "--dry-run"});
+  INFO(planned.text());
+  CHECK(planned.code == 0);
+  for (const char* text :
+       {"15.7B parameters, 64 ranks (pipeline 2 x data 8 x tensor 4, expert 8, ZeRO-1)",
+        "  stage 1          ranks 32-63: blocks 14-26, head\n",
+        "  tensor              16 of 4     {0-3} {4-7} .. {60-63}\n",
+        "  of a rank      1.09B parameters\n",
+        "  parameters     values 4.05 GiB, gradients 4.05 GiB, moments 1.84 GiB = 9.94 GiB\n",
+        "  in flight      activations of 2 micro-batches\n",
+        "  expert buffer  294,912 rows of 2048, 8 experts on this rank\n",
+        "Memory of rank 0, in stage 0, which needs the most\n"})
+    CHECK_THAT(planned.out, Contains(text));
+  // All 64 would start here.
+  CHECK_THAT(planned.err, Contains(warning(kBadConfig) + "this needs 4."));
+}
+
+TEST_CASE("dry run: what ZeRO 3 keeps is in the table, and what it costs is a warning",
+          "[dry_run][layout]") {
+  const TinyJob job({"parallel.data=2", "parallel.zero=3", "train.global_batch=8",
+                     "train.micro_batch=2", "train.steps=2", "schedule.warmup=1"});
+  const Finished planned = plan(job);
+  CHECK_THAT(planned.out, Contains("layout         2 ranks, data 2, ZeRO-3\n") &&
+                              Contains("gathered blocks ") && Contains("gradients of blocks in"));
+  CHECK_THAT(planned.err, Contains("warning: parallel.zero 3 sums gradients over ranks after"));
+}
+
 TEST_CASE("dry run: a job that holds nowhere is refused", "[dry_run]") {
   const TinyJob job({"train.micro_batch=3"});
   const Finished refused = job.train({"--dry-run"});

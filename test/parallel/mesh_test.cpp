@@ -156,7 +156,7 @@ TEST_CASE("ProcessMesh: each communicator joins the ranks of its group, in their
                                shape(2, 2, 2, 2, 4), shape(1, 3, 1, 4, 6));
   run_rank_threads(static_cast<int>(s.ranks()), [&](Communicator& world) {
     const auto backend = make_cpu_backend(1);
-    ProcessMesh mesh(s, world, *backend);
+    ProcessMesh mesh(s, world, *backend), planned(s, world.rank(), *backend);
     std::vector<std::string> faults;
     if (&mesh.world() != &world || mesh.place().in_world().rank != world.rank())
       faults.push_back("world");
@@ -166,6 +166,9 @@ TEST_CASE("ProcessMesh: each communicator joins the ranks of its group, in their
       for (const auto& ranks : mesh_groups(s, group))
         if (std::count(ranks.begin(), ranks.end(), world.rank()))
           for (const int rank : ranks) expected.push_back(std::to_string(rank));
+      const Communicator& in_plan = planned.group(group);
+      if (in_plan.rank() != communicator.rank() || in_plan.size() != communicator.size())
+        faults.push_back(std::string("the plan of ") + group_name(group));
       if (communicator.all_gather_text(std::to_string(world.rank())) != expected ||
           expected.at(static_cast<size_t>(communicator.rank())) != std::to_string(world.rank()))
         faults.push_back(group_name(group));
@@ -182,6 +185,24 @@ TEST_CASE("ProcessMesh: only meshes of the world's size are accepted", "[mesh]")
   LocalCommunicator world(*backend);
   CHECK_THROWS_WITH(ProcessMesh(shape(1, 2, 1, 1), world, *backend),
                     Catch::Contains("the layout data 2 is not one of 1 rank"));
+}
+
+TEST_CASE("ProcessMesh: the place of one rank of a plan, where nothing moves", "[mesh]") {
+  const auto backend = make_cpu_backend(1);
+  ProcessMesh mesh(shape(2, 8, 1, 4, 8), 37, *backend);
+  CHECK(mesh.place().in_world().rank == 37);
+  CHECK(mesh.world().size() == 64);
+  Communicator& data = mesh.group(MeshGroup::data);
+  CHECK(data.rank() == 1);
+  CHECK(data.size() == 8);
+  CHECK(mesh.group(MeshGroup::context).size() == 1);
+  CHECK(data.all_gather_text("node") == std::vector<std::string>(8, "node"));
+  const auto stream = backend->make_stream();
+  CHECK_THROWS_WITH(data.all_reduce_sum(*stream, Tensor()),
+                    Catch::Contains("all_reduce_sum in a plan"));
+  CHECK_THROWS_WITH(data.split(0, 0), Catch::Contains("split in a plan"));
+  CHECK_THROWS_WITH(data.barrier(), Catch::Contains("barrier in a plan"));
+  CHECK_THROWS_WITH(ProcessMesh(shape(1, 2, 1, 1), 2, *backend), Catch::Contains("outside"));
 }
 
 TEST_CASE("draw_mesh: axes, stages and the step in a few lines", "[mesh]") {

@@ -48,6 +48,19 @@ TEST_CASE("json_line: one object a line, with ts, level, event and step first") 
   CHECK_FALSE(object.contains("mfu"));
 }
 
+TEST_CASE("json_line: traffic by phase beside its baseline, where there is any") {
+  StepRecord record = example_step(120);
+  CHECK_FALSE(nlohmann::json::parse(json_line(record, 0)).contains("reduce_scatter_bytes"));
+  record.traffic.emplace();
+  record.traffic->reduce_scatter = {50, 1000, 20, 400};
+  const auto object = nlohmann::json::parse(json_line(record, 0));
+  CHECK(object["reduce_scatter_bytes"] == 50);
+  CHECK(object["reduce_scatter_fp32_bytes"] == 1000);
+  CHECK(object["reduce_scatter_between_nodes_bytes"] == 20);
+  CHECK(object["reduce_scatter_between_nodes_fp32_bytes"] == 400);
+  CHECK_FALSE(object.contains("all_gather_bytes"));
+}
+
 TEST_CASE("json_line: doubles read back to the same bits") {
   StepRecord record = example_step(1);
   for (const double value : {0.1, 1.0 / 3, 3.0, 1e-310, 1.7976931348623157e308, -0.0, 5e-324}) {

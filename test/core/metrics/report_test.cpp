@@ -73,6 +73,27 @@ TEST_CASE("startup_table: a resumed run, a layout, and what a dry run does not k
   CHECK_THAT(text, Catch::EndsWith("Dry run: nothing is trained or written.\n"));
 }
 
+TEST_CASE("startup_table: the layout of a job of several ranks") {
+  StartupInfo info = example_start();
+  info.ranks = 4;
+  info.layout = "data 2 x tensor 2, ZeRO-1";
+  info.mesh = {"data       2 of 2  {0 2} {1 3}", "tensor     2 of 2  {0-1} {2-3}"};
+  info.parameters_of_rank = 3562752;
+  info.parameter_memory = "values 13.6 MiB, moments 27.2 MiB = 40.8 MiB";
+  info.in_flight = "activations of 1 micro-batch";
+  info.memory_rank = "rank 3";
+  const std::string text = startup_table(info, false);
+  CHECK_THAT(text, Catch::Contains("  layout         4 ranks, data 2 x tensor 2, ZeRO-1\n"
+                                   "Layout\n"
+                                   "  data       2 of 2  {0 2} {1 3}\n"
+                                   "  tensor     2 of 2  {0-1} {2-3}\n"
+                                   "  of a rank      3.56M parameters\n"
+                                   "  parameters     values 13.6 MiB, moments 27.2 MiB = 40.8 MiB\n"
+                                   "  in flight      activations of 1 micro-batch\n"
+                                   "Model\n"));
+  CHECK_THAT(text, Catch::Contains("Memory of rank 3\n"));
+}
+
 TEST_CASE("startup_table: long lists and lines are cut, sums stay true") {
   StartupInfo info = example_start();
   info.memory.clear();
