@@ -22,6 +22,7 @@ std::string describe_phase(const char* name, const PhaseTraffic& phase) {
   if (phase.baseline_between_nodes > 0)
     text += fmt::format(" (between nodes {}, {})", format_bytes(phase.sent_between_nodes),
                         share(phase.sent_between_nodes, phase.baseline_between_nodes));
+  if (phase.seconds > 0) text += fmt::format(" in {:.3g} s", phase.seconds);
   return text;
 }
 
@@ -61,6 +62,7 @@ PhaseTraffic& PhaseTraffic::operator+=(const PhaseTraffic& other) {
   baseline += other.baseline;
   sent_between_nodes += other.sent_between_nodes;
   baseline_between_nodes += other.baseline_between_nodes;
+  seconds += other.seconds;
   return *this;
 }
 

@@ -53,6 +53,7 @@ NodeSplit split_by_node(Communicator& all, const std::string& node);
 struct PhaseTraffic {
   int64_t sent = 0, baseline = 0;
   int64_t sent_between_nodes = 0, baseline_between_nodes = 0;  // parts of the above
+  double seconds = 0;  // that the host spent in the calls, compression included; on a CPU all there is
   PhaseTraffic& operator+=(const PhaseTraffic& other);
 };
 struct GradTraffic {
