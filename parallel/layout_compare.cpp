@@ -1,7 +1,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <map>
 
 #include "parallel/layout_run.h"
 
@@ -12,17 +11,6 @@ double norm_of(const std::vector<double>& x) {
   double sum = 0;
   for (const double v : x) sum += v * v;
   return std::sqrt(sum);
-}
-
-// Gradients before clipping, from first moments that were zero.
-std::map<std::string, std::vector<double>> gradients_of(const Config& config, const LayoutRun& run) {
-  const double clip = config.optimizer.grad_clip, norm = run.steps.at(0).grad_norm;
-  const double scale = clip > 0 ? std::min(1.0, clip / (norm + 1e-6)) : 1.0;
-  std::map<std::string, std::vector<double>> out;
-  for (const auto& [name, tensor] : run.first_moments)
-    for (const float m : tensor.values)
-      out[name].push_back(static_cast<double>(m) / (1 - config.optimizer.betas.first) / scale);
-  return out;
 }
 
 // Keeps the larger value; the first NaN stays.
@@ -41,7 +29,7 @@ void compare_gradients(const Config& config, const LayoutRun& reference, const L
     std::vector<double> difference(g.size());
     for (size_t i = 0; i < g.size(); ++i) difference[i] = at->second[i] - g[i];
     const double size = std::max(norm_of(g), floor * reference.steps.at(0).grad_norm);
-    note(check, norm_of(difference) / size, name.substr(std::string("adamw.exp_avg.").size()));
+    note(check, norm_of(difference) / size, name);
   }
 }
 
@@ -81,6 +69,19 @@ void compare_parameters(const Config& config, const LayoutRun& reference, const 
 }
 
 }  // namespace
+
+// From first moments that were zero.
+std::map<std::string, std::vector<double>> gradients_of(const Config& config, const LayoutRun& run) {
+  const std::string kind = "adamw.exp_avg.";
+  const double clip = config.optimizer.grad_clip, norm = run.steps.at(0).grad_norm;
+  const double scale = clip > 0 ? std::min(1.0, clip / (norm + 1e-6)) : 1.0;
+  std::map<std::string, std::vector<double>> out;
+  for (const auto& [name, tensor] : run.first_moments)
+    for (const float m : tensor.values)
+      out[name.substr(kind.size())].push_back(static_cast<double>(m) /
+                                              (1 - config.optimizer.betas.first) / scale);
+  return out;
+}
 
 std::vector<LayoutCheck> compare_layouts(const Config& config, const LayoutRun& reference,
                                          const LayoutRun& run, const LayoutTolerances& tolerances) {

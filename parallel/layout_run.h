@@ -6,6 +6,7 @@
 #include <chrono>
 #include <cstdint>
 #include <functional>
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -80,6 +81,8 @@ struct LayoutTolerances {
 };
 std::vector<LayoutCheck> compare_layouts(const Config& config, const LayoutRun& reference,
                                          const LayoutRun& run, const LayoutTolerances& tolerances = {});
+// Gradients of step 1 before clipping, by parameter.
+std::map<std::string, std::vector<double>> gradients_of(const Config& config, const LayoutRun& run);
 // "" if all steps and the final state have the same bits, else the first difference.
 std::string bit_difference(const LayoutRun& a, const LayoutRun& b);
 
