@@ -76,7 +76,9 @@ struct LayoutTolerances {
   double gradient = 1e-5;   // relative L2 of each tensor, of step 1, before clipping
   double gradient_floor = 1e-6;  // of the global norm: tensors below it are measured against that
   double loss = 2e-6;       // relative, every step
-  double parameter = 1e-3;  // RMS of each tensor, of the learning rate times steps, after the last step
+  // RMS of each tensor after the last step, of the learning rate times steps: an element whose gradient is
+  // rounding alone goes its own way.
+  double parameter = 1e-2;
   double margin = 1e-5;     // of scores, where the routing would have been another
 };
 std::vector<LayoutCheck> compare_layouts(const Config& config, const LayoutRun& reference,
