@@ -88,13 +88,15 @@ std::vector<LayoutJob> all_layouts(TinyModel model, int ranks, int64_t zero) {
   return jobs;
 }
 
-LayoutReference::LayoutReference(const Config& job, int64_t steps)
+LayoutReference::LayoutReference(const Config& job, int64_t steps,
+                                 const std::function<void(TrainEngine&)>& at_start)
     : config(with_shape(job, {})),
       record(std::make_shared<RoutingRecord>(job.train.global_batch, job.data.seq_len,
                                              std::max<int64_t>(1, job.model.num_experts_per_tok))) {
   LayoutRunOptions options;
   options.steps = steps;
   options.record = record;
+  options.at_start = at_start;
   run = run_layout(config, {}, options);
 }
 

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -36,7 +37,7 @@ std::vector<LayoutJob> all_layouts(TinyModel model, int ranks, int64_t zero);
 
 // One rank's run of a job, with its routing.
 struct LayoutReference {
-  LayoutReference(const Config& job, int64_t steps);
+  LayoutReference(const Config& job, int64_t steps, const std::function<void(TrainEngine&)>& at_start = {});
   Config config;
   std::shared_ptr<RoutingRecord> record;
   LayoutRun run;
