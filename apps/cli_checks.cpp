@@ -32,12 +32,14 @@ void declare_config_commands(Command root, CommandOptions& options) {
 
 void declare_checks(Command root, CommandOptions& options) {
   Command verify =
-      root.add_command("verify", "compares with recorded numbers of Hugging Face transformers");
-  verify.add_text("--reference", options.verify.reference, "DIR",
-                  "config.json, model.safetensors, reference.safetensors", Presence::required);
+      root.add_command("verify", "compares layouts of a job, or numbers of Hugging Face models");
   declare_config(verify, /*with_aliases=*/false);
-  verify.add_integer("--ranks", options.verify.ranks, in_range(1, 65536), "ranks to run on");
-  verify.add_flag("--json", options.verify.json, "one JSON object");
+  verify.add_integer("--ranks", options.verify.ranks, in_range(2, 64),
+                     "most ranks of a layout (default 4, or 8 for three axes)");
+  verify.add_flag("--all", options.verify.all, "every legal layout");
+  verify.add_text("--reference", options.verify.reference, "DIR",
+                  "compare with config.json, model.safetensors, reference.safetensors there");
+  verify.add_flag("--json", options.verify.json, "one JSON object a line");
   verify.on_given([&options](const ScannedLine& line) {
     options.verify.config = config_source(line);
     return invoke("verify", options.verify, cmd_verify);

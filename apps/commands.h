@@ -150,11 +150,12 @@ int cmd_config_explain(const ConfigOptions& options);
 int cmd_config_schema(const ConfigOptions& options);
 int cmd_config_show(const ConfigOptions& options);
 
-// verify --reference DIR
+// verify --config FILE | --reference DIR
 struct VerifyOptions {
   std::string reference;  // config.json, model.safetensors and reference.safetensors
-  ConfigSource config;    // layout and precision to check
-  std::optional<int64_t> ranks;
+  ConfigSource config;    // the job whose layouts are compared; with reference: its train.recompute
+  std::optional<int64_t> ranks;  // most ranks of a layout; none: see plan_verification()
+  bool all = false;              // every legal layout
   bool json = false;
 };
 int cmd_verify(const VerifyOptions& options);
