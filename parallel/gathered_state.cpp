@@ -8,7 +8,9 @@
 namespace dstrain {
 namespace {
 
-std::string key_of(const StateSlice& slice) { return slice.kind + "." + slice.parameter->spec.name; }
+std::string key_of(const StateSlice& slice) {
+  return slice.kind + "." + slice.parameter->spec.name;
+}
 
 void set_shape(GatheredTensor& tensor, std::vector<int64_t> shape) {
   if (!tensor.shape.empty()) return;
@@ -55,26 +57,29 @@ void share_state(Communicator& ranks, Stream& stream, GatheredState& state) {
     }
   }
   for (auto& [name, tensor] : state)
-    for (void* data : {static_cast<void*>(tensor.values.data()), static_cast<void*>(tensor.brought.data())})
+    for (void* data :
+         {static_cast<void*>(tensor.values.data()), static_cast<void*>(tensor.brought.data())})
       ranks.all_reduce_sum(stream, Tensor(data, DType::i32, {std::ssize(tensor.values)}));
 }
 
 void require_whole(const GatheredState& state) {
   for (const auto& [name, tensor] : state)
     for (size_t i = 0; i < tensor.brought.size(); ++i)
-      DSTRAIN_CHECK(tensor.brought[i] == 1, "element " + std::to_string(i) + " of '" + name + "' is on " +
-                                                std::to_string(tensor.brought[i]) + " ranks");
+      DSTRAIN_CHECK(tensor.brought[i] == 1, "element " + std::to_string(i) + " of '" + name +
+                                                "' is on " + std::to_string(tensor.brought[i]) +
+                                                " ranks");
 }
 
-std::string copy_difference(TrainEngine& engine, std::span<const StateSlice> slices, const std::string& kind,
-                            const GatheredState& state) {
+std::string copy_difference(TrainEngine& engine, std::span<const StateSlice> slices,
+                            const std::string& kind, const GatheredState& state) {
   for (const StateSlice& slice : slices) {
     if (slice.kind != kind) continue;
     const std::vector<float> values = read_tensor(engine.backend(), engine.stream(), slice.data);
     const std::vector<float>& whole = state.at(key_of(slice)).values;
     for (int64_t i = slice.begin; i < slice.end; ++i) {
       const size_t at = static_cast<size_t>(slice.parameter->global_index(i));
-      if (std::memcmp(&values[static_cast<size_t>(i - slice.begin)], &whole[at], sizeof(float)) != 0)
+      if (std::memcmp(&values[static_cast<size_t>(i - slice.begin)], &whole[at], sizeof(float)) !=
+          0)
         return key_of(slice);
     }
   }
@@ -85,7 +90,8 @@ std::string bit_difference(const GatheredState& a, const GatheredState& b) {
   for (const auto& [name, tensor] : a) {
     const auto at = b.find(name);
     if (at == b.end() || at->second.values.size() != tensor.values.size() ||
-        std::memcmp(at->second.values.data(), tensor.values.data(), tensor.values.size() * sizeof(float)) != 0)
+        std::memcmp(at->second.values.data(), tensor.values.data(),
+                    tensor.values.size() * sizeof(float)) != 0)
       return name;
   }
   return "";

@@ -20,12 +20,13 @@ void note(LayoutCheck& check, double value, const std::string& where) {
   check.where = where;
 }
 
-void compare_gradients(const Config& config, const LayoutRun& reference, const LayoutRun& run, double floor,
-                       LayoutCheck& check) {
+void compare_gradients(const Config& config, const LayoutRun& reference, const LayoutRun& run,
+                       double floor, LayoutCheck& check) {
   const auto expected = gradients_of(config, reference), got = gradients_of(config, run);
   for (const auto& [name, g] : expected) {
     const auto at = got.find(name);
-    DSTRAIN_CHECK(at != got.end() && at->second.size() == g.size(), "the runs differ in '" + name + "'");
+    DSTRAIN_CHECK(at != got.end() && at->second.size() == g.size(),
+                  "the runs differ in '" + name + "'");
     std::vector<double> difference(g.size());
     for (size_t i = 0; i < g.size(); ++i) difference[i] = at->second[i] - g[i];
     const double size = std::max(norm_of(g), floor * reference.steps.at(0).grad_norm);
@@ -38,7 +39,8 @@ void compare_losses(const LayoutRun& reference, const LayoutRun& run, LayoutChec
     const StepResult &a = reference.steps[s], &b = run.steps.at(s);
     const std::string where = "step " + std::to_string(s + 1);
     auto relative = [&](double expected, double got, const std::string& what) {
-      if (expected != 0 || got != 0) note(check, std::abs(got - expected) / std::abs(expected), where + what);
+      if (expected != 0 || got != 0)
+        note(check, std::abs(got - expected) / std::abs(expected), where + what);
     };
     relative(a.loss, b.loss, "");
     relative(a.mtp_loss, b.mtp_loss, ", prediction modules");
@@ -48,8 +50,8 @@ void compare_losses(const LayoutRun& reference, const LayoutRun& run, LayoutChec
   }
 }
 
-// Parameters after the last step, in what the learning rate lets an element move. Buffers, which count tokens,
-// must be the same where the routing was.
+// Parameters after the last step, in what the learning rate lets an element move. Buffers, which
+// count tokens, must be the same where the routing was.
 void compare_parameters(const Config& config, const LayoutRun& reference, const LayoutRun& run,
                         LayoutCheck& check) {
   const double reach = config.optimizer.lr * static_cast<double>(reference.steps.size());
@@ -60,7 +62,8 @@ void compare_parameters(const Config& config, const LayoutRun& reference, const 
     if (buffer && !run.replayed) continue;
     const std::vector<float>& values = run.state.at(name).values;
     double sum = 0;
-    for (size_t i = 0; i < values.size(); ++i) sum += std::pow(double{values[i]} - tensor.values[i], 2);
+    for (size_t i = 0; i < values.size(); ++i)
+      sum += std::pow(double{values[i]} - tensor.values[i], 2);
     if (buffer)
       note(check, sum == 0 ? 0.0 : INFINITY, parameter);
     else
@@ -71,7 +74,8 @@ void compare_parameters(const Config& config, const LayoutRun& reference, const 
 }  // namespace
 
 // From first moments that were zero.
-std::map<std::string, std::vector<double>> gradients_of(const Config& config, const LayoutRun& run) {
+std::map<std::string, std::vector<double>> gradients_of(const Config& config,
+                                                        const LayoutRun& run) {
   const std::string kind = "adamw.exp_avg.";
   const double clip = config.optimizer.grad_clip, norm = run.steps.at(0).grad_norm;
   const double scale = clip > 0 ? std::min(1.0, clip / (norm + 1e-6)) : 1.0;
@@ -103,7 +107,8 @@ std::vector<LayoutCheck> compare_layouts(const Config& config, const LayoutRun& 
 
 std::string bit_difference(const LayoutRun& a, const LayoutRun& b) {
   for (size_t s = 0; s < a.steps.size(); ++s)
-    if (s >= b.steps.size() || std::memcmp(&a.steps[s].loss, &b.steps[s].loss, sizeof(double)) != 0 ||
+    if (s >= b.steps.size() ||
+        std::memcmp(&a.steps[s].loss, &b.steps[s].loss, sizeof(double)) != 0 ||
         std::memcmp(&a.steps[s].grad_norm, &b.steps[s].grad_norm, sizeof(double)) != 0)
       return "step " + std::to_string(s + 1);
   return bit_difference(a.state, b.state);

@@ -19,14 +19,15 @@ struct Shared {
 
 class RankRun {
  public:
-  RankRun(const Config& config, const MeshShape& shape, const LayoutRunOptions& options, Communicator& world,
-          Shared& shared)
+  RankRun(const Config& config, const MeshShape& shape, const LayoutRunOptions& options,
+          Communicator& world, Shared& shared)
       : config_(config),
         options_(options),
         shared_(shared),
         world_(world),
         backend_(make_cpu_backend(options.threads)),
-        job_(config, shape, world, *backend_, "this machine", /*training=*/true, options.fault.wrap),
+        job_(config, shape, world, *backend_, "this machine", /*training=*/true,
+             options.fault.wrap),
         sequences_(config) {
     TrainEngine& engine = job_.engine();
     engine.allocate();
@@ -34,7 +35,8 @@ class RankRun {
     if (options.at_start) options.at_start(engine);
     engine.set_progress(options.first_step, options.first_step);
     if (!options.record) return;
-    tap_ = std::make_unique<RoutingTap>(config, job_.mesh().place(), *options.record, options.replay);
+    tap_ =
+        std::make_unique<RoutingTap>(config, job_.mesh().place(), *options.record, options.replay);
     engine.set_routing_hook(tap_.get());
   }
 
@@ -73,7 +75,8 @@ class RankRun {
   // Of all kinds where `kind` is empty.
   void collect(const std::string& kind, GatheredState& state) {
     std::vector<StateSlice> slices = job_.engine().saved_state();
-    std::erase_if(slices, [&](const StateSlice& slice) { return !kind.empty() && slice.kind != kind; });
+    std::erase_if(slices,
+                  [&](const StateSlice& slice) { return !kind.empty() && slice.kind != kind; });
     const std::scoped_lock lock(shared_.mutex);
     gather_state(job_.engine(), slices, state);
   }
@@ -139,12 +142,14 @@ LayoutRun finished(LayoutRun run, const MeshShape& shape, const LayoutRunOptions
 
 }  // namespace
 
-LayoutRun run_layout(const Config& config, const MeshShape& shape, const LayoutRunOptions& options) {
+LayoutRun run_layout(const Config& config, const MeshShape& shape,
+                     const LayoutRunOptions& options) {
   Shared shared;
   const auto begin = std::chrono::steady_clock::now();
   run_rank_threads(
       static_cast<int>(shape.ranks()),
-      [&](Communicator& world) { RankRun(config, shape, options, world, shared).run(); }, {options.timeout});
+      [&](Communicator& world) { RankRun(config, shape, options, world, shared).run(); },
+      {options.timeout});
   return finished(std::move(shared.run), shape, options, begin);
 }
 

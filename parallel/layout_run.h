@@ -1,6 +1,6 @@
-// A short training run of a job at any layout, on ranks that are threads of this process or processes of
-// their own, and the comparison of two such runs: what `verify` and the layout tests are made of. Batches are
-// random tokens in packed documents, the same for every layout.
+// A short training run of a job at any layout, on ranks that are threads of this process or
+// processes of their own, and the comparison of two such runs: what `verify` and the layout tests
+// are made of. Batches are random tokens in packed documents, the same for every layout.
 #pragma once
 
 #include <chrono>
@@ -30,7 +30,8 @@ struct LayoutRun {
   bool replayed = false;        // a recorded routing
   RoutingFlips flips;           // over all ranks, where a routing was replayed
   GradTraffic traffic;          // of rank 0, of this rank where ranks are processes
-  // What ranks do not agree on: a parameter of which they hold copies, or the sums of a step. "" if they do.
+  // What ranks do not agree on: a parameter of which they hold copies, or the sums of a step. "" if
+  // they do.
   std::string disagreement;
   double seconds = 0;
 };
@@ -58,8 +59,8 @@ struct LayoutRunOptions {
 
 // The job's learning rate stays constant. Throws what a rank throws.
 LayoutRun run_layout(const Config& config, const MeshShape& shape, const LayoutRunOptions& options);
-// The same with this process as one of world.size() = shape.ranks() ranks; a collective call. All ranks get
-// the whole result.
+// The same with this process as one of world.size() = shape.ranks() ranks; a collective call. All
+// ranks get the whole result.
 LayoutRun run_layout_on(Communicator& world, const Config& config, const MeshShape& shape,
                         const LayoutRunOptions& options);
 
@@ -73,16 +74,17 @@ struct LayoutCheck {
   bool ok() const { return worst <= limit; }  // false for NaN
 };
 struct LayoutTolerances {
-  double gradient = 1e-5;   // relative L2 of each tensor, of step 1, before clipping
+  double gradient = 1e-5;        // relative L2 of each tensor, of step 1, before clipping
   double gradient_floor = 1e-6;  // of the global norm: tensors below it are measured against that
-  double loss = 2e-6;       // relative, every step
-  // RMS of each tensor after the last step, of the learning rate times steps: an element whose gradient is
-  // rounding alone goes its own way.
+  double loss = 2e-6;            // relative, every step
+  // RMS of each tensor after the last step, of the learning rate times steps: an element whose
+  // gradient is rounding alone goes its own way.
   double parameter = 1e-2;
-  double margin = 1e-5;     // of scores, where the routing would have been another
+  double margin = 1e-5;  // of scores, where the routing would have been another
 };
 std::vector<LayoutCheck> compare_layouts(const Config& config, const LayoutRun& reference,
-                                         const LayoutRun& run, const LayoutTolerances& tolerances = {});
+                                         const LayoutRun& run,
+                                         const LayoutTolerances& tolerances = {});
 // Gradients of step 1 before clipping, by parameter.
 std::map<std::string, std::vector<double>> gradients_of(const Config& config, const LayoutRun& run);
 // "" if all steps and the final state have the same bits, else the first difference.

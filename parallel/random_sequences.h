@@ -1,5 +1,5 @@
-// Sequences of random tokens in documents of random length, for runs that need no dataset: each is a function
-// of the seed and its number alone.
+// Sequences of random tokens in documents of random length, for runs that need no dataset: each is
+// a function of the seed and its number alone.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
-// Resuming at another layout: a checkpoint of one layout, read by another, has the same parameters and moments
-// bit for bit, and the run goes on as if one rank had made it from the start.
+// Resuming at another layout: a checkpoint of one layout, read by another, has the same parameters
+// and moments bit for bit, and the run goes on as if one rank had made it from the start.
 #include <algorithm>
 #include <vector>
 
@@ -40,7 +40,8 @@ struct SavedRun {
   std::string checkpoint;
 };
 
-SavedRun run_and_save(const LayoutReference& reference, const LayoutJob& job, const std::string& folder) {
+SavedRun run_and_save(const LayoutReference& reference, const LayoutJob& job,
+                      const std::string& folder) {
   CheckpointStore store(folder, 2);
   const SaveAttempt attempt = store.begin(kSavedStep);
   std::vector<ShardInfo> shards;
@@ -58,8 +59,8 @@ SavedRun run_and_save(const LayoutReference& reference, const LayoutJob& job, co
 }
 
 // What it has before its first step, where steps is 0.
-LayoutRun resume(const LayoutReference& reference, const LayoutJob& job, const std::string& checkpoint,
-                 int64_t steps) {
+LayoutRun resume(const LayoutReference& reference, const LayoutJob& job,
+                 const std::string& checkpoint, int64_t steps) {
   LayoutRunOptions options = replay_options(reference);
   options.first_step = kSavedStep;
   options.steps = steps;
@@ -70,7 +71,8 @@ LayoutRun resume(const LayoutReference& reference, const LayoutJob& job, const s
   return run_layout(job.config, job.shape, options);
 }
 
-// The reference from the saved step on. Its first moments are no gradients of a first step any more.
+// The reference from the saved step on. Its first moments are no gradients of a first step any
+// more.
 LayoutRun rest_of(LayoutRun run) {
   run.steps.erase(run.steps.begin(), run.steps.begin() + kSavedStep);
   run.first_moments.clear();
@@ -101,7 +103,8 @@ TEST_CASE("layouts: 12 random pairs, experts saved at one and resumed at the oth
   check_pairs(TinyModel::moe, 11, 12);
 }
 
-TEST_CASE("layouts: 8 random pairs, a dense model saved at one and resumed at the other", "[ranks]") {
+TEST_CASE("layouts: 8 random pairs, a dense model saved at one and resumed at the other",
+          "[ranks]") {
   check_pairs(TinyModel::dense, 12, 8);
 }
 

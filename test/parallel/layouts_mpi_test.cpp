@@ -1,5 +1,5 @@
-// Layouts on MPI processes against one rank, which every process computes for itself. Any two axes meet in one
-// of the layouts, and each ZeRO stage and schedule occurs.
+// Layouts on MPI processes against one rank, which every process computes for itself. Any two axes
+// meet in one of the layouts, and each ZeRO stage and schedule occurs.
 #include "test/support/catch.h"
 #include "test/support/layout_jobs.h"
 #include "test/support/mpi_ranks.h"
@@ -32,9 +32,9 @@ void check_on_processes(const std::vector<LayoutJob>& jobs) {
 }
 
 TEST_CASE("layouts: 2 processes", "[ranks2]") {
-  check_on_processes({moe({.data = 2, .expert = 2}, 1), moe({.context = 2}, 2), moe({.tensor = 2, .expert = 2}, 3),
-                      moe({.pipeline = 2}, 1, zero_bubble), dense({.pipeline = 2}, 3, interleaved),
-                      dense({.data = 2}, 0)});
+  check_on_processes({moe({.data = 2, .expert = 2}, 1), moe({.context = 2}, 2),
+                      moe({.tensor = 2, .expert = 2}, 3), moe({.pipeline = 2}, 1, zero_bubble),
+                      dense({.pipeline = 2}, 3, interleaved), dense({.data = 2}, 0)});
 }
 
 TEST_CASE("layouts: 4 processes", "[ranks4]") {

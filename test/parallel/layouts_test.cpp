@@ -1,4 +1,5 @@
-// Every legal layout of 2, 4 and 8 ranks against one rank: gradients, losses, parameters, and copies of them.
+// Every legal layout of 2, 4 and 8 ranks against one rank: gradients, losses, parameters, and
+// copies of them.
 #include <map>
 
 #include "test/support/catch.h"
@@ -43,7 +44,9 @@ void check_with(TinyModel model, int ranks, int64_t zero, bool pipeline) {
   check_layouts(jobs);
 }
 
-TEST_CASE("layouts: experts on 2 ranks", "[ranks]") { check_all(TinyModel::moe, 2); }
+TEST_CASE("layouts: experts on 2 ranks", "[ranks]") {
+  check_all(TinyModel::moe, 2);
+}
 TEST_CASE("layouts: experts on 4 ranks", "[ranks]") {
   for (int64_t zero = 0; zero <= 3; ++zero) check_with(TinyModel::moe, 4, zero, false);
 }
@@ -51,10 +54,18 @@ TEST_CASE("layouts: experts on 4 ranks in a pipeline", "[ranks]") {
   for (int64_t zero = 0; zero <= 3; ++zero) check_with(TinyModel::moe, 4, zero, true);
 }
 
-TEST_CASE("layouts: experts on 8 ranks with ZeRO 0", "[ranks]") { check_with(TinyModel::moe, 8, 0, false); }
-TEST_CASE("layouts: experts on 8 ranks with ZeRO 1", "[ranks]") { check_with(TinyModel::moe, 8, 1, false); }
-TEST_CASE("layouts: experts on 8 ranks with ZeRO 2", "[ranks]") { check_with(TinyModel::moe, 8, 2, false); }
-TEST_CASE("layouts: experts on 8 ranks with ZeRO 3", "[ranks]") { check_with(TinyModel::moe, 8, 3, false); }
+TEST_CASE("layouts: experts on 8 ranks with ZeRO 0", "[ranks]") {
+  check_with(TinyModel::moe, 8, 0, false);
+}
+TEST_CASE("layouts: experts on 8 ranks with ZeRO 1", "[ranks]") {
+  check_with(TinyModel::moe, 8, 1, false);
+}
+TEST_CASE("layouts: experts on 8 ranks with ZeRO 2", "[ranks]") {
+  check_with(TinyModel::moe, 8, 2, false);
+}
+TEST_CASE("layouts: experts on 8 ranks with ZeRO 3", "[ranks]") {
+  check_with(TinyModel::moe, 8, 3, false);
+}
 TEST_CASE("layouts: experts on 8 ranks in a pipeline with ZeRO 0", "[ranks]") {
   check_with(TinyModel::moe, 8, 0, true);
 }
@@ -77,10 +88,12 @@ TEST_CASE("layouts: a dense model with a tied head on 4 ranks", "[ranks]") {
 TEST_CASE("layouts: a dense model with a tied head on 8 ranks", "[ranks]") {
   for (int64_t zero = 0; zero <= 3; ++zero) check_with(TinyModel::dense, 8, zero, false);
 }
-TEST_CASE("layouts: a dense model with a tied head on 8 ranks in a pipeline, ZeRO 0 and 1", "[ranks]") {
+TEST_CASE("layouts: a dense model with a tied head on 8 ranks in a pipeline, ZeRO 0 and 1",
+          "[ranks]") {
   for (int64_t zero = 0; zero <= 1; ++zero) check_with(TinyModel::dense, 8, zero, true);
 }
-TEST_CASE("layouts: a dense model with a tied head on 8 ranks in a pipeline, ZeRO 2 and 3", "[ranks]") {
+TEST_CASE("layouts: a dense model with a tied head on 8 ranks in a pipeline, ZeRO 2 and 3",
+          "[ranks]") {
   for (int64_t zero = 2; zero <= 3; ++zero) check_with(TinyModel::dense, 8, zero, true);
 }
 

@@ -15,7 +15,9 @@ Filter named(const std::string& part) {
   return [part](const Parameter& p) { return p.spec.name.find(part) != std::string::npos; };
 }
 
-bool any_parameter(const Parameter&) { return true; }
+bool any_parameter(const Parameter&) {
+  return true;
+}
 
 // Elements [begin, end) of a parameter that this rank updates, and their gradients.
 struct UpdatedPart {
@@ -41,9 +43,11 @@ std::vector<UpdatedPart> updated_parts(const ParamStore& store) {
 // Sums of gradients times a factor.
 class ScaledSums : public WrappedParamStore {
  public:
-  ScaledSums(std::unique_ptr<ParamStore> inner, ParameterSet& parameters, const RankPlace& place, Filter filter,
-             float factor)
-      : WrappedParamStore(std::move(inner), parameters, place), filter_(std::move(filter)), factor_(factor) {}
+  ScaledSums(std::unique_ptr<ParamStore> inner, ParameterSet& parameters, const RankPlace& place,
+             Filter filter, float factor)
+      : WrappedParamStore(std::move(inner), parameters, place),
+        filter_(std::move(filter)),
+        factor_(factor) {}
   void reduce_gradients(DistStream dist) override {
     inner_->reduce_gradients(dist);
     for (const UpdatedPart& part : updated_parts(*inner_))
@@ -201,11 +205,13 @@ class NoSequenceSums : public WrappedSequenceSums {
 // Every token counts once per tensor-parallel rank.
 class ScaledSequenceSums : public WrappedSequenceSums {
  public:
-  ScaledSequenceSums(SequenceSums& inner, const RankPlace& place) : WrappedSequenceSums(inner), place_(place) {}
+  ScaledSequenceSums(SequenceSums& inner, const RankPlace& place)
+      : WrappedSequenceSums(inner), place_(place) {}
   void reduce_finish(DistStream dist, const Tensor& x) override {
     inner_.reduce_finish(dist, x);
     if (dist.dry) return;
-    std::for_each_n(x.data<float>(), x.numel(), [&](float& v) { v *= static_cast<float>(place_.tensor.size); });
+    std::for_each_n(x.data<float>(), x.numel(),
+                    [&](float& v) { v *= static_cast<float>(place_.tensor.size); });
   }
 
  private:
@@ -217,7 +223,8 @@ class OwnKeyGradients : public WrappedKvExchange {
  public:
   OwnKeyGradients(KvExchange& inner, const RankPlace& place, const Config& config)
       : WrappedKvExchange(inner), place_(place), length_(config.data.seq_len) {}
-  void reduce_start(DistStream dist, int layer, const Tensor& dk_UGQ, const Tensor& dv_UGW) override {
+  void reduce_start(DistStream dist, int layer, const Tensor& dk_UGQ,
+                    const Tensor& dv_UGW) override {
     if (!dist.dry)
       for (const Tensor& x : {dk_UGQ, dv_UGW}) drop_others(x);
     inner_.reduce_start(dist, layer, dk_UGQ, dv_UGW);
@@ -266,14 +273,17 @@ class NoWeightGradients : public WrappedDispatcher {
 
 PlantedFault planted(const DistributionParts& parts) {
   PlantedFault fault;
-  fault.wrap = [parts](Distribution& inner) { return std::make_unique<WrappedDistribution>(inner, parts); };
+  fault.wrap = [parts](Distribution& inner) {
+    return std::make_unique<WrappedDistribution>(inner, parts);
+  };
   return fault;
 }
 
 template <class Store, class... Args>
 PlantedFault store(const Args&... args) {
   DistributionParts parts;
-  parts.store = [=](std::unique_ptr<ParamStore> inner, ParameterSet& parameters, const RankPlace& place) {
+  parts.store = [=](std::unique_ptr<ParamStore> inner, ParameterSet& parameters,
+                    const RankPlace& place) {
     return std::make_unique<Store>(std::move(inner), parameters, place, args...);
   };
   return planted(parts);
@@ -300,10 +310,15 @@ PlantedFault edit_batch(std::function<void(const RankPlace&, int64_t, SequenceBa
 
 // --- the faults of each axis
 
-LayoutJob moe(const MeshShape& shape, int64_t zero = 1) { return job_at(tiny_moe_job(4), shape, zero); }
-LayoutJob dense(const MeshShape& shape, int64_t zero = 1) { return job_at(tiny_dense_job(4), shape, zero); }
+LayoutJob moe(const MeshShape& shape, int64_t zero = 1) {
+  return job_at(tiny_moe_job(4), shape, zero);
+}
+LayoutJob dense(const MeshShape& shape, int64_t zero = 1) {
+  return job_at(tiny_dense_job(4), shape, zero);
+}
 
-constexpr MeshShape kPipeline{.pipeline = 2}, kData{.data = 2}, kContext{.context = 2}, kTensor{.tensor = 2};
+constexpr MeshShape kPipeline{.pipeline = 2}, kData{.data = 2}, kContext{.context = 2},
+    kTensor{.tensor = 2};
 constexpr MeshShape kExpert{.data = 2, .expert = 2};
 const char* const kGradients = "gradients of step 1";
 const char* const kNorm = "gradient norm of step 1";
@@ -318,8 +333,10 @@ void add_data_faults(std::vector<LayoutFault>& all) {
   uneven.config.run.seed = 7;  // other numbers of targets on the two ranks in the first step
   all.push_back({"the loss is the mean of the ranks' means", uneven, kGradients,
                  store<MeanOfMeans>(uneven.config)});
-  all.push_back({"the norm counts one rank's gradients twice", dense(kData), kNorm, store<NormTwice>()});
-  all.push_back({"a rank keeps old values of another rank's shard", dense(kData), kCopies, store<StaleValues>()});
+  all.push_back(
+      {"the norm counts one rank's gradients twice", dense(kData), kNorm, store<NormTwice>()});
+  all.push_back({"a rank keeps old values of another rank's shard", dense(kData), kCopies,
+                 store<StaleValues>()});
   all.push_back({"a rank skips the targets of a micro-batch", dense(kData), kLosses,
                  edit_batch([](const RankPlace& place, int64_t m, SequenceBatch& batch) {
                    if (place.data.rank == 1 && m == 1) std::ranges::fill(batch.targets_T, -1);
@@ -332,9 +349,10 @@ void add_data_faults(std::vector<LayoutFault>& all) {
 }
 
 void add_tensor_faults(std::vector<LayoutFault>& all) {
-  all.push_back({"norm weights keep their own gradients under tensor parallelism", dense(kTensor, 0), kGradients,
-                 store<OwnGradients>(named("layernorm"))});
-  all.push_back({"the balance loss counts a token once per tensor-parallel rank", moe(kTensor), kGradients, [] {
+  all.push_back({"norm weights keep their own gradients under tensor parallelism",
+                 dense(kTensor, 0), kGradients, store<OwnGradients>(named("layernorm"))});
+  all.push_back({"the balance loss counts a token once per tensor-parallel rank", moe(kTensor),
+                 kGradients, [] {
                    DistributionParts parts;
                    parts.sequences = [](SequenceSums& inner, const RankPlace& place) {
                      return std::make_unique<ScaledSequenceSums>(inner, place);
@@ -348,14 +366,16 @@ void add_tensor_faults(std::vector<LayoutFault>& all) {
                  })});
   all.push_back({"the softmax sums over a part of the vocabulary", dense(kTensor), kLosses, [] {
                    DistributionParts parts;
-                   parts.tensor = [](TensorParallel& inner) { return std::make_unique<NoSoftmaxSum>(inner); };
+                   parts.tensor = [](TensorParallel& inner) {
+                     return std::make_unique<NoSoftmaxSum>(inner);
+                   };
                    return planted(parts);
                  }()});
 }
 
 void add_context_faults(std::vector<LayoutFault>& all) {
-  all.push_back({"the router's weight keeps its own gradient under context parallelism", moe(kContext, 0),
-                 kGradients, store<OwnGradients>(named("mlp.gate.weight"))});
+  all.push_back({"the router's weight keeps its own gradient under context parallelism",
+                 moe(kContext, 0), kGradients, store<OwnGradients>(named("mlp.gate.weight"))});
   all.push_back({"positions start again on a context-parallel rank", dense(kContext), kLosses,
                  edit_batch([](const RankPlace& place, int64_t, SequenceBatch& batch) {
                    int32_t position = 0;
@@ -363,13 +383,14 @@ void add_context_faults(std::vector<LayoutFault>& all) {
                      for (int64_t t = piece.begin; t < piece.end && place.context.rank == 1; ++t)
                        batch.positions_T[static_cast<size_t>(t)] = position++;
                  })});
-  all.push_back({"gradients of keys and values stay where they arise", dense(kContext), kGradients, [] {
-                   DistributionParts parts;
-                   parts.kv = [config = dense(kContext).config](KvExchange& inner, const RankPlace& place) {
-                     return std::make_unique<OwnKeyGradients>(inner, place, config);
-                   };
-                   return planted(parts);
-                 }()});
+  all.push_back(
+      {"gradients of keys and values stay where they arise", dense(kContext), kGradients, [] {
+         DistributionParts parts;
+         parts.kv = [config = dense(kContext).config](KvExchange& inner, const RankPlace& place) {
+           return std::make_unique<OwnKeyGradients>(inner, place, config);
+         };
+         return planted(parts);
+       }()});
   all.push_back({"balance statistics are of a part of the sequence", moe(kContext), kLosses, [] {
                    DistributionParts parts;
                    parts.sequences = [](SequenceSums& inner, const RankPlace&) {
@@ -395,15 +416,18 @@ void add_expert_faults(std::vector<LayoutFault>& all) {
 
 void add_pipeline_faults(std::vector<LayoutFault>& all) {
   DistributionParts scaled;
-  scaled.store = [](std::unique_ptr<ParamStore> inner, ParameterSet& parameters, const RankPlace& place) {
+  scaled.store = [](std::unique_ptr<ParamStore> inner, ParameterSet& parameters,
+                    const RankPlace& place) {
     const float factor = place.pipeline.rank == 0 ? 2.0f : 1.0f;
     return std::make_unique<ScaledSums>(std::move(inner), parameters, place, any_parameter, factor);
   };
-  all.push_back({"the gradient that enters a stage is doubled", moe(kPipeline), kGradients, planted(scaled)});
+  all.push_back(
+      {"the gradient that enters a stage is doubled", moe(kPipeline), kGradients, planted(scaled)});
   const Filter tied = [](const Parameter& p) { return p.spec.tie != Tie::none; };
   all.push_back({"gradients of a tied table are not summed", dense(kPipeline), kGradients,
                  store<OwnGradients>(tied)});
-  all.push_back({"a tied table is updated twice", dense(kPipeline), kParameters, store<TiedTwice>()});
+  all.push_back(
+      {"a tied table is updated twice", dense(kPipeline), kParameters, store<TiedTwice>()});
 }
 
 }  // namespace

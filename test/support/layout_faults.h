@@ -1,5 +1,5 @@
-// Faults of distributed training that comparisons of layouts must find: sums that are missing or made twice,
-// rows that are lost, ranks that see something else. CPU back end.
+// Faults of distributed training that comparisons of layouts must find: sums that are missing or
+// made twice, rows that are lost, ranks that see something else. CPU back end.
 #pragma once
 
 #include <string>

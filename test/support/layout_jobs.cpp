@@ -113,15 +113,16 @@ std::string failures(const std::vector<LayoutCheck>& checks) {
   std::string text;
   for (const LayoutCheck& check : checks)
     if (!check.ok())
-      text += fmt::format("{}: {:.3g} > {:.3g} ({})\n", check.name, check.worst, check.limit, check.where);
+      text += fmt::format("{}: {:.3g} > {:.3g} ({})\n", check.name, check.worst, check.limit,
+                          check.where);
   return text;
 }
 
-std::string failures(const LayoutReference& reference, const LayoutJob& job, const LayoutRunOptions& options,
-                     const LayoutTolerances& tolerances) {
+std::string failures(const LayoutReference& reference, const LayoutJob& job,
+                     const LayoutRunOptions& options, const LayoutTolerances& tolerances) {
   try {
-    return failures(
-        compare_layouts(job.config, reference.run, run_layout(job.config, job.shape, options), tolerances));
+    return failures(compare_layouts(job.config, reference.run,
+                                    run_layout(job.config, job.shape, options), tolerances));
   } catch (const std::exception& error) {
     return std::string(error.what()) + "\n";
   }

@@ -1,6 +1,6 @@
-// Tiny jobs for tests of layouts: a mixture of experts with latent attention, a dense model with grouped
-// queries and a tied head, both with 67 words and 8 of everything that ranks share; the layouts that are legal
-// for them; and one rank's run to compare with.
+// Tiny jobs for tests of layouts: a mixture of experts with latent attention, a dense model with
+// grouped queries and a tied head, both with 67 words and 8 of everything that ranks share; the
+// layouts that are legal for them; and one rank's run to compare with.
 #pragma once
 
 #include <cstdint>
@@ -14,8 +14,8 @@
 
 namespace dstrain::test {
 
-// 8 sequences of 32 tokens a step, one per micro-batch. The learning rate is high and weights are large, so
-// that 5 steps change the losses.
+// 8 sequences of 32 tokens a step, one per micro-batch. The learning rate is high and weights are
+// large, so that 5 steps change the losses.
 Config tiny_moe_job(int64_t layers);
 Config tiny_dense_job(int64_t layers);
 
@@ -37,7 +37,8 @@ std::vector<LayoutJob> all_layouts(TinyModel model, int ranks, int64_t zero);
 
 // One rank's run of a job, with its routing.
 struct LayoutReference {
-  LayoutReference(const Config& job, int64_t steps, const std::function<void(TrainEngine&)>& at_start = {});
+  LayoutReference(const Config& job, int64_t steps,
+                  const std::function<void(TrainEngine&)>& at_start = {});
   Config config;
   std::shared_ptr<RoutingRecord> record;
   LayoutRun run;
@@ -46,8 +47,8 @@ struct LayoutReference {
 // What runs at other layouts are given: steps, the recorded routing, a short time-out.
 LayoutRunOptions replay_options(const LayoutReference& reference);
 // The checks that fail, a line each; "" if none does. A run that throws fails with its text.
-std::string failures(const LayoutReference& reference, const LayoutJob& job, const LayoutRunOptions& options,
-                     const LayoutTolerances& tolerances = {});
+std::string failures(const LayoutReference& reference, const LayoutJob& job,
+                     const LayoutRunOptions& options, const LayoutTolerances& tolerances = {});
 std::string failures(const std::vector<LayoutCheck>& checks);
 
 }  // namespace dstrain::test

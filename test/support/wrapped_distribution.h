@@ -1,4 +1,5 @@
-// The parts of a Distribution as they are: wrappers from which tests derive ones that do something else.
+// The parts of a Distribution as they are: wrappers from which tests derive ones that do something
+// else.
 #pragma once
 
 #include <functional>
@@ -44,12 +45,15 @@ class WrappedDispatcher : public TokenDispatcher {
   void route(DistStream dist, int64_t num_experts, Routing& routing, Arena& keep) override {
     inner_.route(dist, num_experts, routing, keep);
   }
-  int rounds(DistStream dist, const Routing& routing) const override { return inner_.rounds(dist, routing); }
-  void dispatch_start(DistStream dist, int round, const Tensor& x_TD, const Routing& routing, Arena& rows,
-                      Arena& scratch) override {
+  int rounds(DistStream dist, const Routing& routing) const override {
+    return inner_.rounds(dist, routing);
+  }
+  void dispatch_start(DistStream dist, int round, const Tensor& x_TD, const Routing& routing,
+                      Arena& rows, Arena& scratch) override {
     inner_.dispatch_start(dist, round, x_TD, routing, rows, scratch);
   }
-  ExpertRows dispatch_finish(DistStream dist, int round, const Tensor& x_TD, const Routing& routing) override {
+  ExpertRows dispatch_finish(DistStream dist, int round, const Tensor& x_TD,
+                             const Routing& routing) override {
     return inner_.dispatch_finish(dist, round, x_TD, routing);
   }
   void return_start(DistStream dist, int round, const Tensor& y_RX, const Routing& routing,
@@ -75,11 +79,12 @@ class WrappedKvExchange : public KvExchange {
                            const AttentionSegments& local, Arena& arena) override {
     return inner_.gather_finish(dist, layer, k_TGQ, v_TGW, local, arena);
   }
-  void reduce_start(DistStream dist, int layer, const Tensor& dk_UGQ, const Tensor& dv_UGW) override {
+  void reduce_start(DistStream dist, int layer, const Tensor& dk_UGQ,
+                    const Tensor& dv_UGW) override {
     inner_.reduce_start(dist, layer, dk_UGQ, dv_UGW);
   }
-  void reduce_finish(DistStream dist, int layer, const Tensor& dk_UGQ, const Tensor& dv_UGW, Tensor& dk_TGQ,
-                     Tensor& dv_TGW, Arena& arena) override {
+  void reduce_finish(DistStream dist, int layer, const Tensor& dk_UGQ, const Tensor& dv_UGW,
+                     Tensor& dk_TGQ, Tensor& dv_TGW, Arena& arena) override {
     inner_.reduce_finish(dist, layer, dk_UGQ, dv_UGW, dk_TGQ, dv_TGW, arena);
   }
 
@@ -99,7 +104,8 @@ class WrappedSequenceSums : public SequenceSums {
 
 class WrappedParamStore : public ParamStore {
  public:
-  WrappedParamStore(std::unique_ptr<ParamStore> inner, ParameterSet& parameters, const RankPlace& place)
+  WrappedParamStore(std::unique_ptr<ParamStore> inner, ParameterSet& parameters,
+                    const RankPlace& place)
       : inner_(std::move(inner)), parameters_(parameters), place_(place) {}
   void make_memory(const OwnerVisitor& visit) override { inner_->make_memory(visit); }
   void clear(DistStream dist) override { inner_->clear(dist); }
@@ -114,7 +120,9 @@ class WrappedParamStore : public ParamStore {
   void add_norm(DistStream dist, const Tensor& sum_1) override { inner_->add_norm(dist, sum_1); }
   std::span<const OptimizerRange> ranges() const override { return inner_->ranges(); }
   void publish(DistStream dist) override { inner_->publish(dist); }
-  void end_step(DistStream dist, const StepScalars* scalars) override { inner_->end_step(dist, scalars); }
+  void end_step(DistStream dist, const StepScalars* scalars) override {
+    inner_->end_step(dist, scalars);
+  }
   std::vector<StateSlice> saved() const override { return inner_->saved(); }
   std::vector<StateSlice> loaded() const override { return inner_->loaded(); }
 
@@ -130,13 +138,16 @@ struct DistributionParts {
   std::function<std::unique_ptr<TokenDispatcher>(TokenDispatcher&)> dispatcher;
   std::function<std::unique_ptr<KvExchange>(KvExchange&, const RankPlace&)> kv;
   std::function<std::unique_ptr<SequenceSums>(SequenceSums&, const RankPlace&)> sequences;
-  std::function<std::unique_ptr<ParamStore>(std::unique_ptr<ParamStore>, ParameterSet&, const RankPlace&)> store;
+  std::function<std::unique_ptr<ParamStore>(std::unique_ptr<ParamStore>, ParameterSet&,
+                                            const RankPlace&)>
+      store;
   std::function<void(Distribution& inner, DistStream, const Tensor&)> sum_over_ranks;
 };
 
 class WrappedDistribution : public Distribution {
  public:
-  WrappedDistribution(Distribution& inner, const DistributionParts& parts) : inner_(inner), parts_(parts) {
+  WrappedDistribution(Distribution& inner, const DistributionParts& parts)
+      : inner_(inner), parts_(parts) {
     if (parts.tensor) tensor_ = parts.tensor(inner.tensor());
     if (parts.dispatcher) dispatcher_ = parts.dispatcher(inner.dispatcher());
     if (parts.kv) kv_ = parts.kv(inner.kv(), inner.place());
@@ -144,7 +155,9 @@ class WrappedDistribution : public Distribution {
   }
   const RankPlace& place() const override { return inner_.place(); }
   TensorParallel& tensor() override { return tensor_ ? *tensor_ : inner_.tensor(); }
-  TokenDispatcher& dispatcher() override { return dispatcher_ ? *dispatcher_ : inner_.dispatcher(); }
+  TokenDispatcher& dispatcher() override {
+    return dispatcher_ ? *dispatcher_ : inner_.dispatcher();
+  }
   KvExchange& kv() override { return kv_ ? *kv_ : inner_.kv(); }
   SequenceSums& sequences() override { return sequences_ ? *sequences_ : inner_.sequences(); }
   std::unique_ptr<ParamStore> make_param_store(ParameterSet& parameters,
