@@ -31,7 +31,8 @@ GradientTraffic traffic_between(const GradTraffic& before, const GradTraffic& af
   const auto apart = [](const PhaseTraffic& a, const PhaseTraffic& b) {
     return TrafficRecord{b.sent - a.sent, b.baseline - a.baseline,
                          b.sent_between_nodes - a.sent_between_nodes,
-                         b.baseline_between_nodes - a.baseline_between_nodes};
+                         b.baseline_between_nodes - a.baseline_between_nodes,
+                         1e3 * (b.seconds - a.seconds)};
   };
   return {apart(before.reduce, after.reduce), apart(before.gather, after.gather)};
 }

@@ -42,6 +42,7 @@ void put(Json& line, const std::string& phase, const TrafficRecord& traffic) {
   if (traffic.baseline == 0) return;
   line[phase + "_bytes"] = traffic.sent;
   line[phase + "_fp32_bytes"] = traffic.baseline;
+  put(line, phase + "_ms", traffic.ms);
   if (traffic.baseline_between_nodes == 0) return;
   line[phase + "_between_nodes_bytes"] = traffic.sent_between_nodes;
   line[phase + "_between_nodes_fp32_bytes"] = traffic.baseline_between_nodes;

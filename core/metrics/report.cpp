@@ -256,7 +256,11 @@ std::string final_report(const RunSummary& summary, bool color) {
                                   format_duration(summary.seconds));
   if (summary.mfu) speed += fmt::format(", {:.1f}% of the device's peak", 100.0 * *summary.mfu);
   table.row("speed", speed);
-  table.row("traffic", summary.traffic);
+  for (std::string_view rest = summary.traffic; !rest.empty();) {  // a row per phase
+    const size_t end = std::min(rest.find("; "), rest.size());
+    table.row("traffic", rest.substr(0, end));
+    rest.remove_prefix(std::min(end + 2, rest.size()));
+  }
   table.row("checkpoint", summary.checkpoint);
   table.row("metrics", summary.metrics);
   table.row("tensorboard", summary.tensorboard);

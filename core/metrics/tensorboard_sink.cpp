@@ -42,20 +42,21 @@ std::string file_header(std::optional<int64_t> resume_step) {
 
 // A Scalar does not own its tag.
 struct TrafficTags {
-  const char *sent, *baseline, *sent_between_nodes, *baseline_between_nodes;
+  const char *sent, *baseline, *ms, *sent_between_nodes, *baseline_between_nodes;
 };
-constexpr TrafficTags kReduceScatterTags = {"traffic/reduce_scatter_bytes",
-                                            "traffic/reduce_scatter_fp32_bytes",
-                                            "traffic/reduce_scatter_between_nodes_bytes",
-                                            "traffic/reduce_scatter_between_nodes_fp32_bytes"};
-constexpr TrafficTags kAllGatherTags = {"traffic/all_gather_bytes", "traffic/all_gather_fp32_bytes",
-                                        "traffic/all_gather_between_nodes_bytes",
-                                        "traffic/all_gather_between_nodes_fp32_bytes"};
+constexpr TrafficTags kReduceScatterTags = {
+    "traffic/reduce_scatter_bytes", "traffic/reduce_scatter_fp32_bytes", "time/reduce_scatter_ms",
+    "traffic/reduce_scatter_between_nodes_bytes",
+    "traffic/reduce_scatter_between_nodes_fp32_bytes"};
+constexpr TrafficTags kAllGatherTags = {
+    "traffic/all_gather_bytes", "traffic/all_gather_fp32_bytes", "time/all_gather_ms",
+    "traffic/all_gather_between_nodes_bytes", "traffic/all_gather_between_nodes_fp32_bytes"};
 
 void add(std::vector<Scalar>& scalars, const TrafficTags& tags, const TrafficRecord& traffic) {
   if (traffic.baseline == 0) return;
   scalars.push_back({tags.sent, static_cast<double>(traffic.sent)});
   scalars.push_back({tags.baseline, static_cast<double>(traffic.baseline)});
+  scalars.push_back({tags.ms, traffic.ms});
   if (traffic.baseline_between_nodes == 0) return;
   scalars.push_back({tags.sent_between_nodes, static_cast<double>(traffic.sent_between_nodes)});
   scalars.push_back(

@@ -52,10 +52,11 @@ TEST_CASE("json_line: traffic by phase beside its baseline, where there is any")
   StepRecord record = example_step(120);
   CHECK_FALSE(nlohmann::json::parse(json_line(record, 0)).contains("reduce_scatter_bytes"));
   record.traffic.emplace();
-  record.traffic->reduce_scatter = {50, 1000, 20, 400};
+  record.traffic->reduce_scatter = {50, 1000, 20, 400, 1.5};
   const auto object = nlohmann::json::parse(json_line(record, 0));
   CHECK(object["reduce_scatter_bytes"] == 50);
   CHECK(object["reduce_scatter_fp32_bytes"] == 1000);
+  CHECK(object["reduce_scatter_ms"] == 1.5);
   CHECK(object["reduce_scatter_between_nodes_bytes"] == 20);
   CHECK(object["reduce_scatter_between_nodes_fp32_bytes"] == 400);
   CHECK_FALSE(object.contains("all_gather_bytes"));

@@ -139,11 +139,14 @@ TEST_CASE("final_report: figures, places and the next command") {
         "  write text     deepseek-train generate --run runs/kjv-moe\n"
         "  export         deepseek-train export runs/kjv-moe --output kjv-hf\n");
   summary.skipped_total = 1;
+  summary.traffic = "reduce-scatter 1.98 MiB sent; all-gather 2.00 MiB sent";
   summary.mfu = 0.4;
   summary.loss = std::copysign(std::numeric_limits<double>::quiet_NaN(), -1.0);
   const std::string text = final_report(summary, false);
   CHECK_THAT(text, Catch::Contains("  nan, 1 step skipped because the gradient was not finite"));
-  CHECK_THAT(text, Catch::Contains("40.0% of the device's peak"));
+  CHECK_THAT(text, Catch::Contains("40.0% of the device's peak\n"
+                                   "  traffic        reduce-scatter 1.98 MiB sent\n"
+                                   "  traffic        all-gather 2.00 MiB sent\n"));
 }
 
 TEST_CASE("describe: model, schedule, checkpoints, optimizer in a line each") {

@@ -103,13 +103,14 @@ TEST_CASE("TensorBoardSink: one file per process, named so that readers find it"
 
   StepRecord sent = example_step(301);
   sent.traffic.emplace();
-  sent.traffic->reduce_scatter = {50, 1000, 0, 0};
+  sent.traffic->reduce_scatter = {50, 1000, 0, 0, 1.5};
   second.on_step(sent);
   const std::vector<std::string> resumed = records_of(read_text(second.path()));
   REQUIRE(resumed.size() == 3);                           // version, restart, step
   CHECK(hex(resumed[1]).substr(18) == "10ad023a020801");  // points from step 301 on are void
   CHECK_THAT(resumed[2], Catch::Contains("traffic/reduce_scatter_bytes") &&
                              Catch::Contains("traffic/reduce_scatter_fp32_bytes") &&
+                             Catch::Contains("time/reduce_scatter_ms") &&
                              !Catch::Contains("between_nodes") && !Catch::Contains("all_gather"));
   CHECK_THAT(records[1], !Catch::Contains("traffic"));
 }
