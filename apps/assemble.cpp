@@ -115,16 +115,29 @@ static void check_all_used(const CheckpointReader& reader, const ModelConfig& co
                                   reader.path(), stored.name));
 }
 
-void load_state(TrainEngine& engine, CheckpointReader& reader, bool with_optimizer) {
-  check_all_used(reader, engine.model().config());
-  std::vector<char> host;
-  for (const StateTensor& tensor : state_tensors(engine.loaded_state())) {
-    if (!with_optimizer && !tensor.name.starts_with("param.")) continue;
-    host.resize(static_cast<size_t>(tensor.bytes()));
-    reader.read(tensor, host.data());
-    engine.backend().copy(engine.stream(), const_cast<void*>(tensor.data), host.data(), tensor.bytes());
-    engine.stream().synchronize();
+// Boxes of a slice follow each other, so that it is read whole.
+static void load_slice(TrainEngine& engine, CheckpointReader& reader, const StateSlice& slice) {
+  const auto* const begin = static_cast<const char*>(slice.data.raw());
+  std::vector<char> host(static_cast<size_t>(slice.data.bytes()));
+  for (const StateTensor& box : state_boxes(slice))
+    reader.read(box, host.data() + (static_cast<const char*>(box.data) - begin));
+  if (slice.add) {
+    DSTRAIN_CHECK(slice.data.dtype() == DType::f32, "a sum of '" + slice.kind + "' is taken in f32");
+    const std::vector<float> held = read_tensor(engine.backend(), engine.stream(), slice.data);
+    auto* const values = reinterpret_cast<float*>(host.data());
+    for (size_t i = 0; i < held.size(); ++i) values[i] += held[i];
   }
+  engine.backend().copy(engine.stream(), slice.data.raw(), host.data(), slice.data.bytes());
+  engine.stream().synchronize();
+}
+
+void load_state(TrainEngine& engine, CheckpointReader& reader, bool with_optimizer,
+                const std::vector<StateSlice>& residuals) {
+  check_all_used(reader, engine.model().config());
+  for (const StateSlice& slice : engine.loaded_state())
+    if (with_optimizer || slice.kind == "param") load_slice(engine, reader, slice);
+  if (!with_optimizer) return;
+  for (const StateSlice& slice : residuals) load_slice(engine, reader, slice);
 }
 
 HfOrigin load_hf_parameters(TrainEngine& engine, const std::string& folder) {

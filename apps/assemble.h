@@ -51,8 +51,10 @@ void require_memory(int64_t bytes);
 // The state of a run as global tensors: "param.<name>", "adamw.exp_avg.<name>", "adamw.exp_avg_sq.<name>".
 // Pointers go to the engine's memory.
 std::vector<StateTensor> state_tensors(TrainEngine& engine);
-// Reads all of it, or the parameters alone. DataError if the checkpoint holds another model.
-void load_state(TrainEngine& engine, CheckpointReader& reader, bool with_optimizer);
+// Reads all of it and then `residuals` (RankDistribution::loaded_residuals), or the parameters alone.
+// DataError if the checkpoint holds another model.
+void load_state(TrainEngine& engine, CheckpointReader& reader, bool with_optimizer,
+                const std::vector<StateSlice>& residuals = {});
 // Fills the parameters from a Hugging Face folder.
 HfOrigin load_hf_parameters(TrainEngine& engine, const std::string& folder);
 

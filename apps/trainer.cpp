@@ -12,6 +12,7 @@
 #include "core/backend/cpu_backend.h"
 #include "core/base/format_units.h"
 #include "core/base/log.h"
+#include "core/checkpoint/state_boxes.h"
 #include "core/config/config_io.h"
 #include "core/metrics/expert_load.h"
 #include "core/metrics/jsonl_sink.h"
@@ -19,6 +20,7 @@
 #include "core/metrics/tensorboard_sink.h"
 #include "core/model/cost.h"
 #include "core/optim/lr_schedule.h"
+#include "parallel/residual_state.h"
 
 namespace dstrain {
 namespace {
@@ -139,7 +141,7 @@ void Trainer::restore(const VerifiedCheckpoint& checkpoint) {
   // An imported model brings weights alone; its moments start at zero, as those of a new run do.
   const bool with_moments = meta.step > 0;
   if (!with_moments) log_info("{} holds weights without optimizer state: moments start at zero", checkpoint.path);
-  load_state(*engine_, reader, with_moments);
+  load_state(*engine_, reader, with_moments, residuals_in(checkpoint.manifest));
   hf_origin_ = get_hf_origin(meta, checkpoint.path);
   auto counter = [&](const char* name) {
     const auto at = meta.counters.find(name);
@@ -151,6 +153,22 @@ void Trainer::restore(const VerifiedCheckpoint& checkpoint) {
   step_ = saved_step_ = meta.step;
   cursor_ = meta.samples_consumed;
   skipped_samples_ = meta.skipped_samples;
+}
+
+// What the checkpoint holds of gradients that compression has not sent yet.
+std::vector<StateSlice> Trainer::residuals_in(const Manifest& manifest) const {
+  const auto kinds = kinds_by_parameter(manifest);
+  std::vector<StateSlice> residuals =
+      job_->distribution().loaded_residuals([&](const Parameter& parameter) {
+        const auto at = kinds.find(parameter.spec.name);
+        return at == kinds.end() ? std::vector<std::string>() : at->second;
+      });
+  const bool are_there = std::ranges::any_of(
+      kinds, [](const auto& of) { return std::ranges::any_of(of.second, is_residual); });
+  if (world_.rank() == 0 && are_there && residuals.empty())
+    log_warning("the checkpoint holds parts of gradients that compression had not sent yet; this job keeps no "
+                "such parts, and they are left out");
+  return residuals;
 }
 
 void Trainer::warn_of_changes(const CheckpointMeta& meta) const {

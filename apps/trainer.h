@@ -54,6 +54,7 @@ class Trainer {
   void check_memory() const;
   void start_from(const std::optional<VerifiedCheckpoint>& checkpoint);
   void restore(const VerifiedCheckpoint& checkpoint);
+  std::vector<StateSlice> residuals_in(const Manifest& manifest) const;
   void warn_of_changes(const CheckpointMeta& meta) const;
   void open_stream();
   void open_records(std::optional<int64_t> resume_step);

@@ -135,7 +135,15 @@ void CompressedReducer::reduce_scatter(DistStream dist, int range, const Tensor&
     codec_.compress(dist, whole.view({ranks, n}), residual_of(r), sent);
     comm_.all_to_all(dist.stream, sent, row_offsets_, received, row_offsets_);
     codec_.sum(dist, received, shard.view({n}));
+    if (residuals_.defined()) add_own_residual(dist, r, shard.view({n}));
   });
+}
+
+void CompressedReducer::add_own_residual(DistStream dist, const Range& range,
+                                         const Tensor& sum_N) {
+  const Tensor own_N = residual_of(range).rows(comm_.rank(), comm_.rank() + 1).view({sum_N.numel()});
+  dist.ops.add(dist.stream, sum_N, own_N, sum_N);
+  dist.ops.fill(dist.stream, own_N, 0.0);
 }
 
 void CompressedReducer::all_gather(DistStream dist, int range, const Tensor& shard,

@@ -2,9 +2,9 @@
 // in a residual for the next step (error feedback; Karimireddy et al. 2019, arXiv:1901.09847).
 //
 // Each piece of a range is compressed on its own and goes to its owner alone, by one all-to-all;
-// the owner adds what it reads in ascending rank order. Its own piece takes the same way through
-// compression, so that ranks are alike and the result does not depend on who owns what. Payloads
-// have a fixed size (core/backend/compressed_format.h). A gathered sum is compressed once more, by
+// the owner adds what it reads in ascending rank order. The residual of its own piece need not wait
+// for a step to travel in: it is added to the same sum, so that of R ranks one in R sends all it has
+// at once. Payloads have a fixed size (core/backend/compressed_format.h). A gathered sum is compressed once more, by
 // the owner, with a residual of its own; all ranks, the owner included, read the same payload.
 //
 // NaN and infinity are sent. Where the step is then skipped, all residuals are cleared: they hold
@@ -63,6 +63,8 @@ class CompressedReducer : public GradReducer {
   };
 
   const Range& range_at(int range, const Tensor& whole, const Tensor& shard) const;
+  // What is left of the piece that this rank owns.
+  void add_own_residual(DistStream dist, const Range& range, const Tensor& sum_N);
   Tensor residual_of(const Range& range) const;      // [ranks, shard], or absent
   Tensor sum_residual_of(const Range& range) const;  // [1, shard], or absent
   std::vector<ResidualRange> residual_ranges() const;

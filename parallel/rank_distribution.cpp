@@ -1,5 +1,8 @@
 #include "parallel/rank_distribution.h"
 
+#include <algorithm>
+#include <iterator>
+
 #include "parallel/timed_reducer.h"
 
 namespace dstrain {
@@ -89,6 +92,13 @@ GradTraffic RankDistribution::traffic() const {
   GradTraffic sum;
   for (const ParamShards* store : stores_) sum += store->traffic();
   return sum;
+}
+
+std::vector<StateSlice> RankDistribution::loaded_residuals(const SavedKinds& kinds) const {
+  std::vector<StateSlice> slices;
+  for (const ParamShards* store : stores_)
+    std::ranges::move(store->loaded_residuals(kinds), std::back_inserter(slices));
+  return slices;
 }
 
 ShardBytes RankDistribution::parameter_bytes() const {

@@ -39,6 +39,9 @@ class RankDistribution : public Distribution {
   GradTraffic traffic() const;
   // What the stores hold of parameters; nothing where one rank is alone. Likewise.
   ShardBytes parameter_bytes() const;
+  // Residuals of compressed gradients: what to read after TrainEngine::loaded_state(), in this
+  // order. Likewise.
+  std::vector<StateSlice> loaded_residuals(const SavedKinds& kinds) const;
 
  private:
   Config config_;

@@ -106,6 +106,10 @@ void for_each_part_of_sum(const std::vector<const Parameter*>& by_offset,
 
 }  // namespace
 
+bool is_residual(const std::string& kind) {
+  return kind.starts_with(kPrefix) || kind.starts_with(kTiedPrefix);
+}
+
 std::vector<StateSlice> saved_residuals(const ParameterSet& parameters,
                                         const std::vector<ResidualRange>& ranges, int rank,
                                         int ranks) {

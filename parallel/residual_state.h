@@ -7,6 +7,7 @@
 // shares the owner's of the sum.
 #pragma once
 
+#include <string>
 #include <vector>
 
 #include "core/dist/param_store.h"
@@ -20,6 +21,9 @@ struct PieceLayout {
   int64_t begin = 0, end = 0;
   int64_t shard = 0, stride = 0;
 };
+
+// Whether a kind of state is one of the above.
+bool is_residual(const std::string& kind);
 
 struct ResidualRange {
   PieceLayout layout;

@@ -2,6 +2,7 @@
 
 #include <iterator>
 #include <string>
+#include <string_view>
 #include <utility>
 
 namespace dstrain {
@@ -86,6 +87,23 @@ std::vector<StateTensor> state_tensors(std::span<const StateSlice> slices) {
                std::make_move_iterator(boxes.end()));
   }
   return all;
+}
+
+std::map<std::string, std::vector<std::string>> kinds_by_parameter(const Manifest& manifest) {
+  constexpr std::string_view kValue = "param.";
+  std::map<std::string, std::vector<std::string>> kinds;
+  for (const ManifestTensor& tensor : manifest.tensors)
+    if (tensor.name.starts_with(kValue)) kinds[tensor.name.substr(kValue.size())] = {};
+  // Kinds have dots in them, as names do; the longest name is the parameter's.
+  for (const ManifestTensor& tensor : manifest.tensors)
+    for (size_t dot = tensor.name.find('.'); dot != std::string::npos;
+         dot = tensor.name.find('.', dot + 1)) {
+      const auto parameter = kinds.find(tensor.name.substr(dot + 1));
+      if (parameter == kinds.end()) continue;
+      parameter->second.push_back(tensor.name.substr(0, dot));
+      break;
+    }
+  return kinds;
 }
 
 }  // namespace dstrain

@@ -2,9 +2,12 @@
 // runs of its parameters, moments and residuals (StateSlice), and a run covers a few boxes.
 #pragma once
 
+#include <map>
 #include <span>
+#include <string>
 #include <vector>
 
+#include "core/checkpoint/manifest.h"
 #include "core/checkpoint/store.h"
 #include "core/dist/param_store.h"
 
@@ -18,5 +21,8 @@ std::vector<StateTensor> state_boxes(const StateSlice& slice);
 
 // The boxes of all slices, in order.
 std::vector<StateTensor> state_tensors(std::span<const StateSlice> slices);
+
+// The kinds of state that a checkpoint holds, by parameter. A parameter is what has a "param" tensor.
+std::map<std::string, std::vector<std::string>> kinds_by_parameter(const Manifest& manifest);
 
 }  // namespace dstrain
