@@ -5,8 +5,15 @@
 
 #include <atomic>
 #include <csignal>
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
 #include <initializer_list>
+#include <iterator>
+#include <string>
+#include <system_error>
 #include <thread>
+#include <vector>
 
 namespace dstrain {
 namespace {
@@ -31,6 +38,29 @@ sigset_t awaited_signals() {
   return set;
 }
 
+// Threads that libraries started while they were loaded, as OpenBLAS does, take signals that this thread
+// blocks. Signals that are blocked when a program starts are blocked in all of its threads: so the program
+// starts itself once more. OpenBLAS then starts none: a product is called by each thread for its own part.
+void start_again_with_blocked(const sigset_t& before, const sigset_t& awaited) {
+  bool were_blocked = true;
+  for (int signal = 1; signal < NSIG; ++signal)
+    were_blocked = were_blocked && (sigismember(&awaited, signal) != 1 || sigismember(&before, signal) == 1);
+  if (were_blocked) return;  // no thread lacks the block, or this is the second start
+  std::error_code error;
+  const std::filesystem::directory_iterator tasks("/proc/self/task", error);
+  if (error || std::distance(begin(tasks), end(tasks)) <= 1) return;
+
+  std::ifstream file("/proc/self/cmdline", std::ios::binary);
+  std::vector<std::string> words;
+  for (std::string word; std::getline(file, word, '\0');) words.push_back(word);
+  if (words.empty()) return;
+  std::vector<char*> argv;
+  for (std::string& word : words) argv.push_back(word.data());
+  argv.push_back(nullptr);
+  setenv("OPENBLAS_NUM_THREADS", "1", /*overwrite=*/0);
+  execv("/proc/self/exe", argv.data());  // returns if it fails: the first start goes on
+}
+
 [[noreturn]] void wait_for_signals(sigset_t set) {
   while (true) {
     int signal = 0;
@@ -53,7 +83,9 @@ void handle_signals() {
   std::signal(SIGPIPE, SIG_IGN);
   std::signal(SIGXFSZ, SIG_IGN);
   const sigset_t set = awaited_signals();
-  pthread_sigmask(SIG_BLOCK, &set, nullptr);
+  sigset_t before;
+  pthread_sigmask(SIG_BLOCK, &set, &before);
+  start_again_with_blocked(before, set);
   std::thread(wait_for_signals, set).detach();
 }
 

@@ -47,8 +47,9 @@ step "build"
 scripts/build.sh --build-dir "$build_dir" "${build_options[@]}"
 
 step "tests"
-# Read by sanitized programs only.
-export ASAN_OPTIONS=detect_leaks=1:strict_string_checks=1:detect_stack_use_after_return=1
+# Read by sanitized programs only. Frames that are kept after a return are aligned to 32 bytes by g++ 12 and 13, which
+# AVX-512 code that relies on 64 does not survive (GCC bug 110027): so that check is off.
+export ASAN_OPTIONS=detect_leaks=1:strict_string_checks=1:detect_stack_use_after_return=0
 export UBSAN_OPTIONS=print_stacktrace=1
 report=$(realpath "$build_dir")/test_report.xml
 rm -f "$report"

@@ -2,6 +2,7 @@
 // ones, and what happens when a rank fails or does not come.
 #include <pthread.h>
 #include <signal.h>
+#include <unistd.h>
 
 #include <chrono>
 #include <csignal>
@@ -9,6 +10,7 @@
 #include <ctime>
 #include <filesystem>
 #include <fstream>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <thread>
@@ -135,6 +137,14 @@ TEST_CASE("mpi session: signal handlers and masks are what they were", "[ranks1]
   sigemptyset(&blocked);
   sigaddset(&blocked, SIGUSR2);
   pthread_sigmask(SIG_BLOCK, &blocked, nullptr);
+  const auto threads_now = [] {  // libraries may have started some while they were loaded
+    std::set<std::string> ids;
+    for (const auto& entry : std::filesystem::directory_iterator("/proc/self/task"))
+      ids.insert(entry.path().filename());
+    return ids;
+  };
+  std::set<std::string> older = threads_now();
+  older.erase(std::to_string(getpid()));
   std::vector<struct sigaction> before(NSIG), after(NSIG);
   for (int signal = 1; signal < NSIG; ++signal)
     sigaction(signal, nullptr, &before[static_cast<size_t>(signal)]);
@@ -146,8 +156,9 @@ TEST_CASE("mpi session: signal handlers and masks are what they were", "[ranks1]
     CHECK(now.sa_handler == before[static_cast<size_t>(signal)].sa_handler);
   }
   int threads = 0;
-  for (const auto& entry : std::filesystem::directory_iterator("/proc/self/task")) {
-    std::ifstream status(entry.path() / "status");
+  for (const std::string& id : threads_now()) {
+    if (older.count(id) != 0) continue;
+    std::ifstream status("/proc/self/task/" + id + "/status");
     for (std::string word; status >> word;) {
       if (word != "SigBlk:") continue;
       uint64_t mask = 0;
