@@ -41,6 +41,9 @@ struct StateSlice {
   int64_t begin = 0, end = 0;
   Tensor data;  // flat, end - begin elements
   bool add = false;  // reading adds to what data holds, instead of replacing it
+  // u16, parallel to bf16 data: the rest of master values (Ops::adamw). A checkpoint holds these as f32. bf16
+  // parameters without it are rounded copies, which are read and never saved.
+  Tensor low = {};
 };
 
 // Calls `make` on an arena that measures, or on one that has memory.
@@ -48,8 +51,12 @@ using OwnerVisitor =
     std::function<void(const char* owner, MemoryKind kind, const std::function<void(Arena&)>& make)>;
 
 struct ParamStoreOptions {
-  DType dtype = DType::f32;  // of values; gradients and moments are stat_dtype(dtype)
-  bool training = true;      // false: values only
+  DType dtype = DType::f32;    // of values; gradients and buffers are stat_dtype(dtype)
+  bool training = true;        // false: values only; true: bf16 values are halves of f32 master values
+  DType moments = DType::f32;  // or bf16; those of f64 values are f64
+
+  bool has_low() const { return training && dtype == DType::bf16; }
+  DType moment_dtype() const { return dtype == DType::f64 ? dtype : moments; }
 };
 
 // Calls of a step: begin_step, then for each micro-batch of this part begin_micro_batch and, from its
