@@ -68,6 +68,10 @@ std::string wrap(const char* label, std::string text) {
   return out + text + "\n";
 }
 
+std::string json_line(const nlohmann::ordered_json& object) {
+  return object.dump(-1, ' ', false, nlohmann::ordered_json::error_handler_t::replace) + "\n";
+}
+
 }  // namespace
 
 std::string verify_head(const Config& job, const VerifyPlan& plan,
@@ -133,7 +137,16 @@ std::string verify_json(const VerifyRow& row) {
   if (!row.failure.empty()) line["failure"] = row.failure;
   if (!row.diagnosis.empty()) line["diagnosis"] = row.diagnosis;
   line["seconds"] = row.seconds;
-  return line.dump(-1, ' ', false, nlohmann::ordered_json::error_handler_t::replace) + "\n";
+  return json_line(line);
+}
+
+std::string verify_json_end(const VerifyPlan& plan, const VerifyRunOptions& options, bool ok) {
+  return json_line({{"ok", ok},
+                    {"layouts", plan.layouts.size()},
+                    {"left_out", plan.left_out},
+                    {"largest_ranks", plan.ranks},
+                    {"steps", options.steps},
+                    {"notes", plan.notes}});
 }
 
 int print_verification(const Config& job, const VerifyPlan& plan, const VerifyRunOptions& options,
@@ -146,7 +159,9 @@ int print_verification(const Config& job, const VerifyPlan& plan, const VerifyRu
   const bool ok = run_verification(plan, options, [&](const VerifyRow& row) {
     print(json ? verify_json(row) : verify_line(plan, row, color));
   });
-  if (!json)
+  if (json)
+    print(verify_json_end(plan, options, ok));
+  else
     print(ok ? "all within the limits\n" : "beyond the limits: see the lines marked FAIL\n");
   return ok ? 0 : 1;
 }

@@ -236,22 +236,38 @@ TEST_CASE("parameter_class: names of all kinds", "[verify]") {
     CHECK(parameter_class(name) == kind);
 }
 
-TEST_CASE("verify --config: a JSON object per layout", "[verify][layout]") {
+TEST_CASE("verify --config: a JSON object per layout, and one of the whole", "[verify][layout]") {
   const Finished finished = run_program({"verify", "--config", quickstart(), "--ranks", "2",
                                          "--json", "--set", "model.n_routed_experts=0"});
   INFO(finished.text());
   CHECK(finished.code == 0);
   std::istringstream lines(finished.out);
-  std::string line;
-  int64_t count = 0;
-  for (; std::getline(lines, line); ++count) {
-    const auto object = nlohmann::json::parse(line);
+  std::vector<nlohmann::json> objects;
+  for (std::string line; std::getline(lines, line);) objects.push_back(nlohmann::json::parse(line));
+  REQUIRE(objects.size() == 8);  // own in four stages, pipeline, context, tensor; the whole
+  const nlohmann::json whole = objects.back();
+  objects.pop_back();
+  for (const nlohmann::json& object : objects) {
     CHECK(object["ok"] == true);
     CHECK(object["ranks"] == 2);
     CHECK(object["checks"].size() >= 4);
     CHECK(object["checks"][0]["worst"] < object["checks"][0]["limit"]);
   }
-  CHECK(count == 7);  // own in four stages, pipeline, context, tensor
+  CHECK(whole["ok"] == true);
+  CHECK(whole["layouts"] == 7);
+  CHECK(whole["left_out"] == 0);
+  CHECK(whole["largest_ranks"] == 2);
+}
+
+TEST_CASE("verify --config: JSON says how many layouts are left out, and that one failed",
+          "[verify]") {
+  const VerifyPlan plan = plan_verification(job({}), 0, false);
+  REQUIRE(plan.left_out > 0);
+  const auto whole = nlohmann::json::parse(verify_json_end(plan, {.steps = 7}, /*ok=*/false));
+  CHECK(whole["ok"] == false);
+  CHECK(whole["layouts"] == plan.layouts.size());
+  CHECK(whole["left_out"] == plan.left_out);
+  CHECK(whole["steps"] == 7);
 }
 
 TEST_CASE("verify: what it refuses", "[verify][layout]") {
