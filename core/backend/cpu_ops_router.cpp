@@ -174,15 +174,6 @@ void score_row_backward(RouterScoring scoring, const F* scores_E, const F* dscor
   for (int64_t e = 0; e < E; ++e) dlogits_E[e] = scores_E[e] * (dscores_E[e] - dot);
 }
 
-void expect_router(const RouterParams& params, int64_t E, const char* op) {
-  const int64_t groups = params.groups, kept = params.groups_per_token;
-  DSTRAIN_CHECK(groups >= 1 && E % groups == 0 && kept >= 1 && kept <= groups &&
-                    params.experts_per_token >= 1 && params.experts_per_token <= E / groups * kept,
-                std::string(op) + ": " + std::to_string(params.experts_per_token) + " of " +
-                    std::to_string(E) + " experts cannot be chosen from " + std::to_string(kept) +
-                    " of " + std::to_string(groups) + " groups");
-}
-
 }  // namespace
 
 void CpuOps::router_topk(Stream&, const Tensor& logits_TE, const Tensor& bias_E,

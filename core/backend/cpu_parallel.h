@@ -1,13 +1,13 @@
-// What the files cpu_ops_*.cpp share: the choice of the element type, checks of arguments, the cut
-// of rows into tasks, and sums whose order depends on the problem's size only.
+// What the files cpu_ops_*.cpp share: the choice of the element type, the cut of rows into tasks, and
+// sums whose order depends on the problem's size only.
 #pragma once
 
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <initializer_list>
 #include <memory>
 
+#include "core/backend/expect.h"
 #include "core/backend/ops.h"
 #include "core/backend/thread_pool.h"
 #include "core/tensor/tensor.h"
@@ -25,13 +25,6 @@ void dispatch_float(DType dtype, const Body& body) {
     body.template operator()<double>();
   }
 }
-
-// Throw unless `tensor` has this type and shape; the message begins with `name` ("add_rms_norm:
-// weight_D"). The first also asks for rows without gaps.
-void expect(const Tensor& tensor, const char* name, DType dtype,
-            std::initializer_list<int64_t> shape);
-void expect_strided(const Tensor& tensor, const char* name, DType dtype,
-                    std::initializer_list<int64_t> shape);
 
 // The first element of row t.
 template <class F>

@@ -1,4 +1,4 @@
-// What the operations on routing share: a check of expert numbers, and how often each expert was
+// What the CPU's operations on routing share: a check of expert numbers, and how often each expert was
 // chosen per run of slots.
 #pragma once
 
@@ -6,11 +6,9 @@
 #include <string>
 
 #include "core/backend/cpu_parallel.h"
+#include "core/backend/routing.h"
 
 namespace dstrain {
-
-// Keeps a sum of scores from being a divisor of zero.
-constexpr double kTinyScore = 1e-20;
 
 // An index that came from a recording of another run may be anything.
 inline int32_t checked_expert(int32_t index, int64_t experts) {
@@ -18,15 +16,6 @@ inline int32_t checked_expert(int32_t index, int64_t experts) {
       index >= 0 && index < experts,
       "expert index " + std::to_string(index) + " is not in [0, " + std::to_string(experts) + ")");
   return index;
-}
-
-// That T rows lie in S sequences.
-inline void expect_rows(const RowsOfSequences& rows, int64_t T, int64_t S, const char* op) {
-  DSTRAIN_CHECK(rows.first_row >= 0 && rows.rows_per_sequence > 0 &&
-                    rows.first_row + T <= S * rows.rows_per_sequence,
-                std::string(op) + ": rows " + std::to_string(rows.first_row) + " to " +
-                    std::to_string(rows.first_row + T) + " are not all in " + std::to_string(S) +
-                    " sequences of " + std::to_string(rows.rows_per_sequence));
 }
 
 // Counts i32 choices (any shape, contiguous) in the workspace. Throws if an index is not in [0,

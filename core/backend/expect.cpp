@@ -1,4 +1,4 @@
-#include "core/backend/cpu_parallel.h"
+#include "core/backend/expect.h"
 
 #include <string>
 
