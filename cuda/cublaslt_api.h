@@ -25,9 +25,12 @@ struct LtDestroy {
   }
 };
 using LtContext = std::unique_ptr<cublasLtContext, LtDestroy<cublasLtDestroy>>;
-using LtOperation = std::unique_ptr<cublasLtMatmulDescOpaque_t, LtDestroy<cublasLtMatmulDescDestroy>>;
-using LtLayout = std::unique_ptr<cublasLtMatrixLayoutOpaque_t, LtDestroy<cublasLtMatrixLayoutDestroy>>;
-using LtPreference = std::unique_ptr<cublasLtMatmulPreferenceOpaque_t, LtDestroy<cublasLtMatmulPreferenceDestroy>>;
+using LtOperation =
+    std::unique_ptr<cublasLtMatmulDescOpaque_t, LtDestroy<cublasLtMatmulDescDestroy>>;
+using LtLayout =
+    std::unique_ptr<cublasLtMatrixLayoutOpaque_t, LtDestroy<cublasLtMatrixLayoutDestroy>>;
+using LtPreference =
+    std::unique_ptr<cublasLtMatmulPreferenceOpaque_t, LtDestroy<cublasLtMatmulPreferenceDestroy>>;
 
 inline LtContext make_lt_context() {
   cublasLtHandle_t handle = nullptr;
@@ -35,21 +38,24 @@ inline LtContext make_lt_context() {
   return LtContext(handle);
 }
 
-inline LtOperation make_lt_operation(cublasComputeType_t compute, cublasOperation_t a, cublasOperation_t b) {
+inline LtOperation make_lt_operation(cublasComputeType_t compute, cublasOperation_t a,
+                                     cublasOperation_t b) {
   constexpr const char* kWhat = "describing a product";
   cublasLtMatmulDesc_t operation = nullptr;
   check_cublas(cublasLtMatmulDescCreate(&operation, compute, CUDA_R_32F), kWhat);
   LtOperation owner(operation);
-  check_cublas(cublasLtMatmulDescSetAttribute(operation, CUBLASLT_MATMUL_DESC_TRANSA, &a, sizeof a), kWhat);
-  check_cublas(cublasLtMatmulDescSetAttribute(operation, CUBLASLT_MATMUL_DESC_TRANSB, &b, sizeof b), kWhat);
+  check_cublas(cublasLtMatmulDescSetAttribute(operation, CUBLASLT_MATMUL_DESC_TRANSA, &a, sizeof a),
+               kWhat);
+  check_cublas(cublasLtMatmulDescSetAttribute(operation, CUBLASLT_MATMUL_DESC_TRANSB, &b, sizeof b),
+               kWhat);
   return owner;
 }
 
 // Column-major, as the library sees matrices: columns `stride` elements apart.
 inline LtLayout make_lt_layout(cudaDataType_t type, int64_t rows, int64_t columns, int64_t stride) {
   cublasLtMatrixLayout_t layout = nullptr;
-  check_cublas(cublasLtMatrixLayoutCreate(&layout, type, static_cast<uint64_t>(rows), static_cast<uint64_t>(columns),
-                                          stride),
+  check_cublas(cublasLtMatrixLayoutCreate(&layout, type, static_cast<uint64_t>(rows),
+                                          static_cast<uint64_t>(columns), stride),
                "describing a matrix");
   return LtLayout(layout);
 }
@@ -63,7 +69,8 @@ class LtPreferences {
   }
   template <class Value>
   void set(cublasLtMatmulPreferenceAttributes_t attribute, Value value) {
-    check_cublas(cublasLtMatmulPreferenceSetAttribute(owner_.get(), attribute, &value, sizeof value), kWhat);
+    check_cublas(
+        cublasLtMatmulPreferenceSetAttribute(owner_.get(), attribute, &value, sizeof value), kWhat);
   }
   cublasLtMatmulPreference_t get() const { return owner_.get(); }
 

@@ -16,20 +16,27 @@
 namespace dstrain {
 namespace {
 
-constexpr int kCandidates = 8;         // of the heuristic's list
+constexpr int kCandidates = 8;            // of the heuristic's list
 constexpr double kWorthMeasuring = 1.25;  // times the fastest in the first round
 constexpr int kRounds = 3;
-constexpr double kRoundMs = 0.4;       // of one candidate: as many repetitions as fit, at least one
+constexpr double kRoundMs = 0.4;  // of one candidate: as many repetitions as fit, at least one
 constexpr int kMostRepetitions = 16;
-constexpr double kTie = 1.01;          // within it, the heuristic's order decides
-constexpr int64_t kSpareBytes = int64_t{256} << 20;  // of free memory: kernels are loaded while they are measured
+constexpr double kTie = 1.01;  // within it, the heuristic's order decides
+constexpr int64_t kSpareBytes =
+    int64_t{256} << 20;  // of free memory: kernels are loaded while they are measured
 constexpr int64_t kPatternElements = 262147;  // prime, so that rows of a matrix differ
 
 using Clock = std::chrono::steady_clock;
-double seconds_since(Clock::time_point begin) { return std::chrono::duration<double>(Clock::now() - begin).count(); }
+double seconds_since(Clock::time_point begin) {
+  return std::chrono::duration<double>(Clock::now() - begin).count();
+}
 
-int64_t padded(int64_t bytes) { return ScratchPieces::padded(bytes); }
-int64_t bytes_of(int64_t rows, int64_t stride, DType dtype) { return padded(rows * stride * dtype_bytes(dtype)); }
+int64_t padded(int64_t bytes) {
+  return ScratchPieces::padded(bytes);
+}
+int64_t bytes_of(int64_t rows, int64_t stride, DType dtype) {
+  return padded(rows * stride * dtype_bytes(dtype));
+}
 int64_t bytes_of_a(const MatmulKey& key) {
   return bytes_of(key.transposed_a ? key.k : key.m, key.stride_a, key.operands);
 }
@@ -50,6 +57,10 @@ std::vector<uint16_t> normal_pattern() {
   return pattern;
 }
 
+int repetitions_for(double ms) {
+  return static_cast<int>(std::clamp(kRoundMs / std::max(ms, 1e-3), 1.0, double{kMostRepetitions}));
+}
+
 MatmulChoice choice_of(const cublasLtMatmulHeuristicResult_t& result, double ms) {
   MatmulChoice choice{.ms = ms, .waves = result.wavesCount};
   static_assert(sizeof choice.algorithm == sizeof result.algo);
@@ -64,8 +75,14 @@ struct CudaMatmul::Candidate {
   double ms = 0;
 };
 
-// Operands and results of all products in turn, and what the library works in. Full of random numbers: the power that
-// zeros do not draw would let the GPU run faster than it does in training.
+double CudaMatmul::least_ms(const std::vector<Candidate>& candidates) {
+  double least = candidates[0].ms;
+  for (const Candidate& candidate : candidates) least = std::min(least, candidate.ms);
+  return least;
+}
+
+// Operands and results of all products in turn, and what the library works in. Full of random
+// numbers: the power that zeros do not draw would let the GPU run faster than it does in training.
 class CudaMatmul::TimingMemory {
  public:
   // `data` is null where the memory could not be had.
@@ -78,7 +95,8 @@ class CudaMatmul::TimingMemory {
     const std::vector<uint16_t> pattern = normal_pattern();
     int64_t filled = std::min<int64_t>(bytes, kPatternElements * 2);
     fill(0, pattern.data(), filled, stream);
-    for (; filled < bytes; filled *= 2) fill(filled, data, std::min(filled, bytes - filled), stream);
+    for (; filled < bytes; filled *= 2)
+      fill(filled, data, std::min(filled, bytes - filled), stream);
     stream.synchronize();  // the pattern goes
   }
   ~TimingMemory() { cudaFree(data); }
@@ -92,7 +110,8 @@ class CudaMatmul::TimingMemory {
 
  private:
   void fill(int64_t offset, const void* source, int64_t bytes, CudaStream& stream) {
-    check_cuda(cudaMemcpyAsync(at(offset), source, static_cast<size_t>(bytes), cudaMemcpyDefault, stream.get()),
+    check_cuda(cudaMemcpyAsync(at(offset), source, static_cast<size_t>(bytes), cudaMemcpyDefault,
+                               stream.get()),
                "filling memory for measurements");
   }
 };
@@ -146,8 +165,10 @@ void CudaMatmul::tune(Stream& stream, const MatmulTuning& tuning) {
   }
   if (plans.empty()) return;
   const MatmulChoices measured = measure_all(plans, stream, tuning.seconds);
-  if (keep && !measured.empty()) {
-    // Others may have been faster to measure the same: their choices count then, so that ranks compute alike.
+  if (measured.empty()) return;
+  if (keep) {
+    // Others may have been faster to measure the same: their choices count then, so that ranks
+    // compute alike.
     const MatmulChoices kept = cache.merge(measured);
     for (Plan* plan : plans) adopt(*plan, kept);
   }
@@ -176,9 +197,11 @@ bool CudaMatmul::adopt(Plan& plan, const MatmulChoices& choices) const {
   std::memcpy(&algorithm, found->second.algorithm.data(), sizeof algorithm);
   cublasLtMatmulHeuristicResult_t result = {};
   const cublasStatus_t status =
-      cublasLtMatmulAlgoCheck(context_.get(), plan.operation.get(), plan.b.get(), plan.a.get(), plan.c.get(),
-                              plan.c.get(), &algorithm, &result);
-  if (status != CUBLAS_STATUS_SUCCESS || result.workspaceSize > static_cast<size_t>(kWorkspaceBytes)) return false;
+      cublasLtMatmulAlgoCheck(context_.get(), plan.operation.get(), plan.b.get(), plan.a.get(),
+                              plan.c.get(), plan.c.get(), &algorithm, &result);
+  if (status != CUBLAS_STATUS_SUCCESS ||
+      result.workspaceSize > static_cast<size_t>(kWorkspaceBytes))
+    return false;
   plan.algorithm = algorithm;
   plan.choice = found->second;
   plan.speedup = 1;
@@ -186,7 +209,8 @@ bool CudaMatmul::adopt(Plan& plan, const MatmulChoices& choices) const {
   return true;
 }
 
-MatmulChoices CudaMatmul::measure_all(const std::vector<Plan*>& plans, Stream& stream, double seconds) const {
+MatmulChoices CudaMatmul::measure_all(const std::vector<Plan*>& plans, Stream& stream,
+                                      double seconds) const {
   const Clock::time_point begin = Clock::now();
   stream.synchronize();
   size_t free = 0, total = 0;
@@ -202,7 +226,8 @@ MatmulChoices CudaMatmul::measure_all(const std::vector<Plan*>& plans, Stream& s
   }
   const TimingMemory memory(cuda_stream(stream), bytes);
   if (!memory.data) {
-    log_info("matrix products are not measured: {} of GPU memory could not be had", format_bytes(bytes));
+    log_info("matrix products are not measured: {} of GPU memory could not be had",
+             format_bytes(bytes));
     return {};
   }
   Stopwatch stopwatch(cuda(stream));
@@ -216,15 +241,31 @@ MatmulChoices CudaMatmul::measure_all(const std::vector<Plan*>& plans, Stream& s
   return measured;
 }
 
-// Every candidate once, then those that are near the fastest in rounds, so that a change of the GPU's clock meets all
-// of them. The least of a candidate's times counts.
+// The fastest of the heuristic's candidates becomes the plan's algorithm.
 void CudaMatmul::measure(Plan& plan, const TimingMemory& memory, Stopwatch& stopwatch) const {
+  const std::vector<Candidate> candidates = timed_candidates(plan, memory, stopwatch);
+  if (candidates.empty()) return;
+  const double tie = kTie * least_ms(candidates);
+  const Candidate& chosen = *std::find_if(candidates.begin(), candidates.end(),
+                                          [&](const Candidate& x) { return x.ms <= tie; });
+  plan.algorithm = chosen.result.algo;
+  plan.choice = choice_of(chosen.result, chosen.ms);
+  plan.speedup = candidates[0].ms / chosen.ms;
+  plan.tuned = true;
+}
+
+// Every candidate once, then the first and those near the fastest in rounds, so that a change of
+// the GPU's clock meets all of them. The least of a candidate's times counts.
+std::vector<CudaMatmul::Candidate> CudaMatmul::timed_candidates(const Plan& plan,
+                                                                const TimingMemory& memory,
+                                                                Stopwatch& stopwatch) const {
   const char* const a = memory.at(0);
   const char* const b = a + bytes_of_a(plan.key);
   char* const c = memory.at(bytes_of_a(plan.key) + bytes_of_b(plan.key));
   const float beta = plan.key.adds ? 1.0f : 0.0f;
   auto queue_one = [&](const Candidate& candidate) {
-    return queue(stopwatch.stream(), plan, candidate.result.algo, 1.0f, beta, a, b, c, memory.workspace);
+    return queue(stopwatch.stream(), plan, candidate.result.algo, 1.0f, beta, a, b, c,
+                 memory.workspace);
   };
   auto time = [&](const Candidate& candidate, int repetitions) {
     return stopwatch.ms(repetitions, [&] {
@@ -233,37 +274,33 @@ void CudaMatmul::measure(Plan& plan, const TimingMemory& memory, Stopwatch& stop
     });
   };
   std::vector<Candidate> candidates;
-  for (const cublasLtMatmulHeuristicResult_t& result : heuristic(plan, kCandidates)) candidates.push_back({result});
-  // The first call of an algorithm loads its kernel.
-  std::erase_if(candidates, [&](const Candidate& x) { return queue_one(x) != CUBLAS_STATUS_SUCCESS; });
-  if (candidates.empty()) return;
+  for (const cublasLtMatmulHeuristicResult_t& result : heuristic(plan, kCandidates)) {
+    const Candidate candidate{result};
+    // The first call of an algorithm loads its kernel.
+    if (queue_one(candidate) == CUBLAS_STATUS_SUCCESS) candidates.push_back(candidate);
+  }
+  if (candidates.empty()) return {};
   for (Candidate& candidate : candidates) candidate.ms = time(candidate, 1);
-  const auto faster = [](const Candidate& x, const Candidate& y) { return x.ms < y.ms; };
-  const double first_best = std::min_element(candidates.begin(), candidates.end(), faster)->ms;
-  // The heuristic's choice stays for comparison.
-  candidates.erase(std::remove_if(candidates.begin() + 1, candidates.end(),
-                                  [&](const Candidate& x) { return x.ms > kWorthMeasuring * first_best; }),
-                   candidates.end());
-  const int repetitions =
-      static_cast<int>(std::clamp(kRoundMs / std::max(first_best, 1e-3), 1.0, double{kMostRepetitions}));
-  for (Candidate& candidate : candidates) candidate.ms = time(candidate, repetitions);
-  for (int round = 1; round < kRounds; ++round)
-    for (Candidate& candidate : candidates) candidate.ms = std::min(candidate.ms, time(candidate, repetitions));
-  const double best = std::min_element(candidates.begin(), candidates.end(), faster)->ms;
-  const Candidate& chosen = *std::find_if(candidates.begin(), candidates.end(),
-                                          [&](const Candidate& x) { return x.ms <= kTie * best; });
-  plan.algorithm = chosen.result.algo;
-  plan.choice = choice_of(chosen.result, chosen.ms);
-  plan.speedup = candidates.front().ms / chosen.ms;
-  plan.tuned = true;
+  const double least = least_ms(candidates);
+  candidates.erase(
+      std::remove_if(candidates.begin() + 1, candidates.end(),
+                     [&](const Candidate& x) { return x.ms > kWorthMeasuring * least; }),
+      candidates.end());
+  const int repetitions = repetitions_for(least);
+  for (int round = 0; round < kRounds; ++round)
+    for (Candidate& candidate : candidates) {
+      const double ms = time(candidate, repetitions);
+      candidate.ms = round == 0 ? ms : std::min(candidate.ms, ms);
+    }
+  return candidates;
 }
 
 // All that an algorithm's bits and its time depend on.
 std::string CudaMatmul::machine() const {
   int driver = 0;
   check_cuda(cudaDriverGetVersion(&driver), "asking for the driver's version");
-  return fmt::format("{}, {} SMs, cuBLASLt {}, driver {}", device_.name, device_.num_sms, cublasLtGetVersion(),
-                     driver);
+  return fmt::format("{}, {} SMs, cuBLASLt {}, driver {}", device_.name, device_.num_sms,
+                     cublasLtGetVersion(), driver);
 }
 
 }  // namespace dstrain

@@ -1,5 +1,6 @@
-// The file is lines of text: a title, the machine, one line for each choice (key, ms, waves, 128 hexadecimal digits)
-// and a checksum of all before it, so that a file cut short or edited is not taken for the library's own bits.
+// The file is lines of text: a title, the machine, one line for each choice (key, ms, waves, 128
+// hexadecimal digits) and a checksum of all before it, so that a file cut short or edited is not
+// taken for the library's own bits.
 #include "cuda/matmul_cache.h"
 
 #include <fmt/format.h>
@@ -34,7 +35,9 @@ std::string file_name_of(std::string_view machine) {
   return name + ".txt";
 }
 
-std::string checksum(std::string_view text) { return fmt::format("{:016x}", stream_id(text.data(), text.size())); }
+std::string checksum(std::string_view text) {
+  return fmt::format("{:016x}", stream_id(text.data(), text.size()));
+}
 
 // Takes the text up to `end` from the front of `rest`, and `end` with it.
 std::string_view take_until(std::string_view& rest, char end, const char* what) {
@@ -48,7 +51,8 @@ std::string_view take_until(std::string_view& rest, char end, const char* what) 
 template <class Number, class... Base>
 Number parse_number(std::string_view text, Base... base) {
   Number number = 0;
-  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), number, base...);
+  const auto [end, error] =
+      std::from_chars(text.data(), text.data() + text.size(), number, base...);
   if (error != std::errc() || end != text.data() + text.size())
     throw DataError(fmt::format("'{}' is not a number", text));
   return number;
@@ -58,7 +62,8 @@ MatmulChoice parse_choice(std::string_view rest) {
   MatmulChoice choice;
   choice.ms = parse_number<double>(take_until(rest, ' ', "a line"));
   choice.waves = parse_number<double>(take_until(rest, ' ', "a line"));
-  if (rest.size() != kHexDigits * choice.algorithm.size()) throw DataError("an algorithm has another length");
+  if (rest.size() != kHexDigits * choice.algorithm.size())
+    throw DataError("an algorithm has another length");
   for (uint64_t& word : choice.algorithm) {
     word = parse_number<uint64_t>(rest.substr(0, kHexDigits), 16);
     rest.remove_prefix(kHexDigits);
@@ -73,7 +78,8 @@ class FileLock {
     const auto deadline = std::chrono::steady_clock::now() + kLongestWait;
     while (::flock(file_.fd(), LOCK_EX | LOCK_NB) != 0) {
       if (std::chrono::steady_clock::now() > deadline)
-        throw StorageError(fmt::format("'{}' is locked by another process, or cannot be locked", path));
+        throw StorageError(
+            fmt::format("'{}' is locked by another process, or cannot be locked", path));
       std::this_thread::sleep_for(kRetry);
     }
   }
@@ -96,8 +102,10 @@ std::string format_choices(const MatmulChoices& choices, std::string_view machin
 
 MatmulChoices parse_choices(std::string_view text, std::string_view machine) {
   std::string_view rest = text;
-  if (take_until(rest, '\n', "its title") != kTitle) throw DataError("it does not begin with its title");
-  if (take_until(rest, '\n', "the machine") != machine) throw DataError("it was made on another machine");
+  if (take_until(rest, '\n', "its title") != kTitle)
+    throw DataError("it does not begin with its title");
+  if (take_until(rest, '\n', "the machine") != machine)
+    throw DataError("it was made on another machine");
   MatmulChoices choices;
   for (;;) {
     const auto lines_end = static_cast<size_t>(rest.data() - text.data());
@@ -113,7 +121,9 @@ MatmulChoices parse_choices(std::string_view text, std::string_view machine) {
 }
 
 MatmulCache::MatmulCache(const std::string& folder, std::string machine)
-    : folder_(folder), path_(join_path(folder, file_name_of(machine))), machine_(std::move(machine)) {}
+    : folder_(folder),
+      path_(join_path(folder, file_name_of(machine))),
+      machine_(std::move(machine)) {}
 
 MatmulChoices MatmulCache::load() const {
   try {
@@ -139,7 +149,8 @@ MatmulChoices MatmulCache::merge(const MatmulChoices& choices) const {
     write_file_atomic(path_, text);
     return all;
   } catch (const Error& error) {
-    log_info("the fastest algorithms of matrix products are not kept for the next run: {}", error.what());
+    log_info("the fastest algorithms of matrix products are not kept for the next run: {}",
+             error.what());
     return choices;
   }
 }

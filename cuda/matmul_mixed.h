@@ -1,9 +1,12 @@
-// Products of an f32 and a bf16 matrix, as one bf16 product. An f32 number is the sum of three of bf16 (low, middle,
-// high: three times 8 bits of mantissa), so the f32 operand is written as three terms and multiplied exactly. Either
-//   the terms lie one after the other along k, the bf16 operand three times likewise, and the product sums them; or
-//   they lie along the operand's other dimension, the product is three products in f32, and those are added at last.
-// The first copies the bf16 operand, the second writes f32 sums: whichever takes fewer bytes. For a router's
-// dx [T,D] = dlogits W it is the first, for its dW [E,D] = dlogits^T x the second. No CUDA here.
+// Products of an f32 and a bf16 matrix, as one bf16 product. An f32 number is the sum of three of
+// bf16 (low, middle, high: three times 8 bits of mantissa), so the f32 operand is written as three
+// terms and multiplied exactly. Either
+//   the terms lie one after the other along k, the bf16 operand three times likewise, and the
+//   product sums them; or they lie along the operand's other dimension, the product is three
+//   products in f32, and those are added at last.
+// The first copies the bf16 operand, the second writes f32 sums: whichever takes fewer bytes. For a
+// router's dx [T,D] = dlogits W it is the first, for its dW [E,D] = dlogits^T x the second. No CUDA
+// here.
 #pragma once
 
 #include "cuda/matmul_product.h"
@@ -25,10 +28,10 @@ struct MixedProduct {
 
   bool a_is_split;  // or b
   bool along_k;
-  Stack split;           // bf16: terms of the f32 operand
-  Stack copies;          // bf16: the other operand three times, where along_k
-  Stack sums;            // f32: three products, where not
-  Product product;       // what cuBLASLt multiplies, once place() was called
+  Stack split;      // bf16: terms of the f32 operand
+  Stack copies;     // bf16: the other operand three times, where along_k
+  Stack sums;       // f32: three products, where not
+  Product product;  // what cuBLASLt multiplies, once place() was called
 
   int64_t split_bytes() const { return split.numel() * 2; }
   int64_t copies_bytes() const { return copies.numel() * 2; }
@@ -38,12 +41,14 @@ struct MixedProduct {
   void place(void* split_data, void* copies_data, void* sums_data);
 };
 
-inline MixedProduct::MixedProduct(const Product& p) : a_is_split(p.a.dtype == DType::f32), product(p) {
+inline MixedProduct::MixedProduct(const Product& p)
+    : a_is_split(p.a.dtype == DType::f32), product(p) {
   constexpr int64_t kTerms = Stack::kTerms, kVector = 8;  // rows begin at multiples of 16 bytes
   auto round_up = [](int64_t n) { return (n + kVector - 1) / kVector * kVector; };
   auto stack = [&](int64_t rows, int64_t columns, bool along_rows) {
     const int64_t padded = round_up(columns);
-    return along_rows ? Stack{rows, padded, padded, rows * padded} : Stack{rows, padded, kTerms * padded, padded};
+    return along_rows ? Stack{rows, padded, padded, rows * padded}
+                      : Stack{rows, padded, kTerms * padded, padded};
   };
   const int64_t other_numel = a_is_split ? p.k * p.n : p.m * p.k;
   along_k = other_numel * 2 <= p.m * p.n * 4;

@@ -1,4 +1,5 @@
-// The file that keeps the fastest algorithms of matrix products: what is written is read, and nothing else is.
+// The file that keeps the fastest algorithms of matrix products: what is written is read, and
+// nothing else is.
 #include "cuda/matmul_cache.h"
 
 #include <filesystem>
@@ -15,12 +16,14 @@ constexpr const char* kMachine = "A GPU (SXM), 132 SMs, library 130100, driver 1
 
 MatmulChoice choice(uint64_t seed, double ms) {
   MatmulChoice out{.ms = ms, .waves = 1.5};
-  for (uint64_t& word : out.algorithm) word = seed = seed * 6364136223846793005u + 1442695040888963407u;
+  for (uint64_t& word : out.algorithm)
+    word = seed = seed * 6364136223846793005u + 1442695040888963407u;
   return out;
 }
 
 MatmulChoices two_choices() {
-  return {{"bf16,nt,16384x2048x1408,f32,1408:16", choice(1, 0.25)}, {"f32,nn,1x1x1,+f32,1:4", choice(2, 0.001)}};
+  return {{"bf16,nt,16384x2048x1408,f32,1408:16", choice(1, 0.25)},
+          {"f32,nn,1x1x1,+f32,1:4", choice(2, 0.001)}};
 }
 
 TEST_CASE("matmul cache: choices are read as they were written", "[core][cuda]") {
@@ -29,7 +32,8 @@ TEST_CASE("matmul cache: choices are read as they were written", "[core][cuda]")
   CHECK(parse_choices(format_choices({}, kMachine), kMachine).empty());
 }
 
-TEST_CASE("matmul cache: a file that is cut, edited or of another machine is refused", "[core][cuda]") {
+TEST_CASE("matmul cache: a file that is cut, edited or of another machine is refused",
+          "[core][cuda]") {
   const std::string text = format_choices(two_choices(), kMachine);
   CHECK_THROWS_AS(parse_choices(text, "another"), DataError);
   CHECK_THROWS_AS(parse_choices(text + "more", kMachine), DataError);

@@ -1,4 +1,5 @@
-// Products of f32 with bf16 as products of bf16: the layout of the terms, and what their sum is worth.
+// Products of f32 with bf16 as products of bf16: the layout of the terms, and what their sum is
+// worth.
 #include "cuda/matmul_mixed.h"
 
 #include <bit>
@@ -19,8 +20,8 @@ double to_bf16(double x) {
 }
 
 // As stack_kernel of cuda/ops_matmul.cu fills it; everything that it must not rely on is NaN.
-std::vector<double> stacked(const std::vector<double>& x, int64_t rows, int64_t columns, const Stack& stack,
-                            bool split) {
+std::vector<double> stacked(const std::vector<double>& x, int64_t rows, int64_t columns,
+                            const Stack& stack, bool split) {
   std::vector<double> out(static_cast<size_t>(stack.numel()), NAN);
   for (int64_t r = 0; r < stack.rows; ++r) {
     for (int64_t c = 0; c < stack.columns; ++c) {
@@ -53,8 +54,8 @@ TEST_CASE("matmul of f32 and bf16: three bf16 terms give the product to f32", "[
   const Trans ta = GENERATE(Trans::no, Trans::yes), tb = GENERATE(Trans::no, Trans::yes);
   const bool a_is_f32 = GENERATE(true, false);
   // Both ways of stacking, for either operand, and sizes that have to be filled up.
-  const auto [m, n, k] = GENERATE(
-      table<int64_t, int64_t, int64_t>({{40, 24, 8}, {33, 17, 5}, {8, 24, 200}, {3, 17, 130}, {21, 2, 99}, {1, 1, 1}}));
+  const auto [m, n, k] = GENERATE(table<int64_t, int64_t, int64_t>(
+      {{40, 24, 8}, {33, 17, 5}, {8, 24, 200}, {3, 17, 130}, {21, 2, 99}, {1, 1, 1}}));
   CAPTURE(ta, tb, a_is_f32, m, n, k);
 
   std::vector<double> a(static_cast<size_t>(m * k)), b(static_cast<size_t>(k * n));
@@ -66,7 +67,16 @@ TEST_CASE("matmul of f32 and bf16: three bf16 terms give the product to f32", "[
   };
   fill(a, a_is_f32, 0);
   fill(b, !a_is_f32, 1);
-  Product p{.ta = ta, .tb = tb, .m = m, .n = n, .k = k, .alpha = 0.5f, .beta = -1, .a = {}, .b = {}, .c = {}};
+  Product p{.ta = ta,
+            .tb = tb,
+            .m = m,
+            .n = n,
+            .k = k,
+            .alpha = 0.5f,
+            .beta = -1,
+            .a = {},
+            .b = {},
+            .c = {}};
   p.a = {a.data(), a_is_f32 ? DType::f32 : DType::bf16, columns_of_a(p)};
   p.b = {b.data(), a_is_f32 ? DType::bf16 : DType::f32, columns_of_b(p)};
   p.c = {nullptr, DType::bf16, n};
@@ -74,9 +84,11 @@ TEST_CASE("matmul of f32 and bf16: three bf16 terms give the product to f32", "[
   MixedProduct mixed(p);
   const auto &f32 = a_is_f32 ? a : b, &bf16 = a_is_f32 ? b : a;
   std::vector<double> split =
-      stacked(f32, a_is_f32 ? rows_of_a(p) : rows_of_b(p), a_is_f32 ? columns_of_a(p) : columns_of_b(p), mixed.split, true);
-  std::vector<double> copies = stacked(bf16, a_is_f32 ? rows_of_b(p) : rows_of_a(p),
-                                       a_is_f32 ? columns_of_b(p) : columns_of_a(p), mixed.copies, false);
+      stacked(f32, a_is_f32 ? rows_of_a(p) : rows_of_b(p),
+              a_is_f32 ? columns_of_a(p) : columns_of_b(p), mixed.split, true);
+  std::vector<double> copies =
+      stacked(bf16, a_is_f32 ? rows_of_b(p) : rows_of_a(p),
+              a_is_f32 ? columns_of_b(p) : columns_of_a(p), mixed.copies, false);
   mixed.place(split.data(), copies.data(), nullptr);
   CHECK(mixed.a_is_split == a_is_f32);
   CHECK(mixed.product.a.dtype == DType::bf16);
@@ -100,13 +112,15 @@ TEST_CASE("matmul of f32 and bf16: three bf16 terms give the product to f32", "[
         sum = product_element(mixed.product, i, j);
       } else {
         for (int t = 0; t < Stack::kTerms; ++t) {
-          const int64_t at = t * mixed.sums.step + i * mixed.sums.stride + j, stride = mixed.product.c.stride;
+          const int64_t at = t * mixed.sums.step + i * mixed.sums.stride + j,
+                        stride = mixed.product.c.stride;
           CHECK(at % stride < mixed.product.n);
           sum += product_element(mixed.product, at / stride, at % stride);
         }
       }
       double size = 0;
-      for (int64_t q = 0; q < k; ++q) size += std::fabs(element(p.a, ta, i, q) * element(p.b, tb, q, j));
+      for (int64_t q = 0; q < k; ++q)
+        size += std::fabs(element(p.a, ta, i, q) * element(p.b, tb, q, j));
       worst = std::max(worst, std::fabs(sum - product_element(p, i, j)) / size);
     }
   }
@@ -115,16 +129,32 @@ TEST_CASE("matmul of f32 and bf16: three bf16 terms give the product to f32", "[
 
 TEST_CASE("matmul of f32 and bf16: a router's products copy the small operand", "[core][cuda]") {
   const int64_t T = 16384, E = 64, D = 2048;
-  Product dx{.ta = Trans::no, .tb = Trans::no, .m = T, .n = D, .k = E, .alpha = 1, .beta = 1,
-             .a = {nullptr, DType::f32, E}, .b = {nullptr, DType::bf16, D}, .c = {nullptr, DType::bf16, D}};
+  Product dx{.ta = Trans::no,
+             .tb = Trans::no,
+             .m = T,
+             .n = D,
+             .k = E,
+             .alpha = 1,
+             .beta = 1,
+             .a = {nullptr, DType::f32, E},
+             .b = {nullptr, DType::bf16, D},
+             .c = {nullptr, DType::bf16, D}};
   MixedProduct of_input(dx);
   CHECK(of_input.along_k);
   CHECK(of_input.split_bytes() == T * E * 6);
   CHECK(of_input.copies_bytes() == E * D * 6);
   CHECK(of_input.product.k == 3 * E);
 
-  Product dweight{.ta = Trans::yes, .tb = Trans::no, .m = E, .n = D, .k = T, .alpha = 1, .beta = 1,
-                  .a = {nullptr, DType::f32, E}, .b = {nullptr, DType::bf16, D}, .c = {nullptr, DType::f32, D}};
+  Product dweight{.ta = Trans::yes,
+                  .tb = Trans::no,
+                  .m = E,
+                  .n = D,
+                  .k = T,
+                  .alpha = 1,
+                  .beta = 1,
+                  .a = {nullptr, DType::f32, E},
+                  .b = {nullptr, DType::bf16, D},
+                  .c = {nullptr, DType::f32, D}};
   MixedProduct of_weight(dweight);
   CHECK_FALSE(of_weight.along_k);
   CHECK(of_weight.split_bytes() == T * E * 6);
@@ -133,15 +163,26 @@ TEST_CASE("matmul of f32 and bf16: a router's products copy the small operand", 
 }
 
 TEST_CASE("matmul keys: alignment is that of every row", "[core][cuda]") {
-  alignas(64) static char memory[64];
-  CHECK(row_alignment({memory, DType::bf16, 8}) == 16);
+  alignas(512) static char memory[512];
+  CHECK(row_alignment({memory, DType::bf16, 8}) == 256);
+  CHECK(row_alignment({memory + 32, DType::bf16, 8}) == 32);
+  CHECK(row_alignment({memory + 8, DType::bf16, 8}) == 8);
+  CHECK(row_alignment({nullptr, DType::bf16, 64}) == 256);
   CHECK(row_alignment({memory, DType::bf16, 12}) == 8);
   CHECK(row_alignment({memory, DType::bf16, 7}) == 2);
   CHECK(row_alignment({memory, DType::f32, 7}) == 4);
   CHECK(row_alignment({memory + 4, DType::bf16, 8}) == 4);
-  Product p{.ta = Trans::no, .tb = Trans::yes, .m = 3, .n = 4, .k = 8, .alpha = 1, .beta = 1,
-            .a = {memory, DType::bf16, 8}, .b = {memory, DType::bf16, 12}, .c = {memory, DType::f32, 4}};
-  CHECK(key_text(key_of(p, true)) == "bf16,nt,3x4x8,+f32,8:16,12:8,4:16");
+  Product p{.ta = Trans::no,
+            .tb = Trans::yes,
+            .m = 3,
+            .n = 4,
+            .k = 8,
+            .alpha = 1,
+            .beta = 1,
+            .a = {memory, DType::bf16, 8},
+            .b = {memory, DType::bf16, 12},
+            .c = {memory, DType::f32, 4}};
+  CHECK(key_text(key_of(p, true)) == "bf16,nt,3x4x8,+f32,8:256,12:8,4:256");
   CHECK(shape_text(key_of(p, true)) == "bf16 nt 3x4x8 +f32");
   Product other = p;
   other.beta = 0;
