@@ -26,7 +26,21 @@ END
 expect 0 'nothing failed' 'SKIPPED: skipped: needs <root> & a loop device
 2 passed, 0 failed, 1 skipped'
 
-cat >>"$work/CTestTestfile.cmake" <<'END'
+for name in 'op: one' 'op: a long name, that takes up much of the line that it stands in, and more' \
+  'op: three' 'two rows'; do
+  echo "add_test([=[$name (CUDA)]=] sh -c [=[echo 'SKIPPED: $name: no GPU: no driver']=])"
+done >"$work/CTestTestfile.cmake"
+echo "add_test(other sh -c [=[echo 'SKIPPED: other: no GPU']=])" >>"$work/CTestTestfile.cmake"
+expect 0 'one reason for many' 'SKIPPED: 4 tests: no GPU: no driver
+  op: one (CUDA); op: a long name, that takes up much of the line that it stands in, and more (CUDA); op: three (CUDA);
+  two rows (CUDA)
+SKIPPED: other: no GPU
+0 passed, 0 failed, 5 skipped'
+
+cat >"$work/CTestTestfile.cmake" <<'END'
+add_test(good "true")
+add_test(fine "true")
+add_test(skipped "sh" "-c" "echo 'SKIPPED: skipped: needs <root> & a loop device'")
 add_test(bad "false")
 add_test([=[claims & fails]=] "sh" "-c" "echo 'SKIPPED: claims: but fails'; exit 1")
 add_test(crash "sh" "-c" "kill -SEGV $$")

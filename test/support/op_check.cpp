@@ -1,18 +1,20 @@
 #include "test/support/op_check.h"
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
-#include <cstdio>
+#include <cstdlib>
 #include <cstring>
+#include <iostream>
 #include <limits>
 #include <memory>
-#include <ostream>
 #include <utility>
 
 #include "core/backend/cpu_backend.h"
 #include "core/base/rng.h"
 #include "test/support/catch.h"
+#include "test/support/cuda_device.h"
+#include "test/support/device_tensors.h"
+#include "test/support/model_check_ops.h"
 
 namespace dstrain::test {
 namespace {
@@ -23,95 +25,8 @@ int64_t product(const std::vector<int64_t>& shape) {
   return n;
 }
 
-float bf16_to_float(uint16_t bits) {
-  return std::bit_cast<float>(uint32_t{bits} << 16);
-}
-
-// Tries the neighbours of the truncated value instead of doing arithmetic on bits, so that it is
-// independent of the code under test.
-uint16_t nearest_bf16(double value) {
-  if (std::isnan(value)) return 0x7fc0;
-  if (std::isinf(value)) return value > 0 ? 0x7f80 : 0xff80;
-  const uint32_t magnitude = std::bit_cast<uint32_t>(std::fabs(static_cast<float>(value)));
-  const uint16_t below = static_cast<uint16_t>(magnitude >> 16);
-  const uint16_t above = static_cast<uint16_t>(below + 1);
-  const double to_below = std::fabs(std::fabs(value) - bf16_to_float(below));
-  // Infinity counts as the number that would follow the largest.
-  const double above_value = above == 0x7f80 ? 0x1p128 : double{bf16_to_float(above)};
-  const double to_above = std::fabs(std::fabs(value) - above_value);
-  const bool take_above = to_above < to_below || (to_above == to_below && above % 2 == 0);
-  const uint16_t sign = std::signbit(value) ? 0x8000 : 0;
-  return static_cast<uint16_t>((take_above ? above : below) | sign);
-}
-
-struct Errors {
-  double relative_l2 = 0, largest = 0, largest_reference = 0;
-  int64_t worst = 0;
-  std::string refusal;  // why no number can be given
-};
-
-Errors measure(const HostTensor& candidate, const HostTensor& reference, bool zero_allowed) {
-  Errors errors;
-  if (candidate.numel() != reference.numel()) {
-    errors.refusal =
-        "sizes differ: " + candidate.view().describe() + " and " + reference.view().describe();
-    return errors;
-  }
-  double error_squares = 0, reference_squares = 0;
-  for (int64_t i = 0; i < reference.numel(); ++i) {
-    const double got = candidate.get(i), want = reference.get(i);
-    if (!std::isfinite(got) || !std::isfinite(want)) {
-      errors.refusal = "element " + std::to_string(i) + " is " + std::to_string(got) +
-                       ", the reference " + std::to_string(want);
-      return errors;
-    }
-    const double error = std::fabs(got - want);
-    error_squares += error * error;
-    reference_squares += want * want;
-    errors.largest_reference = std::max(errors.largest_reference, std::fabs(want));
-    if (error > errors.largest) {
-      errors.largest = error;
-      errors.worst = i;
-    }
-  }
-  if (reference_squares == 0 && reference.numel() > 0 && !zero_allowed) {
-    errors.refusal = "the reference is zero everywhere";
-  }
-  errors.relative_l2 = error_squares == 0 ? 0 : std::sqrt(error_squares / reference_squares);
-  return errors;
-}
-
-Verdict judge(const HostTensor& candidate, const HostTensor& reference, double limit,
-              bool zero_expected) {
-  const Errors errors = measure(candidate, reference, zero_expected);
-  if (!errors.refusal.empty()) return {false, errors.refusal};
-  if (reference.numel() == 0) return {true, "empty"};
-  if (zero_expected) {
-    const bool zero = errors.largest == 0 && errors.largest_reference == 0;
-    return {zero, zero ? "zero as expected" : "not zero at " + std::to_string(errors.worst)};
-  }
-  const bool ok =
-      errors.relative_l2 <= limit && errors.largest <= 4 * limit * errors.largest_reference;
-  char text[256];
-  std::snprintf(
-      text, sizeof text,
-      "relative L2 error %.3g, largest error %.3g at %lld (%.9g, reference %.9g) where the "
-      "limits are %.3g and %.3g",
-      errors.relative_l2, errors.largest, static_cast<long long>(errors.worst),
-      candidate.get(errors.worst), reference.get(errors.worst), limit,
-      4 * limit * errors.largest_reference);
-  return {ok, text};
-}
-
-double unit_roundoff(DType dtype) {
-  switch (dtype) {
-    case DType::f64:
-      return 0x1p-53;
-    case DType::bf16:
-      return 0x1p-8;
-    default:
-      return 0x1p-24;
-  }
+bool is_integer(DType dtype) {
+  return dtype != DType::f32 && dtype != DType::f64 && dtype != DType::bf16;
 }
 
 double weighted_outputs(const Bound& bound, const Bound& initial,
@@ -125,97 +40,149 @@ double weighted_outputs(const Bound& bound, const Bound& initial,
   return loss;
 }
 
+// Once per test case.
+void print_skipped_without_gpu(const std::string& reason) {
+  static std::string printed;
+  const std::string name = Catch::getResultCapture().getCurrentTestName();
+  if (name == printed) return;
+  printed = name;
+  std::cout << "SKIPPED: " << name << ": no GPU: " << reason << std::endl;
+}
+
+bool on_gpu() {
+  const char* device = std::getenv("DSTRAIN_TEST_DEVICE");
+  if (!device) return false;
+  DSTRAIN_CHECK(std::string(device) == "cuda", "DSTRAIN_TEST_DEVICE can be cuda, or not be set");
+  const std::string missing = why_gpu_missing();
+  if (!missing.empty()) print_skipped_without_gpu(missing);
+  return missing.empty();
+}
+
+Bound run_on_cpu(const OpCase& op_case, DType dtype, int threads, const OpBody& body) {
+  const std::unique_ptr<Backend> backend = make_cpu_backend(threads);
+  const std::unique_ptr<Stream> stream = backend->make_stream();
+  Bound bound = op_case.bind(dtype);
+  body(backend->ops(), *stream, bound);
+  stream->synchronize();
+  return bound;
+}
+
+// What scratch memory holds before an operation must not matter: `leftover` is put there.
+void run_on_gpu(Bound& bound, const OpBody& body, float leftover) {
+  Backend& backend = gpu_backend();
+  Stream& stream = gpu_stream();
+  DeviceTensors memory(backend, stream, bound.tensors());
+  const Bound elsewhere = Bound::elsewhere(memory.views());
+  body(backend.planning_ops(), stream, elsewhere);
+  backend.ops().fill(stream, gpu_scratch(), leftover);
+  body(backend.ops(), stream, elsewhere);
+  memory.read_back(bound.tensors());
+  INFO("bytes of scratch that the plan names");
+  CHECK(gpu_scratch().bytes() <= backend.workspace_bytes());
+}
+
+Bound run_on_gpu(const OpCase& op_case, DType dtype, const OpBody& body) {
+  Bound bound = op_case.bind(dtype);
+  run_on_gpu(bound, body, std::numeric_limits<float>::quiet_NaN());
+  return bound;
+}
+
+// Operations whose results are rounded to bf16 where they would be stored in it.
+class RoundingOps : public ForwardingOps {
+ public:
+  RoundingOps(Ops& ops, const OpCase& op_case, Bound& bound)
+      : ForwardingOps(ops), case_(op_case), bound_(bound) {}
+
+ protected:
+  void after_op() override { case_.round(bound_); }
+
+ private:
+  const OpCase& case_;
+  Bound& bound_;
+};
+
+Bound run_rounded(const OpCase& op_case, const OpBody& body) {
+  const std::unique_ptr<Backend> backend = make_cpu_backend(1);
+  const std::unique_ptr<Stream> stream = backend->make_stream();
+  Bound bound = op_case.bind_rounded();
+  RoundingOps ops(backend->ops(), op_case, bound);
+  body(ops, *stream, bound);
+  return bound;
+}
+
+// Everything in `candidate` that nobody gave a tolerance for. `before` is the reference's input.
+void check_unlisted(const Bound& candidate, const Bound& given, const Bound& reference,
+                    const Bound& before) {
+  for (int i = 0; i < static_cast<int>(candidate.size()); ++i) {
+    INFO("slot " << i << ", " << candidate[{i}].describe());
+    const bool untouched = reference.at({i}).same_bits(before.at({i}));
+    if (untouched) {
+      INFO("nothing may write to it");
+      CHECK(candidate.at({i}).same_bits(given.at({i})));
+    } else if (is_integer(candidate[{i}].dtype())) {
+      CHECK(candidate.at({i}).values() == reference.at({i}).values());
+    }
+  }
+}
+
+void check_on_gpu(const OpCase& op_case, DType dtype, const OpBody& body,
+                  const std::vector<Expectation>& expectations) {
+  const bool rounded = dtype == DType::bf16;
+  const Bound before = rounded ? op_case.bind_rounded() : op_case.bind(DType::f64);
+  const Bound reference =
+      rounded ? run_rounded(op_case, body) : run_on_cpu(op_case, DType::f64, 1, body);
+  const Bound given = op_case.bind(dtype);
+  Bound candidate = given, again = given;
+  INFO("on the GPU in " << dtype_name(dtype));
+  run_on_gpu(candidate, body, std::numeric_limits<float>::quiet_NaN());
+  run_on_gpu(again, body, 1);
+  for (const auto& [slot, tolerance] : expectations) {
+    INFO("slot " << slot.index << ", " << candidate[slot].describe());
+    CHECK(compare(candidate.at(slot), reference.at(slot), tolerance, dtype));
+  }
+  check_unlisted(candidate, given, reference, before);
+  for (int i = 0; i < static_cast<int>(candidate.size()); ++i) {
+    INFO("slot " << i << ", " << candidate[{i}].describe() << ", a second run");
+    CHECK(again.at({i}).same_bits(candidate.at({i})));
+  }
+}
+
+void check_on_cpu(const OpCase& op_case, const Bound& reference, const OpBody& body,
+                  const std::vector<Expectation>& expectations) {
+  const Bound candidate = run_on_cpu(op_case, DType::f32, 1, body);
+  for (const auto& [slot, tolerance] : expectations) {
+    INFO("slot " << slot.index << ", " << candidate[slot].describe());
+    CHECK(compare(candidate.at(slot), reference.at(slot), tolerance));
+  }
+  for (const int threads : {2, 3}) {
+    for (const Bound* one : {&reference, &candidate}) {
+      const DType dtype = one == &reference ? DType::f64 : DType::f32;
+      const Bound many = run_on_cpu(op_case, dtype, threads, body);
+      for (int i = 0; i < static_cast<int>(many.size()); ++i) {
+        INFO("slot " << i << ", " << many[{i}].describe() << ", " << threads << " threads");
+        CHECK(many.at({i}).same_bits(one->at({i})));
+      }
+    }
+  }
+}
+
 }  // namespace
 
-HostTensor::HostTensor(DType dtype, std::vector<int64_t> shape)
-    : dtype_(dtype),
-      shape_(std::move(shape)),
-      numel_(product(shape_)),
-      memory_(static_cast<size_t>(numel_ * dtype_bytes(dtype))) {}
-
-HostTensor::HostTensor(DType dtype, std::vector<int64_t> shape, const std::vector<double>& values)
-    : HostTensor(dtype, std::move(shape)) {
-  DSTRAIN_CHECK(static_cast<int64_t>(values.size()) == numel_, "values do not fill the shape");
-  for (int64_t i = 0; i < numel_; ++i) set(i, values[static_cast<size_t>(i)]);
+Bound Bound::elsewhere(std::vector<Tensor> views) {
+  Bound bound({});
+  bound.views_ = std::move(views);
+  return bound;
 }
 
-Tensor HostTensor::view() const {
-  return Tensor(memory_.data(), dtype_, shape_.data(), static_cast<int>(shape_.size()));
+Tensor Bound::operator[](Slot slot) const {
+  if (slot.index < 0) return {};
+  return views_.empty() ? at(slot).view() : views_.at(static_cast<size_t>(slot.index));
 }
 
-double HostTensor::get(int64_t i) const {
-  DSTRAIN_CHECK(i >= 0 && i < numel_, "element outside of " + view().describe());
-  const std::byte* at = memory_.data() + i * dtype_bytes(dtype_);
-  const auto load = [at]<class T>(T value) {
-    std::memcpy(&value, at, sizeof value);
-    return value;
-  };
-  switch (dtype_) {
-    case DType::f32:
-      return static_cast<double>(load(float{}));
-    case DType::f64:
-      return load(double{});
-    case DType::bf16:
-      return static_cast<double>(bf16_to_float(load(uint16_t{})));
-    case DType::i32:
-      return load(int32_t{});
-    case DType::i64:
-      return static_cast<double>(load(int64_t{}));
-    case DType::u8:
-      return load(uint8_t{});
-    case DType::u16:
-      return load(uint16_t{});
-  }
-  return 0;
-}
-
-void HostTensor::set(int64_t i, double value) {
-  DSTRAIN_CHECK(i >= 0 && i < numel_, "element outside of " + view().describe());
-  std::byte* at = memory_.data() + i * dtype_bytes(dtype_);
-  const auto store = [at](auto stored) { std::memcpy(at, &stored, sizeof stored); };
-  switch (dtype_) {
-    case DType::f32:
-      return store(static_cast<float>(value));
-    case DType::f64:
-      return store(value);
-    case DType::bf16:
-      return store(nearest_bf16(value));
-    case DType::i32:
-      return store(static_cast<int32_t>(value));
-    case DType::i64:
-      return store(static_cast<int64_t>(value));
-    case DType::u8:
-      return store(static_cast<uint8_t>(value));
-    case DType::u16:
-      return store(static_cast<uint16_t>(value));
-  }
-}
-
-std::vector<double> HostTensor::values() const {
-  std::vector<double> all(static_cast<size_t>(numel_));
-  for (int64_t i = 0; i < numel_; ++i) all[static_cast<size_t>(i)] = get(i);
-  return all;
-}
-
-bool HostTensor::same_bits(const HostTensor& other) const {
-  return dtype_ == other.dtype_ && shape_ == other.shape_ && memory_ == other.memory_;
-}
-
-std::ostream& operator<<(std::ostream& out, const Verdict& verdict) {
-  return out << verdict.text;
-}
-
-Verdict compare(const HostTensor& candidate, const HostTensor& reference,
-                const Tolerance& tolerance) {
-  const double u = unit_roundoff(candidate.dtype());
-  const double u_sum = candidate.dtype() == DType::f64 ? u : unit_roundoff(DType::f32);
-  const double limit =
-      (1 + tolerance.roundings) * u + u_sum * std::sqrt(static_cast<double>(tolerance.sum_length));
-  return judge(candidate, reference, limit, tolerance.expect_exact_zero);
-}
-
-Verdict compare_within(const HostTensor& candidate, const HostTensor& reference, double limit) {
-  return judge(candidate, reference, limit, false);
+StepScalars Bound::scalars_at(Slot slot) const {
+  StepScalars scalars;
+  std::memcpy(&scalars, at(slot).view().raw(), sizeof scalars);
+  return scalars;
 }
 
 Slot OpCase::add(Entry entry) {
@@ -242,7 +209,7 @@ Slot OpCase::uniform(std::vector<int64_t> shape, double low, double high) {
 }
 
 Slot OpCase::values(std::vector<int64_t> shape, std::vector<double> values) {
-  return add({true, DType::f32, std::move(shape), std::move(values)});
+  return add({Kind::type_f, DType::f32, std::move(shape), std::move(values)});
 }
 
 Slot OpCase::integers(std::vector<int64_t> shape, int64_t low, int64_t high) {
@@ -256,7 +223,7 @@ Slot OpCase::integers(std::vector<int64_t> shape, int64_t low, int64_t high) {
 }
 
 Slot OpCase::fixed(DType dtype, std::vector<int64_t> shape, std::vector<double> values) {
-  return add({false, dtype, std::move(shape), std::move(values)});
+  return add({Kind::fixed, dtype, std::move(shape), std::move(values)});
 }
 
 Slot OpCase::output(std::vector<int64_t> shape) {
@@ -272,40 +239,60 @@ Slot OpCase::output(DType dtype, std::vector<int64_t> shape) {
   return fixed(dtype, std::move(shape), std::move(filler));
 }
 
+Slot OpCase::scalars(const StepScalars& scalars) {
+  std::vector<double> bytes(sizeof scalars);
+  const auto* from = reinterpret_cast<const uint8_t*>(&scalars);
+  std::copy(from, from + sizeof scalars, bytes.begin());
+  return fixed(DType::u8, {static_cast<int64_t>(sizeof scalars)}, std::move(bytes));
+}
+
+Slot OpCase::stat(Slot slot) {
+  Entry& entry = entries_.at(static_cast<size_t>(slot.index));
+  DSTRAIN_CHECK(entry.kind == Kind::type_f, "a statistic has no type of its own");
+  entry.kind = Kind::stat;
+  return slot;
+}
+
 Bound OpCase::bind(DType dtype) const {
   std::vector<HostTensor> tensors;
   for (const Entry& entry : entries_) {
-    tensors.emplace_back(entry.of_type_f ? dtype : entry.dtype, entry.shape, entry.values);
+    const DType own = entry.kind == Kind::fixed  ? entry.dtype
+                      : entry.kind == Kind::stat ? stat_dtype(dtype)
+                                                 : dtype;
+    tensors.emplace_back(own, entry.shape, entry.values);
   }
   return Bound(std::move(tensors));
 }
 
-Bound run_op(const OpCase& op_case, DType dtype, int threads, const OpBody& body) {
-  const std::unique_ptr<Backend> backend = make_cpu_backend(threads);
-  const std::unique_ptr<Stream> stream = backend->make_stream();
-  Bound bound = op_case.bind(dtype);
-  body(backend->ops(), *stream, bound);
-  stream->synchronize();
+Bound OpCase::bind_rounded() const {
+  Bound bound = bind(DType::f64);
+  round(bound);
   return bound;
+}
+
+void OpCase::round(Bound& bound) const {
+  for (size_t i = 0; i < entries_.size(); ++i)
+    if (entries_[i].kind == Kind::type_f) bound.at({static_cast<int>(i)}).round_to_bf16();
+}
+
+bool OpCase::has_type_f() const {
+  return std::any_of(entries_.begin(), entries_.end(),
+                     [](const Entry& entry) { return entry.kind == Kind::type_f; });
+}
+
+Bound run_op(const OpCase& op_case, DType dtype, int threads, const OpBody& body) {
+  if (dtype == DType::f32 && on_gpu()) return run_on_gpu(op_case, dtype, body);
+  return run_on_cpu(op_case, dtype, threads, body);
 }
 
 Bound check_op(const OpCase& op_case, const OpBody& body,
                const std::vector<Expectation>& expectations) {
-  const Bound reference = run_op(op_case, DType::f64, 1, body);
-  const Bound candidate = run_op(op_case, DType::f32, 1, body);
-  for (const auto& [slot, tolerance] : expectations) {
-    INFO("slot " << slot.index << ", " << candidate[slot].describe());
-    CHECK(compare(candidate.at(slot), reference.at(slot), tolerance));
-  }
-  for (const int threads : {2, 3}) {
-    for (const Bound* one : {&reference, &candidate}) {
-      const DType dtype = one == &reference ? DType::f64 : DType::f32;
-      const Bound many = run_op(op_case, dtype, threads, body);
-      for (int i = 0; i < static_cast<int>(many.size()); ++i) {
-        INFO("slot " << i << ", " << many[{i}].describe() << ", " << threads << " threads");
-        CHECK(many.at({i}).same_bits(one->at({i})));
-      }
-    }
+  Bound reference = run_on_cpu(op_case, DType::f64, 1, body);
+  if (!std::getenv("DSTRAIN_TEST_DEVICE")) {
+    check_on_cpu(op_case, reference, body, expectations);
+  } else if (on_gpu()) {
+    check_on_gpu(op_case, DType::f32, body, expectations);
+    if (op_case.has_type_f()) check_on_gpu(op_case, DType::bf16, body, expectations);
   }
   return reference;
 }

@@ -1,74 +1,30 @@
-// Checks for numerical operations: tensors with memory of their own, the one tolerance rule, one op
-// run in f32 and f64 on one to three threads, and gradients against central differences.
+// Checks for numerical operations: one op run in f32 and f64 on one to three threads, or on the GPU
+// in f32 and bf16, and gradients against central differences.
 //
-// A test describes its tensors once in an OpCase and its op calls in bodies; the element type and
-// the number of threads are the harness's to choose:
+// A test describes its tensors once in an OpCase and its op calls in bodies; element type, threads
+// and device are the harness's to choose:
 //
 //   OpCase c(/*seed=*/7);
 //   const Slot x = c.normal({T, D}), y = c.output({T, D});
 //   const auto body = [=](Ops& ops, Stream& s, const Bound& b) { ops.add(s, b[x], b[x], b[y]); };
 //   check_op(c, body, {{y, {.sum_length = 2}}});
+//
+// Where the environment has DSTRAIN_TEST_DEVICE=cuda, check_op() and run_op() in f32 compute on the
+// GPU. Cases that can run there carry the tag [op], and CTest runs them once on each device: their
+// bodies call ops and nothing else, because what tensors point to is not the host's memory. Without
+// a GPU such a case says that it is skipped, and goes on with what the CPU gives.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
 #include <functional>
-#include <iosfwd>
 #include <string>
 #include <vector>
 
 #include "core/backend/backend.h"
 #include "core/backend/ops.h"
-#include "core/tensor/tensor.h"
+#include "test/support/host_tensor.h"
 
 namespace dstrain::test {
-
-// A contiguous tensor in host memory, zero at first. Elements are read and written as doubles
-// whatever the type; bf16 rounds to the nearest even.
-class HostTensor {
- public:
-  HostTensor() = default;
-  HostTensor(DType dtype, std::vector<int64_t> shape);
-  HostTensor(DType dtype, std::vector<int64_t> shape, const std::vector<double>& values);
-
-  operator Tensor() const { return view(); }  // NOLINT: stands in for a Tensor in calls of ops
-  Tensor view() const;
-  DType dtype() const { return dtype_; }
-  int64_t numel() const { return numel_; }
-  double get(int64_t i) const;
-  void set(int64_t i, double value);
-  std::vector<double> values() const;
-  bool same_bits(const HostTensor& other) const;
-
- private:
-  DType dtype_ = DType::f32;
-  std::vector<int64_t> shape_;
-  int64_t numel_ = 0;
-  mutable std::vector<std::byte> memory_;
-};
-
-// What a check found; the text names the worst element. Converts to bool, so that
-// CHECK(compare(...)) prints it.
-struct Verdict {
-  bool ok = false;
-  std::string text;
-  explicit operator bool() const { return ok; }
-};
-std::ostream& operator<<(std::ostream& out, const Verdict& verdict);
-
-// The tolerance rule of the project: relative L2 error <= (1 + roundings) u + u_sum
-// sqrt(sum_length), and the largest error <= 4 times that times the largest reference value. u is
-// the unit roundoff of the candidate's type, u_sum that of f32 (of f64 for f64).
-struct Tolerance {
-  int64_t sum_length = 1;          // terms of the longest sum behind an element
-  double roundings = 0;            // further roundings to the candidate's type on the path
-  bool expect_exact_zero = false;  // the reference is all zero and the candidate must be, too
-};
-// Refuses different sizes, non-finite values on either side, and a reference of zeros alone.
-Verdict compare(const HostTensor& candidate, const HostTensor& reference,
-                const Tolerance& tolerance);
-// Relative L2 error <= limit and largest error <= 4 limit times the largest reference value.
-Verdict compare_within(const HostTensor& candidate, const HostTensor& reference, double limit);
 
 // The name of a tensor in an OpCase.
 struct Slot {
@@ -79,20 +35,31 @@ struct Slot {
 class Bound {
  public:
   explicit Bound(std::vector<HostTensor> tensors) : tensors_(std::move(tensors)) {}
+  // What a body sees on a device: tensors that lie elsewhere, whose elements cannot be read here.
+  static Bound elsewhere(std::vector<Tensor> views);
+
   // An undefined Slot gives an absent tensor.
-  Tensor operator[](Slot slot) const { return slot.index < 0 ? Tensor() : at(slot).view(); }
+  Tensor operator[](Slot slot) const;
+  // A slot of OpCase::scalars.
+  StepScalars* scalars(Slot slot) const {
+    return static_cast<StepScalars*>(operator[](slot).raw());
+  }
   const HostTensor& at(Slot slot) const { return tensors_.at(static_cast<size_t>(slot.index)); }
   HostTensor& at(Slot slot) { return tensors_.at(static_cast<size_t>(slot.index)); }
+  StepScalars scalars_at(Slot slot) const;  // their values
   size_t size() const { return tensors_.size(); }
+  std::vector<HostTensor>& tensors() { return tensors_; }
 
  private:
   std::vector<HostTensor> tensors_;
+  std::vector<Tensor> views_;
 };
 
 using OpBody = std::function<void(Ops&, Stream&, const Bound&)>;
 
-// The tensors of a test. "Of type F" means f32 or f64, as the run chooses. Random values are
-// numbers that f32 represents, so that both runs see the same inputs.
+// The tensors of a test. "Of type F" means f32, f64 or bf16, as the run chooses; statistics and
+// parameter gradients (S of core/backend/ops.h) are f64 with f64, otherwise f32. Random values are
+// numbers that f32 represents, so that runs in f32 and f64 see the same inputs.
 class OpCase {
  public:
   explicit OpCase(uint64_t seed) : seed_(seed) {}
@@ -105,14 +72,23 @@ class OpCase {
   // Filled with NaN (integers: -77), so that an element that the op forgets is noticed.
   Slot output(std::vector<int64_t> shape);  // of type F
   Slot output(DType dtype, std::vector<int64_t> shape);
+  Slot scalars(const StepScalars& scalars);  // see Bound::scalars
+  // Makes what would be of type F a statistic: c.stat(c.output({T})).
+  Slot stat(Slot slot);
 
   // Fresh tensors with F = dtype.
   Bound bind(DType dtype) const;
+  // The same in f64 with what is of type F rounded to bf16.
+  Bound bind_rounded() const;
+  // Rounds what is of type F to bf16.
+  void round(Bound& bound) const;
+  bool has_type_f() const;
 
  private:
+  enum class Kind { type_f, stat, fixed };
   struct Entry {
-    bool of_type_f;
-    DType dtype;
+    Kind kind;
+    DType dtype;  // where fixed
     std::vector<int64_t> shape;
     std::vector<double> values;
   };
@@ -122,15 +98,26 @@ class OpCase {
   std::vector<Entry> entries_;
 };
 
-// Runs the body once on a CPU back end.
+// Scalars of a step whose gradients were not finite.
+inline StepScalars skipped_step() {
+  StepScalars scalars;
+  scalars.finite = 0;
+  return scalars;
+}
+
+// Runs the body once: in f32 on the device of the test, otherwise on a CPU back end.
 Bound run_op(const OpCase& op_case, DType dtype, int threads, const OpBody& body);
 
 struct Expectation {
   Slot slot;
   Tolerance tolerance;
 };
-// f32 against f64 by the tolerance rule for the slots listed, and the same bits of every slot with
-// 1, 2 and 3 threads in both types. Reports through Catch. Returns the f64 run.
+// On the CPU, f32 against f64 by the tolerance rule for the slots listed, and the same bits of
+// every slot with 1, 2 and 3 threads in both types. On the GPU, f32 and bf16 against f64 on the
+// CPU. With bf16 the reference rounds what is of type F after each op, as memory does. Besides the
+// slots listed: integers are equal, what the op does not write on the CPU stays as it is, bytes
+// beside tensors too, and a second run gives the same bits. Reports through Catch. Returns the run
+// in f64.
 Bound check_op(const OpCase& op_case, const OpBody& body,
                const std::vector<Expectation>& expectations);
 

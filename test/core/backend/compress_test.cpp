@@ -10,8 +10,8 @@
 #include <vector>
 
 #include "core/backend/cpu_backend.h"
-#include "core/backend/ops.h"
 #include "test/support/catch.h"
+#include "test/support/op_check.h"
 
 namespace dstrain::test {
 namespace {
@@ -41,49 +41,68 @@ float round_to_bf16(float value) {
   return std::bit_cast<float>(rounded & 0xffff0000u);
 }
 
-struct Device {
-  explicit Device(int threads = 1)
-      : backend(make_cpu_backend(threads)), stream(backend->make_stream()) {}
-  std::unique_ptr<Backend> backend;
-  std::unique_ptr<Stream> stream;
+Floats floats_of(const HostTensor& x) {
+  Floats out;
+  for (const double value : x.values()) out.push_back(static_cast<float>(value));
+  return out;
+}
 
-  void compress(const Tensor& grad, const TopkFormat& format, const Tensor& residual,
-                const Tensor& payload) {
-    backend->ops().topk_compress(*stream, grad, format, residual, payload);
+// The operations of the device under test, on vectors.
+struct Device {
+  int threads = 1;
+
+  static void compress(Ops& ops, Stream& s, const Tensor& grad, const TopkFormat& format,
+                       const Tensor& residual, const Tensor& payload) {
+    ops.topk_compress(s, grad, format, residual, payload);
   }
-  void compress(const Tensor& grad, const Int8Format& format, const Tensor& residual,
-                const Tensor& payload) {
-    backend->ops().int8_compress(*stream, grad, format, residual, payload);
+  static void compress(Ops& ops, Stream& s, const Tensor& grad, const Int8Format& format,
+                       const Tensor& residual, const Tensor& payload) {
+    ops.int8_compress(s, grad, format, residual, payload);
   }
-  void sum(const Tensor& payload, const TopkFormat& format, const Tensor& out) {
-    backend->ops().topk_sum(*stream, payload, format, out);
+  static void sum(Ops& ops, Stream& s, const Tensor& payload, const TopkFormat& format,
+                  const Tensor& out) {
+    ops.topk_sum(s, payload, format, out);
   }
-  void sum(const Tensor& payload, const Int8Format& format, const Tensor& out) {
-    backend->ops().int8_sum(*stream, payload, format, out);
+  static void sum(Ops& ops, Stream& s, const Tensor& payload, const Int8Format& format,
+                  const Tensor& out) {
+    ops.int8_sum(s, payload, format, out);
   }
 
   // Payloads of `pieces` pieces. Updates the residual, which may be empty.
   template <class Format>
-  std::vector<uint8_t> compress(const Format& format, int64_t pieces, Floats grad,
-                                Floats& residual) {
-    const int64_t n = static_cast<int64_t>(grad.size()) / pieces;
-    std::vector<uint8_t> payload(static_cast<size_t>(pieces * format.payload_bytes(n)), 0xee);
-    compress(Tensor(grad.data(), DType::f32, {pieces, n}), format,
-             residual.empty() ? Tensor() : Tensor(residual.data(), DType::f32, {pieces, n}),
-             Tensor(payload.data(), DType::u8, {pieces, format.payload_bytes(n)}));
-    return payload;
+  std::vector<uint8_t> compress(const Format& format, int64_t pieces, const Floats& grad,
+                                Floats& residual) const {
+    const int64_t n = std::ssize(grad) / pieces, bytes = format.payload_bytes(n);
+    OpCase c(1);
+    const auto slot_of = [&](const Floats& x) {
+      return c.fixed(DType::f32, {pieces, n}, std::vector<double>(x.begin(), x.end()));
+    };
+    const Slot v = slot_of(grad), kept = residual.empty() ? Slot{} : slot_of(residual);
+    const Slot payload = c.fixed(DType::u8, {pieces, bytes},
+                                 std::vector<double>(static_cast<size_t>(pieces * bytes), 0xee));
+    const Bound b = run_op(c, DType::f32, threads, [&](Ops& ops, Stream& s, const Bound& t) {
+      compress(ops, s, t[v], format, t[kept], t[payload]);
+    });
+    if (!residual.empty()) residual = floats_of(b.at(kept));
+    std::vector<uint8_t> out;
+    for (const double byte : b.at(payload).values()) out.push_back(static_cast<uint8_t>(byte));
+    return out;
   }
   // What a receiver reads: the sum over pieces.
   template <class Format>
-  Floats sum(const Format& format, int64_t pieces, int64_t n, std::vector<uint8_t> payload) {
-    Floats out(static_cast<size_t>(n), kNan);
-    sum(Tensor(payload.data(), DType::u8, {pieces, format.payload_bytes(n)}), format,
-        Tensor(out.data(), DType::f32, {n}));
-    return out;
+  Floats sum(const Format& format, int64_t pieces, int64_t n,
+             const std::vector<uint8_t>& received) const {
+    OpCase c(1);
+    const Slot payload = c.fixed(DType::u8, {pieces, format.payload_bytes(n)},
+                                 std::vector<double>(received.begin(), received.end()));
+    const Slot out = c.output(DType::f32, {n});
+    return floats_of(run_op(c, DType::f32, threads, [&](Ops& ops, Stream& s, const Bound& t) {
+                       sum(ops, s, t[payload], format, t[out]);
+                     }).at(out));
   }
   template <class Format>
-  Floats sent(const Format& format, const Floats& grad, Floats& residual) {
-    return sum(format, 1, static_cast<int64_t>(grad.size()), compress(format, 1, grad, residual));
+  Floats sent(const Format& format, const Floats& grad, Floats& residual) const {
+    return sum(format, 1, std::ssize(grad), compress(format, 1, grad, residual));
   }
 };
 
@@ -111,7 +130,7 @@ Floats naive_topk(const Floats& v, const TopkFormat& format) {
 }  // namespace
 
 TEST_CASE("top-k sends the largest of each block, and the residual keeps the rest exactly",
-          "[ops]") {
+          "[op]") {
   const int64_t n = GENERATE(1, 5, 63, 64, 65, 1000, 20011);
   const int64_t block = GENERATE(1, 64, 4096, 65536);
   const double density = GENERATE(0.001, 0.05, 0.5, 1.0);
@@ -122,7 +141,7 @@ TEST_CASE("top-k sends the largest of each block, and the residual keeps the res
   Floats v(grad.size());
   for (size_t i = 0; i < v.size(); ++i) v[i] = grad[i] + before[i];
 
-  Device device;
+  const Device device;
   Floats residual = before;
   const Floats sent = device.sent(format, grad, residual);
   CHECK(sent == naive_topk(v, format));
@@ -133,9 +152,9 @@ TEST_CASE("top-k sends the largest of each block, and the residual keeps the res
   CHECK(device.sent(format, v, none) == sent);
 }
 
-TEST_CASE("top-k: among equal magnitudes the lower index goes first", "[ops]") {
+TEST_CASE("top-k: among equal magnitudes the lower index goes first", "[op]") {
   const TopkFormat format{8, 0.5, DType::f32};
-  Device device;
+  const Device device;
   Floats none;
   CHECK(device.sent(format, {1, -1, 1, 2, -1, 1, 1, -2}, none) == Floats{1, -1, 0, 2, 0, 0, 0, -2});
   CHECK(device.sent(format, Floats(8, -3.0f), none) == Floats{-3, -3, -3, -3, 0, 0, 0, 0});
@@ -149,7 +168,7 @@ TEST_CASE("top-k: among equal magnitudes the lower index goes first", "[ops]") {
         Floats{0, tiny, 0, 0, 0, 0, 0, -2 * tiny});
 }
 
-TEST_CASE("top-k of everything in f32 gives the bits of the sum in the same order", "[ops]") {
+TEST_CASE("top-k of everything in f32 gives the bits of the sum in the same order", "[op]") {
   const int64_t n = 3001, pieces = GENERATE(1, 2, 3, 4);
   Floats grad = random_floats(n * pieces, 3);
   for (int64_t p = 0; p < pieces; ++p) grad[static_cast<size_t>(p * n + 7)] = -0.0f;
@@ -157,7 +176,7 @@ TEST_CASE("top-k of everything in f32 gives the bits of the sum in the same orde
   CHECK(format.lossless());
   CHECK_FALSE(TopkFormat{1024, 0.999, DType::f32}.lossless());
   CHECK_FALSE(TopkFormat{1024, 1.0, DType::bf16}.lossless());
-  Device device;
+  const Device device;
   Floats none;
   const Floats sum = device.sum(format, pieces, n, device.compress(format, pieces, grad, none));
   Floats expected(grad.begin(), grad.begin() + n);
@@ -167,14 +186,14 @@ TEST_CASE("top-k of everything in f32 gives the bits of the sum in the same orde
   CHECK(same_bits(sum, expected));
 }
 
-TEST_CASE("int8 codes are within half a step, and the residual keeps the rest exactly", "[ops]") {
+TEST_CASE("int8 codes are within half a step, and the residual keeps the rest exactly", "[op]") {
   const int64_t n = GENERATE(1, 255, 256, 257, 30000);
   const int64_t block = GENERATE(1, 256, 1000);
   const float scale = GENERATE(1.0f, 1e-30f, 1e-43f, 1e36f);
   INFO(n << " elements, block " << block << ", scale " << scale);
   const Int8Format format{block};
   const Floats grad = random_floats(n, 4, scale), before = random_floats(n, 5, scale / 4);
-  Device device;
+  const Device device;
   Floats residual = before;
   const Floats sent = device.sent(format, grad, residual);
   for (int64_t begin = 0; begin < n; begin += block) {
@@ -195,9 +214,9 @@ TEST_CASE("int8 codes are within half a step, and the residual keeps the rest ex
 }
 
 TEST_CASE("int8: products of codes and scales are exact, so that fused sums have the same bits",
-          "[ops]") {
+          "[op]") {
   const Int8Format format{256};
-  Device device;
+  const Device device;
   Floats none;
   const std::vector<uint8_t> payload = device.compress(format, 1, random_floats(2560, 13), none);
   for (size_t block = 0; block < 10; ++block) {
@@ -208,8 +227,8 @@ TEST_CASE("int8: products of codes and scales are exact, so that fused sums have
   }
 }
 
-TEST_CASE("compression: padding of payloads is zero", "[ops]") {
-  Device device;
+TEST_CASE("compression: padding of payloads is zero", "[op]") {
+  const Device device;
   Floats none;
   const std::vector<uint8_t> int8 = device.compress(Int8Format{256}, 1, Floats(257, 1.0f), none);
   CHECK(std::vector<uint8_t>(int8.end() - 4, int8.end()) == std::vector<uint8_t>{127, 0, 0, 0});
@@ -219,11 +238,11 @@ TEST_CASE("compression: padding of payloads is zero", "[ops]") {
   CHECK(std::vector<uint8_t>(topk.end() - 4, topk.end()) == std::vector<uint8_t>(4, 0));
 }
 
-TEST_CASE("int8: sums run in ascending order of pieces", "[ops]") {
+TEST_CASE("int8: sums run in ascending order of pieces", "[op]") {
   const int64_t n = 700, pieces = 3;
   const Int8Format format{256};
   const Floats grad = random_floats(n * pieces, 6);
-  Device device;
+  const Device device;
   Floats none;
   Floats expected;
   for (int64_t p = 0; p < pieces; ++p) {
@@ -236,12 +255,12 @@ TEST_CASE("int8: sums run in ascending order of pieces", "[ops]") {
                   expected));
 }
 
-TEMPLATE_TEST_CASE("what is sent and what is kept add up to the gradients over many steps", "[ops]",
+TEMPLATE_TEST_CASE("what is sent and what is kept add up to the gradients over many steps", "[op]",
                    TopkFormat, Int8Format) {
   const int64_t n = 5000;
   TestType format;
   format.block = 1000;
-  Device device;
+  const Device device;
   Floats residual(n, 0.0f);
   std::vector<double> sent(n, 0.0), wanted(n, 0.0), largest(n, 0.0);
   for (uint32_t step = 0; step < 200; ++step) {
@@ -273,7 +292,7 @@ TEST_CASE("payloads are as small as promised", "[ops]") {
   CHECK(Int8Format{}.payload_bytes(0) == 0);
 }
 
-TEST_CASE("top-k: NaN and infinity are sent first, residuals stay finite", "[ops]") {
+TEST_CASE("top-k: NaN and infinity are sent first, residuals stay finite", "[op]") {
   const DType values = GENERATE(DType::f32, DType::bf16);
   const float bad = GENERATE(as<float>{}, kInf, -kInf, kNan, -kNan);
   const TopkFormat format{100, 0.02, values};
@@ -281,7 +300,7 @@ TEST_CASE("top-k: NaN and infinity are sent first, residuals stay finite", "[ops
   grad[150] = bad;
   grad[3] = 1e30f;
   const Floats before = residual;
-  Device device;
+  const Device device;
   const Floats sent = device.sent(format, grad, residual);
   CHECK(std::isnan(sent[150]) == std::isnan(bad));
   CHECK(std::isinf(sent[150]) == std::isinf(bad));
@@ -302,9 +321,9 @@ TEST_CASE("top-k: NaN and infinity are sent first, residuals stay finite", "[ops
   CHECK(residual == Floats(300, 3e38f));
 }
 
-TEST_CASE("top-k in bf16: the largest finite numbers stay finite", "[ops]") {
+TEST_CASE("top-k in bf16: the largest finite numbers stay finite", "[op]") {
   const float largest = std::numeric_limits<float>::max();
-  Device device;
+  const Device device;
   Floats residual(2, 0.0f);
   const Floats sent = device.sent(TopkFormat{2, 1.0, DType::bf16}, {largest, -largest}, residual);
   CHECK(std::isfinite(sent[0]));
@@ -312,13 +331,13 @@ TEST_CASE("top-k in bf16: the largest finite numbers stay finite", "[ops]") {
   CHECK(residual[0] == largest - sent[0]);
 }
 
-TEST_CASE("int8: a block with NaN or infinity becomes NaN, residuals stay finite", "[ops]") {
+TEST_CASE("int8: a block with NaN or infinity becomes NaN, residuals stay finite", "[op]") {
   const float bad = GENERATE(as<float>{}, kInf, -kInf, kNan);
   const Int8Format format{256};
   Floats grad = random_floats(600, 9), residual = random_floats(600, 10);
   grad[300] = bad;
   const Floats before = residual;
-  Device device;
+  const Device device;
   const Floats sent = device.sent(format, grad, residual);
   for (size_t i = 0; i < 600; ++i) {
     if (std::isnan(sent[i]) != (i >= 256 && i < 512)) FAIL("element " << i);
@@ -327,7 +346,7 @@ TEST_CASE("int8: a block with NaN or infinity becomes NaN, residuals stay finite
   CHECK(residual[300] == before[300]);
 }
 
-TEMPLATE_TEST_CASE("compression: the same bits with any number of threads", "[ops]", TopkFormat,
+TEMPLATE_TEST_CASE("compression: the same bits with any number of threads", "[op]", TopkFormat,
                    Int8Format) {
   const int64_t n = 100003, pieces = 3;
   TestType format;
@@ -335,7 +354,7 @@ TEMPLATE_TEST_CASE("compression: the same bits with any number of threads", "[op
   std::vector<uint8_t> first;
   Floats first_residual, first_sum;
   for (const int threads : {1, 2, 3}) {
-    Device device(threads);
+    const Device device{threads};
     Floats residual = before;
     const std::vector<uint8_t> payload = device.compress(format, pieces, grad, residual);
     const Floats sum = device.sum(format, pieces, n, payload);
@@ -350,37 +369,41 @@ TEMPLATE_TEST_CASE("compression: the same bits with any number of threads", "[op
   }
 }
 
-TEST_CASE("compression: empty pieces are legal, wrong sizes are refused", "[ops]") {
-  Device device;
+TEST_CASE("compression: empty pieces are legal", "[op]") {
+  const Device device;
   Floats none;
   CHECK(device.sent(TopkFormat{}, {}, none).empty());
   CHECK(device.sent(Int8Format{}, {}, none).empty());
+}
 
+TEST_CASE("compression: wrong sizes are refused", "[ops]") {
+  const auto backend = make_cpu_backend(1);
+  const auto stream = backend->make_stream();
+  Ops& ops = backend->ops();
   Floats grad(10);
   std::vector<uint8_t> payload(100);
   const Tensor grad_1N(grad.data(), DType::f32, {1, 10});
   const Tensor payload_1B(payload.data(), DType::u8, {1, 100});
-  CHECK_THROWS_WITH(device.compress(grad_1N, TopkFormat{}, Tensor(), payload_1B),
+  CHECK_THROWS_WITH(ops.topk_compress(*stream, grad_1N, TopkFormat{}, Tensor(), payload_1B),
                     Catch::Contains("topk_compress: payload_PB"));
-  CHECK_THROWS_WITH(device.compress(grad_1N, TopkFormat{70000}, Tensor(), payload_1B),
+  CHECK_THROWS_WITH(ops.topk_compress(*stream, grad_1N, TopkFormat{70000}, Tensor(), payload_1B),
                     Catch::Contains("a block of 70000 elements"));
-  CHECK_THROWS_WITH(device.sum(payload_1B, Int8Format{}, Tensor(grad.data(), DType::f32, {10})),
-                    Catch::Contains("int8_sum: payload_PB"));
+  CHECK_THROWS_WITH(
+      ops.int8_sum(*stream, payload_1B, Int8Format{}, Tensor(grad.data(), DType::f32, {10})),
+      Catch::Contains("int8_sum: payload_PB"));
 }
 
-TEST_CASE("clear_if_skipped", "[ops]") {
-  Device device;
-  Floats x = {1, kNan, 3};
-  StepScalars scalars;
-  const auto clear = [&] {
-    device.backend->ops().clear_if_skipped(*device.stream, &scalars,
-                                           Tensor(x.data(), DType::f32, {3}));
+TEST_CASE("clear_if_skipped", "[op]") {
+  OpCase c(1);
+  const Slot x = c.fixed(DType::f32, {3}, {1, kNan, 3});
+  const Slot applied = c.scalars({}), skipped = c.scalars(skipped_step());
+  const auto clear = [&](Slot scalars) {
+    return run_op(c, DType::f32, 1, [&](Ops& ops, Stream& s, const Bound& t) {
+      ops.clear_if_skipped(s, t.scalars(scalars), t[x]);
+    });
   };
-  clear();
-  CHECK(x[2] == 3);
-  scalars.finite = 0;
-  clear();
-  CHECK(x == Floats(3, 0.0f));
+  CHECK(clear(applied).at(x).get(2) == 3);
+  CHECK(clear(skipped).at(x).values() == std::vector<double>(3));
 }
 
 }  // namespace dstrain::test

@@ -15,8 +15,8 @@ struct LossCase {
   int64_t T, V;
   bool soft;
   double factor = 0.5;
-  StepScalars scalars;
-  Slot logits, hard, soft_index, soft_prob, max, sum_exp, target, lse, loss, token_loss;
+  double loss_scale = 0.125;
+  Slot scalars, logits, hard, soft_index, soft_prob, max, sum_exp, target, lse, loss, token_loss;
 
   // Hard targets in [-1, V): about one in V is ignored. Weights of soft targets do not sum to 1.
   LossCase(int64_t tokens, int64_t vocab, bool soft_targets, double spread = 2)
@@ -24,14 +24,16 @@ struct LossCase {
     logits = c.normal({T, V}, spread);
     hard = c.integers({T}, T == 1 ? 0 : -1, V);
     soft_index = c.integers({T, 3}, 0, V);
-    soft_prob = c.uniform({T, 3}, 0.1, 0.4);
-    max = c.output({T});
-    sum_exp = c.output({T});
-    target = c.output({T});
-    lse = c.output({T});
+    soft_prob = c.stat(c.uniform({T, 3}, 0.1, 0.4));
+    max = c.stat(c.output({T}));
+    sum_exp = c.stat(c.output({T}));
+    target = c.stat(c.output({T}));
+    lse = c.stat(c.output({T}));
     loss = c.fixed(DType::f64, {1}, {0});
-    token_loss = c.output({T});
-    scalars.in.loss_scale = 0.125;
+    token_loss = c.stat(c.output({T}));
+    StepScalars step;
+    step.in.loss_scale = loss_scale;
+    scalars = c.scalars(step);
   }
   CrossEntropyTargets targets(const Bound& b) const {
     if (soft) return {Tensor(), b[soft_index], b[soft_prob]};
@@ -43,7 +45,7 @@ struct LossCase {
                            b[token_loss]);
   }
   void backward(Ops& ops, Stream& s, const Bound& b) const {
-    ops.cross_entropy_backward(s, b[logits], targets(b), 0, b[lse], &scalars, factor);
+    ops.cross_entropy_backward(s, b[logits], targets(b), 0, b[lse], b.scalars(scalars), factor);
   }
 };
 
@@ -69,7 +71,7 @@ double token_loss(const LossCase& l, const Bound& b, int64_t t) {
 
 }  // namespace
 
-TEST_CASE("cross entropy: f32 agrees with f64 and threads do not matter", "[ops]") {
+TEST_CASE("cross entropy: f32 agrees with f64 and threads do not matter", "[op]") {
   const auto [T, V] = GENERATE(
       table<int64_t, int64_t>({{0, 5}, {1, 2}, {7, 100}, {1500, 33}, {64, 4096}, {3, 6001}}));
   const bool soft = GENERATE(false, true);
@@ -90,6 +92,7 @@ TEST_CASE("cross entropy: f32 agrees with f64 and threads do not matter", "[ops]
     sum += expected;
   }
   CHECK(b.at(l.loss).get(0) == Approx(sum).margin(1e-12));
+  CHECK(run_op(l.c, DType::f32, 2, forward).at(l.loss).get(0) == Approx(sum).epsilon(1e-6));
   // An error of the log-sum-exp, u |lse|, is a relative error of every probability.
   check_op(l.c,
            [&](Ops& ops, Stream& s, const Bound& t) {
@@ -107,7 +110,7 @@ TEST_CASE("cross entropy: gradients, and a fault turns the check red", "[ops]") 
   // dlogits replace the logits, so that they are copied out of them; the weight of each token's
   // loss is loss_scale * factor.
   const Slot dlogits = l.c.output({T, V});
-  const Slot weight = l.c.values({T}, std::vector<double>(T, l.scalars.in.loss_scale * l.factor));
+  const Slot weight = l.c.values({T}, std::vector<double>(T, l.loss_scale * l.factor));
   const auto forward = [&](Ops& ops, Stream& s, const Bound& b) { l.forward(ops, s, b); };
   const auto check = [&](const OpBody& backward) {
     return check_gradient(l.c, forward, backward, {{l.token_loss, weight}}, {{l.logits, dlogits}});
@@ -123,51 +126,60 @@ TEST_CASE("cross entropy: gradients, and a fault turns the check red", "[ops]") 
   }));
 }
 
-TEST_CASE("cross entropy: slices of the vocabulary join to the whole", "[ops]") {
+TEST_CASE("cross entropy: slices of the vocabulary join to the whole", "[op]") {
   const bool soft = GENERATE(false, true);
   const int64_t T = 20, V = 50, cut = 21;
   LossCase l(T, V, soft);
-  const Slot max2 = l.c.output({T}), sum2 = l.c.output({T}), target2 = l.c.output({T});
-  const Slot joint = l.c.output({T}), lse2 = l.c.output({T}),
-             loss2 = l.c.fixed(DType::f64, {1}, {0});
-  const Slot whole = l.c.output({T, V});
-  const Bound b = run_op(l.c, DType::f64, 2, [&](Ops& ops, Stream& s, const Bound& t) {
-    ops.convert(s, t[l.logits], t[whole]);
+  const auto stat = [&] { return l.c.stat(l.c.output({T})); };
+  const Slot max1 = stat(), sum1 = stat(), target1 = stat(), max2 = stat(), sum2 = stat();
+  const Slot target2 = stat(), lse2 = stat(), loss2 = l.c.fixed(DType::f64, {1}, {0});
+  const Slot left = l.c.output({T, cut}), right = l.c.output({T, V - cut});
+  const Slot joined = l.c.output({T, V});
+  const auto body = [&](Ops& ops, Stream& s, const Bound& t) {
+    ops.convert(s, t[l.logits].columns(0, cut), t[left]);
+    ops.convert(s, t[l.logits].columns(cut, V), t[right]);
     l.forward(ops, s, t);
-    ops.cross_entropy_backward(s, t[whole], l.targets(t), 0, t[l.lse], &l.scalars, l.factor);
+    l.backward(ops, s, t);
 
-    const Tensor left = t[l.logits].columns(0, cut), right = t[l.logits].columns(cut, V);
-    ops.cross_entropy_stats(s, left, l.targets(t), 0, t[l.max], t[l.sum_exp], t[l.target]);
-    ops.cross_entropy_stats(s, right, l.targets(t), cut, t[max2], t[sum2], t[target2]);
-    for (int64_t i = 0; i < T; ++i) {
-      t[joint].data<double>()[i] = std::max(t[l.max].data<double>()[i], t[max2].data<double>()[i]);
-    }
-    ops.rescale_sum_exp(s, t[l.max], t[joint], t[l.sum_exp]);
-    ops.rescale_sum_exp(s, t[max2], t[joint], t[sum2]);
-    ops.add(s, t[l.sum_exp], t[sum2], t[sum2]);
-    ops.add(s, t[l.target], t[target2], t[target2]);
-    ops.cross_entropy_loss(s, l.targets(t), t[joint], t[sum2], t[target2], t[lse2], t[loss2],
+    // The joint maximum is that of the whole.
+    ops.cross_entropy_stats(s, t[left], l.targets(t), 0, t[max1], t[sum1], t[target1]);
+    ops.cross_entropy_stats(s, t[right], l.targets(t), cut, t[max2], t[sum2], t[target2]);
+    ops.rescale_sum_exp(s, t[max1], t[l.max], t[sum1]);
+    ops.rescale_sum_exp(s, t[max2], t[l.max], t[sum2]);
+    ops.add(s, t[sum1], t[sum2], t[sum2]);
+    ops.add(s, t[target1], t[target2], t[target2]);
+    ops.cross_entropy_loss(s, l.targets(t), t[l.max], t[sum2], t[target2], t[lse2], t[loss2],
                            Tensor());
-    ops.cross_entropy_backward(s, left, l.targets(t), 0, t[lse2], &l.scalars, l.factor);
-    ops.cross_entropy_backward(s, right, l.targets(t), cut, t[lse2], &l.scalars, l.factor);
-  });
+    const StepScalars* const scalars = t.scalars(l.scalars);
+    ops.cross_entropy_backward(s, t[left], l.targets(t), 0, t[lse2], scalars, l.factor);
+    ops.cross_entropy_backward(s, t[right], l.targets(t), cut, t[lse2], scalars, l.factor);
+    ops.convert(s, t[left], t[joined].columns(0, cut));
+    ops.convert(s, t[right], t[joined].columns(cut, V));
+  };
+  const Tolerance gradient{.sum_length = V, .roundings = 16};
+  const Bound b = check_op(l.c, body,
+                           {{sum1, {.sum_length = V, .roundings = 4}},
+                            {target2, {.sum_length = 3}},
+                            {lse2, {.sum_length = V}},
+                            {left, gradient},
+                            {right, gradient}});
   CHECK(compare_within(b.at(lse2), b.at(l.lse), 1e-14));
   CHECK(compare_within(b.at(loss2), b.at(l.loss), 1e-14));
-  CHECK(compare_within(b.at(l.logits), b.at(whole), 1e-13));
+  CHECK(compare_within(b.at(joined), b.at(l.logits), 1e-13));
 }
 
-TEST_CASE("cross entropy: large logits and masked logits", "[ops]") {
+TEST_CASE("cross entropy: large logits and masked logits", "[op]") {
   OpCase c(53);
   const Slot logits = c.values({3, 4}, {1e4, 1e4, -1e4, -kInf, -kInf, 3, -kInf, -kInf, 0, 0, 0, 0});
   const Slot hard = c.fixed(DType::i32, {3}, {0, 1, 2});
-  const Slot max = c.output({3}), sum = c.output({3}), target = c.output({3}), lse = c.output({3});
-  const Slot loss = c.fixed(DType::f64, {1}, {0}), token_loss = c.output({3});
-  StepScalars scalars;
+  const auto stat = [&] { return c.stat(c.output({3})); };
+  const Slot max = stat(), sum = stat(), target = stat(), lse = stat(), token_loss = stat();
+  const Slot loss = c.fixed(DType::f64, {1}, {0}), scalars = c.scalars({});
   const Bound b = run_op(c, DType::f32, 1, [&](Ops& ops, Stream& s, const Bound& t) {
     const CrossEntropyTargets targets{t[hard], Tensor(), Tensor()};
     ops.cross_entropy_stats(s, t[logits], targets, 0, t[max], t[sum], t[target]);
     ops.cross_entropy_loss(s, targets, t[max], t[sum], t[target], t[lse], t[loss], t[token_loss]);
-    ops.cross_entropy_backward(s, t[logits], targets, 0, t[lse], &scalars, 1);
+    ops.cross_entropy_backward(s, t[logits], targets, 0, t[lse], t.scalars(scalars), 1);
   });
   CHECK(b.at(token_loss).get(0) == Approx(std::log(2.0)).epsilon(1e-3));  // 1e4 has 7 digits
   CHECK(b.at(token_loss).get(1) == 0);
@@ -177,11 +189,11 @@ TEST_CASE("cross entropy: large logits and masked logits", "[ops]") {
   CHECK(b.at(logits).get(10) == Approx(-0.75));
 }
 
-TEST_CASE("cross entropy: a slice without finite logits adds nothing", "[ops]") {
+TEST_CASE("cross entropy: a slice without finite logits adds nothing", "[op]") {
   OpCase c(54);
   const Slot logits = c.values({1, 2}, {-kInf, -kInf}), hard = c.fixed(DType::i32, {1}, {5});
-  const Slot max = c.output({1}), sum = c.output({1}), target = c.output({1});
-  const Slot joint = c.values({1}, {2});
+  const auto stat = [&] { return c.stat(c.output({1})); };
+  const Slot max = stat(), sum = stat(), target = stat(), joint = c.stat(c.values({1}, {2}));
   const Bound b = run_op(c, DType::f32, 1, [&](Ops& ops, Stream& s, const Bound& t) {
     ops.cross_entropy_stats(s, t[logits], {t[hard], Tensor(), Tensor()}, 0, t[max], t[sum],
                             t[target]);
@@ -193,18 +205,17 @@ TEST_CASE("cross entropy: a slice without finite logits adds nothing", "[ops]") 
   CHECK(b.at(target).get(0) == 0);
 }
 
-TEST_CASE("cross entropy: an ignored token has no loss and no gradient even if it is NaN",
-          "[ops]") {
+TEST_CASE("cross entropy: an ignored token has no loss and no gradient even if it is NaN", "[op]") {
   OpCase c(55);
   const Slot logits = c.values({1, 2}, {std::nan(""), 1}), hard = c.fixed(DType::i32, {1}, {-1});
-  const Slot max = c.output({1}), sum = c.output({1}), target = c.output({1}), lse = c.output({1});
-  const Slot loss = c.fixed(DType::f64, {1}, {3});
-  StepScalars scalars;
+  const auto stat = [&] { return c.stat(c.output({1})); };
+  const Slot max = stat(), sum = stat(), target = stat(), lse = stat();
+  const Slot loss = c.fixed(DType::f64, {1}, {3}), scalars = c.scalars({});
   const Bound b = run_op(c, DType::f32, 1, [&](Ops& ops, Stream& s, const Bound& t) {
     const CrossEntropyTargets targets{t[hard], Tensor(), Tensor()};
     ops.cross_entropy_stats(s, t[logits], targets, 0, t[max], t[sum], t[target]);
     ops.cross_entropy_loss(s, targets, t[max], t[sum], t[target], t[lse], t[loss], Tensor());
-    ops.cross_entropy_backward(s, t[logits], targets, 0, t[lse], &scalars, 1);
+    ops.cross_entropy_backward(s, t[logits], targets, 0, t[lse], t.scalars(scalars), 1);
   });
   CHECK(b.at(loss).get(0) == 3);
   CHECK(b.at(logits).values() == std::vector<double>{0, 0});

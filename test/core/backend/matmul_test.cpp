@@ -34,7 +34,7 @@ HostTensor product(const HostTensor& a, Trans ta, const HostTensor& b, Trans tb,
   return out;
 }
 
-TEST_CASE("matmul: every transposition and shape", "[core][ops]") {
+TEST_CASE("matmul: every transposition and shape", "[core][op]") {
   const Trans ta = GENERATE(Trans::no, Trans::yes), tb = GENERATE(Trans::no, Trans::yes);
   const auto [m, n, k] = GENERATE(table<int64_t, int64_t, int64_t>(
       {{1, 1, 1}, {3, 5, 7}, {1, 300, 40}, {65, 33, 130}, {130, 700, 70}, {400, 48, 129}}));
@@ -58,7 +58,33 @@ TEST_CASE("matmul: every transposition and shape", "[core][ops]") {
                        1e-13));
 }
 
-TEST_CASE("matmul: columns of wider matrices", "[core][ops]") {
+TEST_CASE("matmul: operands and results that are statistics, as the router and gradients have them",
+          "[core][op]") {
+  const auto [T, E, D] = GENERATE(table<int64_t, int64_t, int64_t>(
+      {{0, 4, 8}, {1, 1, 1}, {37, 5, 19}, {130, 64, 72}, {300, 16, 256}}));
+  CAPTURE(T, E, D);
+  OpCase c(15);
+  const Slot x = c.normal({T, D}), weight = c.normal({E, D}), dx = c.normal({T, D});
+  const Slot logits = c.stat(c.output({T, E})), dlogits = c.stat(c.normal({T, E}));
+  const Slot dweight = c.stat(c.output({E, D})), summed = c.stat(c.normal({E, D}));
+  const Slot dy = c.normal({T, E}), plain = c.stat(c.normal({E, D}));
+  const bool zero = T == 0;
+  check_op(c,
+           [=](Ops& ops, Stream& s, const Bound& t) {
+             ops.matmul(s, Trans::no, Trans::yes, 1, t[x], t[weight], 0, t[logits]);
+             ops.matmul(s, Trans::yes, Trans::no, 1, t[dlogits], t[x], 0, t[dweight]);
+             ops.matmul(s, Trans::yes, Trans::no, 1, t[dlogits], t[x], 1, t[summed]);
+             ops.matmul(s, Trans::yes, Trans::no, 1, t[dy], t[x], 1, t[plain]);
+             ops.matmul(s, Trans::no, Trans::no, 1, t[dlogits], t[weight], 1, t[dx]);
+           },
+           {{logits, {.sum_length = D}},
+            {dweight, {.sum_length = T, .expect_exact_zero = zero}},
+            {summed, {.sum_length = T + 1, .roundings = 1}},
+            {plain, {.sum_length = T + 1, .roundings = 1}},
+            {dx, {.sum_length = E + 1, .roundings = 1}}});
+}
+
+TEST_CASE("matmul: columns of wider matrices", "[core][op]") {
   OpCase c(12);
   const Slot a = c.normal({70, 90}), b = c.normal({60, 80}),
              out = c.values({70, 100}, std::vector<double>(7000, 5));
@@ -83,15 +109,16 @@ TEST_CASE("matmul: columns of wider matrices", "[core][ops]") {
   CHECK(worst < 1e-12);
 }
 
-TEST_CASE("matmul: empty operands", "[core][ops]") {
+TEST_CASE("matmul: empty operands", "[core][op]") {
   OpCase c(13);
   const Slot a = c.normal({4, 0}), b = c.normal({0, 3}), out = c.normal({4, 3});
   const Slot none = c.output({0, 3}), no_rows = c.normal({0, 4}), four = c.normal({4, 3});
   const Bound before = c.bind(DType::f64);
-  const Bound after = run_op(c, DType::f64, 2, [=](Ops& ops, Stream& s, const Bound& t) {
+  const auto body = [=](Ops& ops, Stream& s, const Bound& t) {
     ops.matmul(s, Trans::no, Trans::no, 1, t[a], t[b], 0.5, t[out]);
     ops.matmul(s, Trans::no, Trans::no, 1, t[no_rows], t[four], 0, t[none]);
-  });
+  };
+  const Bound after = check_op(c, body, {{out, {}}});
   for (int64_t i = 0; i < 12; ++i) CHECK(after.at(out).get(i) == 0.5 * before.at(out).get(i));
 }
 
@@ -143,7 +170,7 @@ Grouped make_grouped(int which) {
   }
 }
 
-TEST_CASE("grouped_matmul and its backward_input: rows use their group's weight", "[core][ops]") {
+TEST_CASE("grouped_matmul and its backward_input: rows use their group's weight", "[core][op]") {
   Grouped g = make_grouped(GENERATE(0, 1, 2, 3));
   const bool indexed = GENERATE(false, true);
   CAPTURE(g.R, indexed);
@@ -174,7 +201,7 @@ TEST_CASE("grouped_matmul and its backward_input: rows use their group's weight"
   CHECK(compare_within(f64.at(dx), want_dx, 1e-13));
 }
 
-TEST_CASE("grouped_matmul_backward_weight: sums over each group's rows", "[core][ops]") {
+TEST_CASE("grouped_matmul_backward_weight: sums over each group's rows", "[core][op]") {
   Grouped g = make_grouped(GENERATE(0, 1, 2, 3));
   const bool dy_indexed = GENERATE(false, true), x_indexed = GENERATE(false, true);
   const Accumulate accumulate = GENERATE(Accumulate::overwrite, Accumulate::add);
@@ -184,7 +211,7 @@ TEST_CASE("grouped_matmul_backward_weight: sums over each group's rows", "[core]
   const Slot offsets = g.c.fixed(DType::i32, {E + 1}, g.offsets);
   const Slot index = g.c.fixed(DType::i32, {R}, g.index);
   const bool add = accumulate == Accumulate::add;
-  const Slot dweight = add ? g.c.normal({E, O, I}) : g.c.output({E, O, I});
+  const Slot dweight = g.c.stat(add ? g.c.normal({E, O, I}) : g.c.output({E, O, I}));
   const Bound before = g.c.bind(DType::f64);
   const Bound f64 =
       check_op(g.c,
@@ -231,7 +258,7 @@ TEST_CASE("grouped products: absent offsets mean one group, gradients agree with
   CHECK_FALSE(check_gradient(c, forward, planted_fault, {{y, dy}}, {{x, dx}, {weight, dweight}}));
 }
 
-TEST_CASE("grouped products: rows after the last group are not touched", "[core][ops]") {
+TEST_CASE("grouped products: rows after the last group are not touched", "[core][op]") {
   OpCase c(32);
   const Slot x = c.normal({10, 4}), weight = c.normal({2, 5, 4}), y = c.output({10, 5});
   const Slot offsets = c.fixed(DType::i32, {3}, {0, 2, 6});

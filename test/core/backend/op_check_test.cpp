@@ -3,8 +3,11 @@
 
 #include <cmath>
 #include <limits>
+#include <vector>
 
+#include "core/backend/cpu_backend.h"
 #include "test/support/catch.h"
+#include "test/support/device_tensors.h"
 
 namespace dstrain::test {
 namespace {
@@ -28,6 +31,16 @@ TEST_CASE("compare: within and beyond the tolerance of each type") {
   CHECK_FALSE(compare(ramp(DType::f64, 100, 0x1p-50), reference, {}));
   CHECK(compare(ramp(DType::bf16, 100), reference, {}));
   CHECK_FALSE(compare(ramp(DType::bf16, 100, 0x1p-6), reference, {}));
+}
+
+TEST_CASE("compare: in a run in bf16 roundings to it count for statistics, too") {
+  const HostTensor reference = ramp(DType::f64, 100);
+  const Tolerance one{.bf16_roundings = 1};
+  CHECK(compare(ramp(DType::bf16, 100, 0x1p-7), reference, one));
+  CHECK_FALSE(compare(ramp(DType::bf16, 100, 0x1p-7), reference, {.roundings = 1}));
+  CHECK(compare(ramp(DType::f32, 100, 0x1p-9), reference, one, DType::bf16));
+  CHECK_FALSE(compare(ramp(DType::f32, 100, 0x1p-9), reference, one, DType::f32));
+  CHECK_FALSE(compare(ramp(DType::f32, 100, 0x1p-9), reference, {}, DType::bf16));
 }
 
 TEST_CASE("compare: one wrong element among many is found by the largest error") {
@@ -84,6 +97,64 @@ TEST_CASE("OpCase: both types see the same inputs, outputs begin as NaN") {
   CHECK(f32[x].dtype() == DType::f32);
   CHECK(f64[x].dtype() == DType::f64);
   CHECK_FALSE(f64[Slot()].defined());
+}
+
+TEST_CASE("OpCase: statistics are f32 beside bf16, and are not rounded to it") {
+  OpCase c(1);
+  const Slot x = c.values({2}, {1 + 0x1p-10, 2}), s = c.stat(c.values({1}, {1 + 0x1p-10}));
+  const Slot i = c.fixed(DType::i32, {1}, {257});
+  CHECK(c.has_type_f());
+  const Bound bf16 = c.bind(DType::bf16), f64 = c.bind(DType::f64), rounded = c.bind_rounded();
+  CHECK(bf16[x].dtype() == DType::bf16);
+  CHECK(bf16[s].dtype() == DType::f32);
+  CHECK(bf16.at(x).get(0) == 1);
+  CHECK(bf16.at(s).get(0) == 1 + 0x1p-10);
+  CHECK(f64[s].dtype() == DType::f64);
+  CHECK(f64.at(x).get(0) == 1 + 0x1p-10);
+  CHECK(rounded[x].dtype() == DType::f64);
+  CHECK(rounded.at(x).values() == std::vector<double>{1, 2});
+  CHECK(rounded.at(s).get(0) == 1 + 0x1p-10);
+  CHECK(rounded.at(i).get(0) == 257);
+  CHECK_THROWS(c.stat(i));
+}
+
+TEST_CASE("OpCase: scalars are found in the tensors of a run") {
+  OpCase c(1);
+  StepScalars scalars;
+  scalars.grad_norm = 2.5;
+  scalars.updates = 77;
+  const Slot slot = c.scalars(scalars);
+  Bound b = c.bind(DType::f32);
+  b.scalars(slot)->grad_scale = 0.5;
+  CHECK(b.scalars_at(slot).grad_norm == 2.5);
+  CHECK(b.scalars_at(slot).updates == 77);
+  CHECK(b.scalars_at(slot).grad_scale == 0.5);
+}
+
+TEST_CASE("DeviceTensors: copies come back, and a byte beside them is noticed") {
+  const auto backend = make_cpu_backend(1);
+  const auto stream = backend->make_stream();
+  std::vector<HostTensor> tensors = {ramp(DType::f32, 3), HostTensor(DType::u8, {0}),
+                                     ramp(DType::bf16, 500)};
+  DeviceTensors memory(*backend, *stream, tensors);
+  const Tensor first = memory.views()[0], last = memory.views()[2];
+  CHECK(reinterpret_cast<uintptr_t>(last.raw()) % 256 == 0);
+  first.data<float>()[2] = 17;
+  memory.read_back(tensors);
+  CHECK(tensors[0].values() == std::vector<double>{1, 2, 17});
+  CHECK(tensors[2].same_bits(ramp(DType::bf16, 500)));
+
+  const auto damage = [&](const Tensor& x, int64_t byte) {
+    DeviceTensors fresh(*backend, *stream, tensors);
+    const ptrdiff_t at = static_cast<char*>(x.raw()) - static_cast<char*>(first.raw()) + byte;
+    static_cast<char*>(fresh.views()[0].raw())[at] = 0;
+    fresh.read_back(tensors);
+  };
+  CHECK_THROWS_WITH(damage(first, 12), Catch::Contains("byte 0 after the end of slot 0, f32[3]"));
+  CHECK_THROWS_WITH(damage(first, -1), Catch::Contains("before all tensors"));
+  CHECK_THROWS_WITH(damage(last, -1), Catch::Contains("after the end of slot 1"));
+  CHECK_THROWS_WITH(damage(last, 1200), Catch::Contains("after the end of slot 2, bf16[500]"));
+  CHECK_NOTHROW(damage(last, 998));
 }
 
 TEST_CASE("check_gradient: a wrong factor, sign or element turns it red") {

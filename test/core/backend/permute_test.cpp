@@ -17,11 +17,11 @@ struct SortCase {
     add_outputs();
   }
   void add_outputs() {
-    weights = c.normal({T, K});
+    weights = c.stat(c.normal({T, K}));
     offsets = c.output(DType::i32, {E + 1});
     token_of_row = c.output(DType::i32, {T * K});
     row_of_slot = c.output(DType::i32, {T, K});
-    row_weight = c.output({T * K});
+    row_weight = c.stat(c.output({T * K}));
   }
   void sort(Ops& ops, Stream& s, const Bound& b) const {
     ops.sort_by_expert(s, b[indices], b[weights], b[offsets], b[token_of_row], b[row_of_slot],
@@ -31,7 +31,7 @@ struct SortCase {
 
 }  // namespace
 
-TEST_CASE("sort_by_expert is a stable sort", "[ops]") {
+TEST_CASE("sort_by_expert is a stable sort", "[op]") {
   const auto [T, K, E] =
       GENERATE(table<int64_t, int64_t, int64_t>({{0, 2, 3}, {1, 1, 1}, {5, 3, 40}, {9001, 4, 16}}));
   CAPTURE(T, K, E);
@@ -58,7 +58,7 @@ TEST_CASE("sort_by_expert is a stable sort", "[ops]") {
   CHECK(b.at(z.offsets).values() == offsets);
 }
 
-TEST_CASE("combine_rows: f32 agrees with f64 and the formula holds", "[ops]") {
+TEST_CASE("combine_rows: f32 agrees with f64 and the formula holds", "[op]") {
   const auto [T, K, D] = GENERATE(table<int64_t, int64_t, int64_t>(
       {{0, 2, 8}, {1, 1, 1}, {7, 3, 5}, {33, 4, 64}, {200, 8, 130}, {11, 6, 1}}));
   const bool with_addend = GENERATE(true, false);
@@ -106,7 +106,7 @@ TEST_CASE("combine_rows: addend in place, and the gradient of gathered rows", "[
   }));
 }
 
-TEST_CASE("gather_rows: any type, one column, strided rows", "[ops]") {
+TEST_CASE("gather_rows: any type, one column, strided rows", "[op]") {
   OpCase c(43);
   const Slot x = c.normal({10, 6}), index = c.integers({7}, 0, 10), y = c.output({7, 6});
   const Slot part = c.output({7, 2}), column = c.output({7, 1});
@@ -118,7 +118,7 @@ TEST_CASE("gather_rows: any type, one column, strided rows", "[ops]") {
                              ops.gather_rows(s, t[x].columns(3, 4), t[index], t[column]);
                              ops.gather_rows(s, t[numbers], t[index], t[picked]);
                            },
-                           {});
+                           {{y, {}}, {part, {}}, {column, {}}});
   for (int64_t r = 0; r < 7; ++r) {
     const auto i = static_cast<int64_t>(b.at(index).get(r));
     for (int64_t d = 0; d < 6; ++d) CHECK(b.at(y).get(r * 6 + d) == b.at(x).get(i * 6 + d));

@@ -59,16 +59,16 @@ struct RouterCase {
       : T(tokens), E(experts), params(p) {
     const int64_t K = p.experts_per_token;
     rows.rows_per_sequence = T / std::max<int64_t>(1, sequences);
-    logits = c.normal({T, E});
-    bias = c.normal({E}, 0.05);
-    scores = c.output({T, E});
+    logits = c.stat(c.normal({T, E}));
+    bias = c.stat(c.normal({E}, 0.05));
+    scores = c.stat(c.output({T, E}));
     indices = c.output(DType::i32, {T, K});
-    weights = c.output({T, K});
-    dweights = c.normal({T, K});
-    coeff = c.normal({sequences, E});
-    dlogits = c.output({T, E});
-    load = c.output({sequences, E});
-    prob = c.output({sequences, E});
+    weights = c.stat(c.output({T, K}));
+    dweights = c.stat(c.normal({T, K}));
+    coeff = c.stat(c.normal({sequences, E}));
+    dlogits = c.stat(c.output({T, E}));
+    load = c.stat(c.output({sequences, E}));
+    prob = c.stat(c.output({sequences, E}));
   }
   void forward(Ops& ops, Stream& s, const Bound& b) const {
     ops.router_topk(s, b[logits], b[bias], params, b[scores], b[indices], b[weights]);
@@ -81,7 +81,7 @@ struct RouterCase {
 
 }  // namespace
 
-TEST_CASE("router: f32 agrees with f64 and threads do not matter", "[ops]") {
+TEST_CASE("router: f32 agrees with f64 and threads do not matter", "[op]") {
   const auto [T, E, groups, kept, K] =
       GENERATE(table<int64_t, int64_t, int64_t, int64_t, int64_t>({{0, 4, 1, 1, 2},
                                                                    {1, 1, 1, 1, 1},
@@ -104,22 +104,23 @@ TEST_CASE("router: f32 agrees with f64 and threads do not matter", "[ops]") {
   CHECK(run_op(r.c, DType::f32, 1, body).at(r.indices).same_bits(reference.at(r.indices)));
 }
 
-TEST_CASE("router_topk: the choice by sorting, with many ties", "[ops]") {
+TEST_CASE("router_topk: the choice by sorting, with many ties", "[op]") {
   const auto [E, groups, kept, K] = GENERATE(table<int64_t, int64_t, int64_t, int64_t>(
       {{8, 1, 1, 3}, {12, 4, 2, 5}, {12, 4, 2, 6}, {16, 8, 3, 4}, {6, 6, 3, 2}}));
   const bool v3 = GENERATE(true, false), biased = GENERATE(true, false);
-  CAPTURE(E, groups, kept, K, v3, biased);
+  const DType dtype = GENERATE(DType::f64, DType::f32);
+  CAPTURE(E, groups, kept, K, v3, biased, dtype_name(dtype));
   const int64_t T = 200;
   const RouterParams params = v3 ? v3_params(groups, kept, K) : v2_params(groups, kept, K);
   RouterCase r(T, E, params);
   std::vector<double> coarse;  // three different logits: equal experts and equal groups abound
   for (int64_t i = 0; i < T * E; ++i)
     coarse.push_back(static_cast<double>((i * i / 7 + i) % 3) - 1);
-  r.logits = r.c.values({T, E}, coarse);
+  r.logits = r.c.stat(r.c.values({T, E}, coarse));
   std::vector<double> bias;
   for (int64_t e = 0; e < E; ++e) bias.push_back(static_cast<double>(e % 3) * 0.25);
-  r.bias = r.c.values({E}, bias);
-  const Bound b = run_op(r.c, DType::f64, 2, [&](Ops& ops, Stream& s, const Bound& t) {
+  r.bias = r.c.stat(r.c.values({E}, bias));
+  const Bound b = run_op(r.c, dtype, 2, [&](Ops& ops, Stream& s, const Bound& t) {
     ops.router_topk(s, t[r.logits], biased ? t[r.bias] : Tensor(), params, t[r.scores],
                     t[r.indices], t[r.weights]);
   });
@@ -142,7 +143,7 @@ TEST_CASE("router_topk: the choice by sorting, with many ties", "[ops]") {
 
 TEST_CASE("router: scores", "[ops]") {
   RouterCase r(1, 3, v2_params(1, 1, 1));
-  r.logits = r.c.values({1, 3}, {1, 2, -1});
+  r.logits = r.c.stat(r.c.values({1, 3}, {1, 2, -1}));
   const double sum = std::exp(1.0) + std::exp(2.0) + std::exp(-1.0);
   Bound b =
       run_op(r.c, DType::f64, 1, [&](Ops& o, Stream& s, const Bound& t) { r.forward(o, s, t); });
@@ -152,7 +153,7 @@ TEST_CASE("router: scores", "[ops]") {
   CHECK(b.at(r.scores).get(2) == Approx(1 / (1 + std::exp(1.0))));
 }
 
-TEST_CASE("router_topk: NaN and infinite logits give distinct indices in range", "[ops]") {
+TEST_CASE("router_topk: NaN and infinite logits give distinct indices in range", "[op]") {
   const bool v3 = GENERATE(true, false);
   const double nan = std::numeric_limits<double>::quiet_NaN();
   const double inf = std::numeric_limits<double>::infinity();
@@ -164,7 +165,7 @@ TEST_CASE("router_topk: NaN and infinite logits give distinct indices in range",
     logits[16 + i] = -inf;
     logits[24 + i] = i == 3 ? inf : -inf;
   }
-  r.logits = r.c.values({4, 8}, logits);
+  r.logits = r.c.stat(r.c.values({4, 8}, logits));
   const Bound b =
       run_op(r.c, DType::f32, 1, [&](Ops& o, Stream& s, const Bound& t) { r.forward(o, s, t); });
   for (int64_t t = 0; t < 4; ++t) {
@@ -176,11 +177,11 @@ TEST_CASE("router_topk: NaN and infinite logits give distinct indices in range",
   }
 }
 
-TEST_CASE("router_weights: what router_topk gave", "[ops]") {
+TEST_CASE("router_weights: what router_topk gave", "[op]") {
   const bool v3 = GENERATE(true, false);
   const RouterCase r(50, 16, v3 ? v3_params(4, 2, 3) : v2_params(4, 2, 3));
   OpCase c = r.c;
-  const Slot scores = c.output({50, 16}), weights = c.output({50, 3});
+  const Slot scores = c.stat(c.output({50, 16})), weights = c.stat(c.output({50, 3}));
   const Bound b = run_op(c, DType::f32, 2, [&](Ops& ops, Stream& s, const Bound& t) {
     r.forward(ops, s, t);
     ops.router_weights(s, t[r.logits], r.params, t[r.indices], t[scores], t[weights]);
@@ -213,7 +214,7 @@ TEST_CASE("router: gradients of weights and balance, and faults turn the check r
   }));
 }
 
-TEST_CASE("balance: statistics of each sequence", "[ops]") {
+TEST_CASE("balance: statistics of each sequence", "[op]") {
   // 5 sequences of 260 tokens exceed one chunk of tokens.
   const int64_t S = 5, n = 260, E = 6, K = 2;
   const RouterCase r(S * n, E, v3_params(1, 1, K), S);
@@ -240,13 +241,13 @@ TEST_CASE("balance: statistics of each sequence", "[ops]") {
   CHECK(compare_within(b.at(r.prob), HostTensor(DType::f64, {S * E}, prob), 1e-13));
 }
 
-TEST_CASE("balance_loss: formula, gradient, accumulation", "[ops]") {
+TEST_CASE("balance_loss: formula, gradient, accumulation", "[op]") {
   const int64_t S = 2, E = 3, n = 4, K = 2;
   const double alpha = 0.01;
   OpCase c(33);
-  const Slot load = c.values({S, E}, {3, 2, 3, 8, 0, 0});
-  const Slot prob = c.values({S, E}, {1.5, 1, 1.5, 2.25, 1.25, 0.5});
-  const Slot loss = c.fixed(DType::f64, {1}, {7}), coeff = c.output({S, E});
+  const Slot load = c.stat(c.values({S, E}, {3, 2, 3, 8, 0, 0}));
+  const Slot prob = c.stat(c.values({S, E}, {1.5, 1, 1.5, 2.25, 1.25, 0.5}));
+  const Slot loss = c.fixed(DType::f64, {1}, {7}), coeff = c.stat(c.output({S, E}));
   const Slot one = c.values({1}, {1});
   const auto body = [&](Ops& ops, Stream& s, const Bound& b) {
     ops.balance_loss(s, b[load], b[prob], n, K, alpha, b[loss], b[coeff]);
@@ -258,6 +259,8 @@ TEST_CASE("balance_loss: formula, gradient, accumulation", "[ops]") {
     expected += alpha * f * p;
   }
   CHECK(b.at(loss).get(0) == Approx(7 + expected).epsilon(1e-14));
+  const double in_f32 = run_op(c, DType::f32, 1, body).at(loss).get(0) - 7;
+  CHECK(in_f32 == Approx(expected).epsilon(1e-6));
   const auto check = [&](const OpBody& backward) {
     return check_gradient(c, body, backward, {{loss, one}}, {{prob, coeff}}, 1e-6);
   };
@@ -265,7 +268,7 @@ TEST_CASE("balance_loss: formula, gradient, accumulation", "[ops]") {
   CHECK_FALSE(check([&](Ops&, Stream&, const Bound& t) { t[coeff].data<double>()[4] += 1e-5; }));
 }
 
-TEST_CASE("count_experts adds, and refuses an index out of range", "[ops]") {
+TEST_CASE("count_experts adds", "[op]") {
   const int64_t T = 5000, E = 7;
   OpCase c(34);
   const Slot indices = c.integers({T, 2}, 0, E);
@@ -277,7 +280,9 @@ TEST_CASE("count_experts adds, and refuses an index out of range", "[ops]") {
   std::vector<double> expected{1, 0, 0, 0, 0, 0, 100};
   for (const double e : b.at(indices).values()) expected[static_cast<size_t>(e)] += 1;
   CHECK(b.at(counts).values() == expected);
+}
 
+TEST_CASE("count_experts refuses an index out of range", "[ops]") {
   OpCase bad(35);
   const Slot wrong = bad.fixed(DType::i32, {1, 2}, {1, 7});
   const Slot seven = bad.fixed(DType::i64, {7}, std::vector<double>(7));
@@ -288,18 +293,19 @@ TEST_CASE("count_experts adds, and refuses an index out of range", "[ops]") {
                     Catch::Contains("expert index 7 is not in [0, 7)"));
 }
 
-TEST_CASE("router_bias_update: towards the mean by the sign, not in a skipped step", "[ops]") {
+TEST_CASE("router_bias_update: towards the mean by the sign, not in a skipped step", "[op]") {
   OpCase c(36);
   const Slot counts = c.fixed(DType::i64, {4}, {10, 2, 6, 6});
-  const Slot bias = c.values({4}, {0.5, 0.5, 0.5, 0.5});
-  StepScalars scalars;
-  const auto body = [&](Ops& ops, Stream& s, const Bound& b) {
-    ops.router_bias_update(s, b[counts], 0.125, &scalars, b[bias]);
+  const Slot bias = c.stat(c.values({4}, {0.5, 0.5, 0.5, 0.5}));
+  const Slot applied = c.scalars({}), skipped = c.scalars(skipped_step());
+  const auto update = [=](Slot scalars) {
+    return [=](Ops& ops, Stream& s, const Bound& b) {
+      ops.router_bias_update(s, b[counts], 0.125, b.scalars(scalars), b[bias]);
+    };
   };
   const std::vector<double> moved{0.375, 0.625, 0.5, 0.5}, still(4, 0.5);
-  CHECK(check_op(c, body, {{bias, {}}}).at(bias).values() == moved);
-  scalars.finite = 0;
-  CHECK(run_op(c, DType::f32, 1, body).at(bias).values() == still);
+  CHECK(check_op(c, update(applied), {{bias, {}}}).at(bias).values() == moved);
+  CHECK(check_op(c, update(skipped), {{bias, {}}}).at(bias).values() == still);
 }
 
 TEST_CASE("router_weights: a recorded index out of range is refused", "[ops]") {

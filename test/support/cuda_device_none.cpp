@@ -1,0 +1,24 @@
+// Stands in for cuda_device.cpp in programs without the CUDA back end.
+#include "test/support/cuda_device.h"
+
+#include "core/base/error.h"
+
+namespace dstrain::test {
+
+std::string why_gpu_missing() {
+  return "this program was built without the CUDA back end";
+}
+
+Backend& gpu_backend() {
+  throw RuntimeFailure(why_gpu_missing());
+}
+
+Stream& gpu_stream() {
+  throw RuntimeFailure(why_gpu_missing());
+}
+
+Tensor gpu_scratch() {
+  return {};
+}
+
+}  // namespace dstrain::test
