@@ -18,6 +18,14 @@ int64_t aligned(int64_t bytes) {
   return (bytes + kSnapshotAlignment - 1) / kSnapshotAlignment * kSnapshotAlignment;
 }
 
+void copy_from_host(std::span<const StateTensor> tensors, std::span<void* const> places) {
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    DSTRAIN_CHECK(!tensors[i].low, "'" + tensors[i].name + "' is copied in two halves");
+    const int64_t bytes = tensors[i].bytes();
+    if (bytes > 0) std::memcpy(places[i], tensors[i].data, static_cast<size_t>(bytes));
+  }
+}
+
 double seconds_since(Clock::time_point begin) {
   return std::chrono::duration<double>(Clock::now() - begin).count();
 }
@@ -26,10 +34,7 @@ double seconds_since(Clock::time_point begin) {
 
 AsyncSaver::AsyncSaver(CheckpointStore& store, std::span<std::byte> snapshot, Copy copy)
     : store_(store), snapshot_(snapshot), copy_(std::move(copy)) {
-  if (!copy_)
-    copy_ = [](void* dst, const void* src, int64_t bytes) {
-      std::memcpy(dst, src, static_cast<size_t>(bytes));
-    };
+  if (!copy_) copy_ = copy_from_host;
   if (!snapshot_.empty()) thread_ = std::thread([this] { writer_loop(); });
 }
 
@@ -97,13 +102,15 @@ std::vector<StateTensor> AsyncSaver::take_snapshot(std::span<const StateTensor> 
   DSTRAIN_CHECK(snapshot_bytes(tensors) <= static_cast<int64_t>(snapshot_.size()),
                 "the snapshot buffer is smaller than the state");
   std::vector<StateTensor> copies(tensors.begin(), tensors.end());
+  std::vector<void*> places;
   std::byte* at = snapshot_.data();
   for (StateTensor& tensor : copies) {
-    const int64_t bytes = tensor.bytes();
-    if (bytes > 0) copy_(at, tensor.data, bytes);
+    places.push_back(at);
     tensor.data = at;
-    at += aligned(bytes);
+    tensor.low = nullptr;
+    at += aligned(tensor.bytes());
   }
+  copy_(tensors, places);
   return copies;
 }
 

@@ -32,9 +32,10 @@ struct SaveResult {
 // the one before, and that time is counted as stall. A save that fails is a result, no exception.
 class AsyncSaver {
  public:
-  // Copies to host memory and returns when done; the default is memcpy. Device memory needs its
-  // own.
-  using Copy = std::function<void(void* dst, const void* src, int64_t bytes)>;
+  // Copies tensors to host memory, tensor i to places[i], joins halves, and returns when all is
+  // there. The default is memcpy; device memory needs its own (core/checkpoint/state_copy.h).
+  using Copy =
+      std::function<void(std::span<const StateTensor> tensors, std::span<void* const> places)>;
 
   // The store and the snapshot must outlive the saver; while busy() the store belongs to its
   // thread.

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <array>
+#include <vector>
 
 #include "core/base/error.h"
 #include "core/base/file.h"
@@ -131,14 +132,30 @@ void CheckpointReader::read_slice(const std::string& name, std::span<const int64
   }
 }
 
+void CheckpointReader::throw_misfit(const StateTensor& wanted) const {
+  const ManifestTensor& tensor = manifest_.at(wanted.name);
+  throw DataError(fmt::format(
+      "tensor {} is {}{} in checkpoint '{}', but this job needs {}{}; its configuration differs",
+      printable_name(wanted.name), dtype_name(tensor.dtype), tensor.shape, path_,
+      dtype_name(wanted.dtype), wanted.global_shape));
+}
+
 void CheckpointReader::read(const StateTensor& wanted, void* dst) {
   const ManifestTensor& tensor = manifest_.at(wanted.name);
-  if (tensor.dtype != wanted.dtype || tensor.shape != wanted.global_shape)
-    throw DataError(fmt::format(
-        "tensor {} is {}{} in checkpoint '{}', but this job needs {}{}; its configuration differs",
-        printable_name(wanted.name), dtype_name(tensor.dtype), tensor.shape, path_,
-        dtype_name(wanted.dtype), wanted.global_shape));
+  if (tensor.dtype != wanted.dtype || tensor.shape != wanted.global_shape) throw_misfit(wanted);
   read_slice(wanted.name, wanted.offset, wanted.extent, dst);
+}
+
+void CheckpointReader::read_f32(const StateTensor& wanted, float* dst) {
+  const ManifestTensor& tensor = manifest_.at(wanted.name);
+  const bool narrow = tensor.dtype == DType::bf16;
+  if ((tensor.dtype != DType::f32 && !narrow) || tensor.shape != wanted.global_shape)
+    throw_misfit(wanted);
+  if (!narrow) return read_slice(wanted.name, wanted.offset, wanted.extent, dst);
+  const int64_t elements = wanted.bytes() / dtype_bytes(wanted.dtype);
+  std::vector<uint16_t> bits(static_cast<size_t>(elements));
+  read_slice(wanted.name, wanted.offset, wanted.extent, bits.data());
+  convert_to_f32(SafetensorsType::bf16, bits.data(), elements, dst);
 }
 
 }  // namespace dstrain

@@ -31,8 +31,11 @@ class CheckpointReader {
   // The same for the box that `wanted` describes. Its dtype and global shape must be those of the
   // checkpoint: DataError naming both otherwise. wanted.data is not used.
   void read(const StateTensor& wanted, void* dst);
+  // The same in f32 for values that the checkpoint holds as f32 or bf16, whatever wanted.dtype is.
+  void read_f32(const StateTensor& wanted, float* dst);
 
  private:
+  [[noreturn]] void throw_misfit(const StateTensor& wanted) const;
   const SafetensorsReader& file(const std::string& name);
 
   std::string path_;

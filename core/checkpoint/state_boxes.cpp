@@ -8,6 +8,14 @@
 namespace dstrain {
 namespace {
 
+bool is_bf16_parameter(const StateSlice& slice) {
+  return slice.kind == "param" && slice.data.dtype() == DType::bf16;
+}
+
+DType saved_dtype(const StateSlice& slice) {
+  return is_bf16_parameter(slice) ? DType::f32 : slice.data.dtype();
+}
+
 class BoxMaker {
  public:
   explicit BoxMaker(const StateSlice& slice)
@@ -20,6 +28,10 @@ class BoxMaker {
                       slice_.end <= parameter_.numel() &&
                       slice_.data.numel() == slice_.end - slice_.begin && slice_.data.contiguous(),
                   "a slice of '" + name_ + "' is no run of its elements");
+    DSTRAIN_CHECK(
+        !slice_.low.defined() || (is_bf16_parameter(slice_) && slice_.low.dtype() == DType::u16 &&
+                                  slice_.low.numel() == slice_.data.numel()),
+        "the lower halves of '" + name_ + "' do not fit its values");
     if (slice_.begin == slice_.end) return {};
     const size_t dims = parameter_.local_shape.size();
     cut(0, std::vector<int64_t>(dims, 0), std::vector<int64_t>(dims, 1), slice_.begin, slice_.end);
@@ -59,10 +71,15 @@ class BoxMaker {
   }
 
   void add(const std::vector<int64_t>& at, const std::vector<int64_t>& extent) {
-    StateTensor box{name_, slice_.data.dtype(), parameter_.spec.shape, at, extent, nullptr};
+    StateTensor box{name_,  saved_dtype(slice_), parameter_.spec.shape, at, extent, nullptr,
+                    nullptr};
     for (size_t d = 0; d < at.size(); ++d) box.offset[d] += parameter_.local_begin[d];
-    box.data = static_cast<const char*>(slice_.data.raw()) + bytes_;
-    bytes_ += box.bytes();
+    const auto place = [this](const Tensor& flat) {
+      return static_cast<const char*>(flat.raw()) + elements_ * dtype_bytes(flat.dtype());
+    };
+    box.data = place(slice_.data);
+    if (slice_.low.defined()) box.low = place(slice_.low);
+    elements_ += box.bytes() / dtype_bytes(box.dtype);
     boxes_.push_back(std::move(box));
   }
 
@@ -70,7 +87,7 @@ class BoxMaker {
   const Parameter& parameter_;
   const std::string name_;
   std::vector<StateTensor> boxes_;
-  int64_t bytes_ = 0;  // of the boxes so far
+  int64_t elements_ = 0;  // of the boxes so far
 };
 
 }  // namespace
@@ -82,6 +99,8 @@ std::vector<StateTensor> state_boxes(const StateSlice& slice) {
 std::vector<StateTensor> state_tensors(std::span<const StateSlice> slices) {
   std::vector<StateTensor> all;
   for (const StateSlice& slice : slices) {
+    DSTRAIN_CHECK(slice.low.defined() || !is_bf16_parameter(slice),
+                  "'" + slice.parameter->spec.name + "' is saved without its lower half");
     std::vector<StateTensor> boxes = state_boxes(slice);
     all.insert(all.end(), std::make_move_iterator(boxes.begin()),
                std::make_move_iterator(boxes.end()));

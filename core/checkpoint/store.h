@@ -26,7 +26,11 @@ struct StateTensor {
   DType dtype = DType::f32;
   std::vector<int64_t> global_shape;
   std::vector<int64_t> offset, extent;  // per dim
-  const void* data = nullptr;           // host memory
+  // Host memory once it is saved; device memory where a snapshot is taken first.
+  const void* data = nullptr;
+  // f32 in two halves (core/base/bf16.h): `data` holds the bf16 ones, `low` the u16 rest. A
+  // snapshot joins them.
+  const void* low = nullptr;
 
   int64_t bytes() const;
 };

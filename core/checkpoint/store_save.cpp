@@ -117,6 +117,7 @@ ShardInfo CheckpointStore::write_shard(const SaveAttempt& attempt, int64_t rank,
   const std::vector<const StateTensor*> order = file_order(tensors);
   std::vector<SafetensorsSpec> specs;
   for (const StateTensor* tensor : order) {
+    DSTRAIN_CHECK(!tensor->low, "'" + tensor->name + "' is saved in two halves");
     const ManifestSlice slice{shard.file.name, tensor->offset, tensor->extent, 0};
     shard.tensors.push_back({tensor->name, tensor->dtype, tensor->global_shape, {slice}});
     specs.push_back({slice_key(shard.tensors.back(), slice), to_safetensors_type(tensor->dtype),

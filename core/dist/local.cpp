@@ -60,21 +60,25 @@ void LocalParamStore::make_memory(const OwnerVisitor& visit) {
   if (options_.training) {
     visit("gradients", MemoryKind::device, [&](Arena& a) { grads_ = a.make(gradient, {N}, "gradients"); });
     visit("optimizer state", MemoryKind::device, [&](Arena& a) {
-      exp_avg_ = a.make(gradient, {N}, "first moment");
-      exp_avg_sq_ = a.make(gradient, {N}, "second moment");
+      if (options_.has_low()) low_ = a.make(DType::u16, {N}, "lower halves of parameters");
+      exp_avg_ = a.make(options_.moment_dtype(), {N}, "first moment");
+      exp_avg_sq_ = a.make(options_.moment_dtype(), {N}, "second moment");
     });
   }
   parameters_.bind(values_, grads_, buffers_);
   ranges_.clear();
   if (!options_.training) return;
   for (const ParameterGroup& group : parameters_.groups()) {
-    auto part = [&](const Tensor& flat) { return flat.rows(group.begin, group.end); };
-    ranges_.push_back({group.weight_decay, part(values_), part(grads_), part(exp_avg_), part(exp_avg_sq_)});
+    auto part = [&](const Tensor& flat) {
+      return flat.defined() ? flat.rows(group.begin, group.end) : Tensor();
+    };
+    ranges_.push_back({group.weight_decay, part(values_), part(grads_), part(exp_avg_),
+                       part(exp_avg_sq_), part(low_)});
   }
 }
 
 void LocalParamStore::clear(DistStream dist) {
-  for (const Tensor& x : {values_, buffers_, grads_, exp_avg_, exp_avg_sq_})
+  for (const Tensor& x : {values_, low_, buffers_, grads_, exp_avg_, exp_avg_sq_})
     if (x.defined()) dist.ops.fill(dist.stream, x, 0.0);
 }
 
@@ -97,6 +101,7 @@ std::vector<StateSlice> LocalParamStore::saved() const {
     const int64_t n = p.numel();
     out.push_back({"param", &p, 0, n, p.value.view({n})});
     if (!p.spec.trainable || !options_.training) continue;
+    if (low_.defined()) out.back().low = low_.rows(p.offset, p.offset + n);
     out.push_back({"adamw.exp_avg", &p, 0, n, exp_avg_.rows(p.offset, p.offset + n)});
     out.push_back({"adamw.exp_avg_sq", &p, 0, n, exp_avg_sq_.rows(p.offset, p.offset + n)});
   }

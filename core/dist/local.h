@@ -77,7 +77,7 @@ class GradContributions {
   std::vector<std::pair<const Parameter*, bool>> written_;  // sorted by address
 };
 
-// Values, gradients and moments are whole and lie here.
+// Values, gradients and moments are whole and lie here; of bf16 values the lower halves, too.
 class LocalParamStore : public ParamStore {
  public:
   explicit LocalParamStore(ParameterSet& parameters, const ParamStoreOptions& options = {});
@@ -102,7 +102,7 @@ class LocalParamStore : public ParamStore {
   ParameterSet& parameters_;
   ParamStoreOptions options_;
   GradContributions contributions_;
-  Tensor values_, buffers_, grads_, exp_avg_, exp_avg_sq_;
+  Tensor values_, low_, buffers_, grads_, exp_avg_, exp_avg_sq_;
   std::vector<OptimizerRange> ranges_;
 };
 

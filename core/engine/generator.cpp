@@ -4,7 +4,6 @@
 #include <cmath>
 #include <numeric>
 
-#include "core/backend/null_ops.h"
 #include "core/engine/parameter_io.h"
 
 namespace dstrain {
@@ -53,8 +52,8 @@ Generator::Generator(Backend& backend, DeepSeekModel& model, int64_t context, DT
   make_inputs();
   batch_.sequences = 1;
   batch_.tokens_per_sequence = batch_.sequence_length = chunk;
-  NullOps null_ops;
-  StepContext ctx = step_context(null_ops, *stream_);
+  batch_.segments = {table_14_, count_1_, chunk, context_};
+  StepContext ctx = step_context(backend_.planning_ops(), *stream_);
   model_.forward(ctx, state_);
   model_.logits(ctx, state_, 0, 1, logits_1V_);
   auto real = [&](Arena& arena, DeviceMemory& memory) {

@@ -4,7 +4,6 @@
 #include <cstring>
 #include <utility>
 
-#include "core/backend/null_ops.h"
 #include "core/engine/parameter_io.h"
 
 namespace dstrain {
@@ -16,8 +15,11 @@ class NullStream : public Stream {
   void synchronize() override {}
 };
 
+// Logits that exist at once: what a CPU's caches hold, and enough rows for a GPU's products.
+constexpr int64_t kCpuLogits = int64_t{8} << 20, kGpuLogits = int64_t{2} << 30;
 constexpr int64_t kSums = 6;
 constexpr int64_t kInputsBytes = static_cast<int64_t>(sizeof(StepInputs));
+constexpr int64_t kMasterChunk = int64_t{1} << 22;  // elements
 
 }  // namespace
 
@@ -46,8 +48,8 @@ void TrainEngine::make_chunks(const ModelConfig& model) {
         model, ModelPart{part.first_layer, part.last_layer, {place.tensor, place.expert}});
     chunk.first = chunk.model->has_embedding();
     chunk.last = chunk.model->has_head();
-    chunk.store = distribution_.make_param_store(chunk.model->parameters(),
-                                                 {options_.dtype, options_.training});
+    chunk.store = distribution_.make_param_store(
+        chunk.model->parameters(), {options_.dtype, options_.training, options_.moments});
     chunk.context = std::make_unique<DistContext>(
         DistContext{distribution_.tensor(), distribution_.dispatcher(), distribution_.kv(),
                     distribution_.sequences(), *chunk.store});
@@ -61,6 +63,13 @@ int64_t TrainEngine::memory_bytes() const {
   return bytes;
 }
 
+int64_t TrainEngine::host_memory_bytes() const {
+  int64_t bytes = 0;
+  for (const MemoryOwner& owner : memory_)
+    if (backend_.is_cpu() || owner.kind == MemoryKind::host) bytes += owner.bytes;
+  return bytes;
+}
+
 // The fixed tensors of the run by owner. Runs twice: on measuring arenas, and on real ones.
 void TrainEngine::for_each_owner(const OwnerVisitor& visit) {
   for (Chunk& chunk : chunks_) chunk.store->make_memory(visit);
@@ -70,6 +79,7 @@ void TrainEngine::for_each_owner(const OwnerVisitor& visit) {
     for (Chunk& chunk : chunks_)
       chunk.model->make_constants(backend_, *stream_, a, options_.seq_len, options_.dtype);
     make_sums(a);
+    make_master_chunk(a);
   });
   visit("host staging", MemoryKind::host, [this](Arena& a) {
     for (BatchSlot& batch : batches_) batch.make_host(a);
@@ -99,17 +109,28 @@ void TrainEngine::make_sums(Arena& arena) {
   token_loss_T_ = arena.make(stat_dtype(options_.dtype), {batches_[0].batch().num_tokens()}, "token losses");
 }
 
+void TrainEngine::make_master_chunk(Arena& arena) {
+  if (options_.dtype != DType::bf16) return;
+  int64_t largest = 0;
+  for (Chunk& chunk : chunks_)
+    for (const Parameter& p : chunk.model->parameters().all())
+      largest = std::max(largest, p.numel());
+  const int64_t elements = std::min(kMasterChunk, largest);
+  master_chunk_N_ = arena.make(DType::f32, {elements}, "master values");
+  low_chunk_N_ = arena.make(DType::u16, {elements}, "lower halves");
+}
+
 void TrainEngine::plan() {
-  auto add = [&](const std::string& name, int64_t bytes) {
+  auto add = [&](const std::string& name, int64_t bytes, MemoryKind kind = MemoryKind::device) {
     for (MemoryOwner& owner : memory_)
       if (owner.name == name) return void(owner.bytes += bytes);
-    memory_.push_back({name, bytes});
+    memory_.push_back({name, bytes, kind});
   };
-  for_each_owner([&](const char* name, MemoryKind, const std::function<void(Arena&)>& make) {
+  for_each_owner([&](const char* name, MemoryKind kind, const std::function<void(Arena&)>& make) {
     Arena arena(name);
     make(arena);
     planned_.push_back(arena.peak());
-    add(name, arena.peak());
+    add(name, arena.peak(), kind);
   });
   dry_run();
   for (const Chunk& chunk : chunks_)
@@ -120,10 +141,10 @@ void TrainEngine::plan() {
 
 // Micro-batches without arithmetic, one of training and one of evaluation: the arenas' peaks are the plan.
 void TrainEngine::dry_run() {
-  NullOps ops;
   NullStream stream;
-  batches_[0].assume_targets();
-  for (size_t i = 0; i < chunks_.size(); ++i) run_micro_batch_dry(i, ops, stream);
+  batches_[0].assume_largest();
+  for (size_t i = 0; i < chunks_.size(); ++i)
+    run_micro_batch_dry(i, backend_.planning_ops(), stream);
 }
 
 void TrainEngine::run_micro_batch_dry(size_t index, Ops& ops, Stream& stream) {
@@ -159,6 +180,7 @@ void TrainEngine::run_micro_batch_dry(size_t index, Ops& ops, Stream& stream) {
 }
 
 void TrainEngine::allocate() {
+  backend_.prepare(*stream_);
   auto take = [&](const char* name, MemoryKind kind, int64_t bytes) {
     blocks_.emplace_back(backend_, std::max<int64_t>(bytes, Arena::kAlignment), kind);
     return Arena(name, blocks_.back().data(), bytes);
@@ -179,14 +201,29 @@ void TrainEngine::allocate() {
 }
 
 void TrainEngine::initialize(uint64_t seed) {
-  Ops& ops = backend_.ops();
   for (Chunk& chunk : chunks_) {
     chunk.store->clear(dist_stream());
     for (const StateSlice& slice : chunk.store->loaded())
-      if (slice.kind == "param")
-        initialize_elements(ops, *stream_, *slice.parameter, slice.begin, slice.end, slice.data, seed);
+      if (slice.kind == "param") initialize_slice(slice, seed);
   }
   set_progress(0, 0);
+}
+
+// bf16 parameters start as f32 ones do, so that a run's master values do not depend on its compute
+// type. Where the lower half belongs to another rank, it is needed all the same to round alike.
+void TrainEngine::initialize_slice(const StateSlice& slice, uint64_t seed) {
+  Ops& ops = backend_.ops();
+  const Parameter& p = *slice.parameter;
+  if (slice.data.dtype() != DType::bf16)
+    return initialize_elements(ops, *stream_, p, slice.begin, slice.end, slice.data, seed);
+  const int64_t elements = slice.end - slice.begin;
+  for (int64_t at = 0; at < elements; at += master_chunk_N_.numel()) {
+    const int64_t n = std::min(master_chunk_N_.numel(), elements - at);
+    const Tensor master = master_chunk_N_.rows(0, n);
+    initialize_elements(ops, *stream_, p, slice.begin + at, slice.begin + at + n, master, seed);
+    ops.split_master(*stream_, master, slice.data.rows(at, at + n),
+                     slice.low.defined() ? slice.low.rows(at, at + n) : low_chunk_N_.rows(0, n));
+  }
 }
 
 void TrainEngine::set_progress(int64_t steps, int64_t updates) {
@@ -204,21 +241,23 @@ StepContext TrainEngine::context(Ops& ops, Stream& stream, Chunk& chunk, Slot& s
   const bool training = pass == Pass::training;
   const Recompute recompute = training ? options_.recompute : Recompute::full;
   const double alpha = chunk.model->config().aux_loss_alpha;
-  return StepContext{.ops = ops,
-                     .stream = stream,
-                     .dist = *chunk.context,
-                     .batch = batch,
-                     .arena = arenas_for(recompute, slot.arena, scratch_, training && options_.split_backward),
-                     .dtype = options_.dtype,
-                     .scalars = scalars_,
-                     .sums = sums_,
-                     .balance_factor = alpha / static_cast<double>(options_.global_batch),
-                     .routing_hook = training ? routing_hook_ : nullptr,
-                     .training = training,
-                     .recompute = recompute,
-                     .recomputing = false,
-                     .token_loss_T = {},
-                     .dry = false};
+  return StepContext{
+      .ops = ops,
+      .stream = stream,
+      .dist = *chunk.context,
+      .batch = batch,
+      .arena = arenas_for(recompute, slot.arena, scratch_, training && options_.split_backward),
+      .dtype = options_.dtype,
+      .scalars = scalars_,
+      .sums = sums_,
+      .balance_factor = alpha / static_cast<double>(options_.global_batch),
+      .routing_hook = training ? routing_hook_ : nullptr,
+      .training = training,
+      .recompute = recompute,
+      .recomputing = false,
+      .token_loss_T = {},
+      .logits_bytes = backend_.is_cpu() ? kCpuLogits : kGpuLogits,
+      .dry = false};
 }
 
 StepContext TrainEngine::context(Chunk& chunk, Slot& slot, int64_t m, Pass pass) {

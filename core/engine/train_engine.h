@@ -31,7 +31,8 @@ struct EngineChunk {
 };
 
 struct EngineOptions {
-  DType dtype = DType::f32;  // of activations, and of parameters on a CPU
+  DType dtype = DType::f32;    // of activations and parameters
+  DType moments = DType::f32;  // of f32 and bf16 parameters; or bf16
   int64_t micro_batch = 1;   // sequences
   int64_t seq_len = 1;
   int64_t global_batch = 1;  // sequences of an optimizer step, over all ranks
@@ -58,6 +59,7 @@ struct StepResult {
 struct MemoryOwner {
   std::string name;
   int64_t bytes = 0;
+  MemoryKind kind = MemoryKind::device;
 };
 
 enum class Pass { training, evaluation };
@@ -71,6 +73,7 @@ class TrainEngine {
 
   const std::vector<MemoryOwner>& memory() const { return memory_; }
   int64_t memory_bytes() const;
+  int64_t host_memory_bytes() const;  // what of it takes the host's memory: all on a CPU
   void allocate();
   void initialize(uint64_t seed);
 
@@ -126,6 +129,9 @@ class TrainEngine {
   // Of all chunks; see ParamStore.
   std::vector<StateSlice> saved_state() const;
   std::vector<StateSlice> loaded_state() const;
+  // f32 device memory that master values in two halves pass on their way; absent where there are
+  // none. Free to use between other calls.
+  const Tensor& master_chunk_N() const { return master_chunk_N_; }
   // Sees every routing from now on; may be null.
   void set_routing_hook(RoutingHook* hook) { routing_hook_ = hook; }
 
@@ -159,6 +165,8 @@ class TrainEngine {
   void make_chunks(const ModelConfig& model);
   void for_each_owner(const OwnerVisitor& visit);
   void make_sums(Arena& arena);
+  void make_master_chunk(Arena& arena);
+  void initialize_slice(const StateSlice& slice, uint64_t seed);
   void plan();
   void dry_run();
   void run_micro_batch_dry(size_t chunk, Ops& ops, Stream& stream);
@@ -197,6 +205,7 @@ class TrainEngine {
   Tensor sums_6_, norm_1_, zeroed_, read_back_;
   Tensor evaluation_1_;  // f64; apart from the sums, so that a step may be under way
   Tensor token_loss_T_;
+  Tensor master_chunk_N_, low_chunk_N_;  // where parameters are bf16
   Tensor host_inputs_, host_zeros_, host_results_2X_, host_evaluation_1_;
   std::deque<Pending> pending_;
   std::vector<Pending> free_;

@@ -145,15 +145,32 @@ TEST_CASE("async_saver: device memory is copied by the owner's function", "[asyn
   CheckpointStore store(folder.path(), 3);
   LiveState state(10);
   std::vector<std::byte> snapshot = snapshot_for(state);
-  int copies = 0;
-  AsyncSaver saver(store, snapshot, [&](void* dst, const void* src, int64_t bytes) {
-    ++copies;
-    std::memcpy(dst, src, static_cast<size_t>(bytes));
-  });
+  size_t copies = 0;
+  AsyncSaver saver(
+      store, snapshot, [&](std::span<const StateTensor> tensors, std::span<void* const> places) {
+        REQUIRE(tensors.size() == places.size());
+        copies += tensors.size();
+        for (size_t i = 0; i < tensors.size(); ++i)
+          if (tensors[i].bytes() > 0)
+            std::memcpy(places[i], tensors[i].data, static_cast<size_t>(tensors[i].bytes()));
+      });
   saver.request(state.source.meta(), state.tensors);
   saver.wait();
   CHECK(saver.poll()->ok);
-  CHECK(copies == 5);  // not for the tensor without elements
+  CHECK(copies == state.tensors.size());
+  CHECK(TinyState(10).equals(folder / checkpoint_name(10)));
+}
+
+TEST_CASE("async_saver: halves of f32 need a copy that joins them", "[async_saver]") {
+  const ScratchFolder folder;
+  CheckpointStore store(folder.path(), 3);
+  const std::vector<uint16_t> high = {0x3f80, 0x3f81}, low = {0x0001, 0x8000};
+  const std::vector<StateTensor> halves = {
+      {"w", DType::f32, {2}, {0}, {2}, high.data(), low.data()}};
+  std::vector<std::byte> snapshot(static_cast<size_t>(AsyncSaver::snapshot_bytes(halves)));
+  AsyncSaver saver(store, snapshot);
+  CHECK_THROWS_AS(saver.request({}, halves), RuntimeFailure);
+  CHECK_THROWS_AS(store.save({}, halves), RuntimeFailure);
 }
 
 TEST_CASE("async_saver: a snapshot that is too small is our own mistake", "[async_saver]") {

@@ -30,13 +30,16 @@ TEST_CASE("parameter io: f32 goes through unchanged, f64 by rounding", "[engine]
   CHECK(read_tensor(*backend, *stream, Tensor(wide.data(), DType::f64, {6}))[5] == 1.0f);
 }
 
-TEST_CASE("parameter io: bf16 is read by widening", "[engine]") {
+TEST_CASE("parameter io: bf16 is read by widening, written by rounding to even", "[engine]") {
   const auto backend = make_cpu_backend(1);
   const auto stream = backend->make_stream();
   std::vector<uint16_t> bits = {0x3f80, 0xc000, 0x7f80, 0x3eab};
   const std::vector<float> wide = {1.0f, -2.0f, std::numeric_limits<float>::infinity(),
                                    0.333984375f};
   CHECK(read_tensor(*backend, *stream, Tensor(bits.data(), DType::bf16, {4})) == wide);
+  const std::vector<float> ties = {1.00390625f, 1.01171875f, -0.0f, wide[2]};
+  write_tensor(*backend, *stream, ties, Tensor(bits.data(), DType::bf16, {4}));
+  CHECK(bits == std::vector<uint16_t>{0x3f80, 0x3f82, 0x8000, 0x7f80});
 }
 
 TEST_CASE("parameter io: sizes and types that do not fit are refused", "[engine]") {
@@ -48,7 +51,8 @@ TEST_CASE("parameter io: sizes and types that do not fit are refused", "[engine]
   CHECK_THROWS(write_tensor(*backend, *stream, std::vector<float>(4), matrix.columns(0, 2)));
   CHECK_THROWS(read_tensor(*backend, *stream, matrix.columns(0, 2)));
   CHECK_THROWS(write_tensor(*backend, *stream, std::vector<float>(3),
-                            Tensor(memory.data(), DType::bf16, {3})));
+                            Tensor(memory.data(), DType::i32, {3})));
+  CHECK_THROWS(read_tensor(*backend, *stream, Tensor(memory.data(), DType::i32, {3})));
 }
 
 }  // namespace dstrain
