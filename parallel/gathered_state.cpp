@@ -28,7 +28,7 @@ void gather_state(TrainEngine& engine, std::span<const StateSlice> slices, Gathe
     const Parameter& p = *slice.parameter;
     GatheredTensor& tensor = state[key_of(slice)];
     set_shape(tensor, p.spec.shape);
-    const std::vector<float> values = read_tensor(engine.backend(), engine.stream(), slice.data);
+    const std::vector<float> values = read_slice(engine.backend(), engine.stream(), slice);
     for (int64_t i = slice.begin; i < slice.end; ++i) {
       const size_t at = static_cast<size_t>(p.global_index(i));
       tensor.values[at] = values[static_cast<size_t>(i - slice.begin)];
@@ -74,7 +74,7 @@ std::string copy_difference(TrainEngine& engine, std::span<const StateSlice> sli
                             const std::string& kind, const GatheredState& state) {
   for (const StateSlice& slice : slices) {
     if (slice.kind != kind) continue;
-    const std::vector<float> values = read_tensor(engine.backend(), engine.stream(), slice.data);
+    const std::vector<float> values = read_slice(engine.backend(), engine.stream(), slice);
     const std::vector<float>& whole = state.at(key_of(slice)).values;
     for (int64_t i = slice.begin; i < slice.end; ++i) {
       const size_t at = static_cast<size_t>(slice.parameter->global_index(i));

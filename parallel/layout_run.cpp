@@ -25,7 +25,7 @@ class RankRun {
         options_(options),
         shared_(shared),
         world_(world),
-        backend_(make_cpu_backend(options.threads)),
+        backend_(options.make_backend ? options.make_backend() : make_cpu_backend(options.threads)),
         job_(config, shape, world, *backend_, "this machine", /*training=*/true,
              options.fault.wrap),
         sequences_(config) {
@@ -35,8 +35,8 @@ class RankRun {
     if (options.at_start) options.at_start(engine);
     engine.set_progress(options.first_step, options.first_step);
     if (!options.record) return;
-    tap_ =
-        std::make_unique<RoutingTap>(config, job_.mesh().place(), *options.record, options.replay);
+    tap_ = std::make_unique<RoutingTap>(config, job_.mesh().place(), *options.record,
+                                        options.replay, *backend_);
     engine.set_routing_hook(tap_.get());
   }
 

@@ -48,6 +48,7 @@ struct LayoutRunOptions {
   std::shared_ptr<RoutingRecord> record;  // filled, or replayed; all ranks of the process share it
   bool replay = false;
   int threads = 1;  // of each rank's back end
+  std::function<std::unique_ptr<Backend>()> make_backend;  // of a rank; empty for a CPU's
   PlantedFault fault;
   // Called on each rank after the last step; rank threads one after another.
   std::function<void(TrainEngine&)> at_end;

@@ -6,12 +6,13 @@
 namespace dstrain {
 namespace {
 
-// data: of the part.
+// data and low (may be absent): of the part.
 void add_slices(std::vector<StateSlice>& out, const char* kind, const ShardRange& range,
-                RangePart part, const Tensor& data) {
+                RangePart part, const Tensor& data, const Tensor& low = {}) {
   for (const ParameterPart& of : range.parameters_in(part)) {
-    const int64_t at = of.at - part.begin;
-    out.push_back({kind, of.parameter, of.begin, of.end, data.rows(at, at + of.end - of.begin)});
+    const int64_t at = of.at - part.begin, end = at + of.end - of.begin;
+    out.push_back({kind, of.parameter, of.begin, of.end, data.rows(at, end)});
+    if (low.defined()) out.back().low = low.rows(at, end);
   }
 }
 
@@ -53,8 +54,9 @@ void ParamShards::make_memory(const OwnerVisitor& visit) {
   const int64_t moments =
       zero_.shards_moments() ? layout_.shard_elements() : layout_.whole_elements();
   visit("optimizer state", MemoryKind::device, [&](Arena& a) {
-    exp_avg_ = a.make(stat, {moments}, "first moment");
-    exp_avg_sq_ = a.make(stat, {moments}, "second moment");
+    if (options_.has_low()) low_ = a.make(DType::u16, {moments}, "lower halves of parameters");
+    exp_avg_ = a.make(options_.moment_dtype(), {moments}, "first moment");
+    exp_avg_sq_ = a.make(options_.moment_dtype(), {moments}, "second moment");
   });
   make_ranges();
 }
@@ -68,10 +70,11 @@ RangePart ParamShards::updated(const ShardRange& range) const {
   return zero_.shards_moments() ? range.owned() : range.all();
 }
 
-Tensor ParamShards::moment(const Tensor& moments, const ShardRange& range, RangePart part) const {
+Tensor ParamShards::owner_state(const Tensor& flat, const ShardRange& range, RangePart part) const {
+  if (!flat.defined()) return {};
   const int64_t start =
       zero_.shards_moments() ? range.shard_at - range.owned().begin : range.whole_at;
-  return moments.rows(start + part.begin, start + part.end);
+  return flat.rows(start + part.begin, start + part.end);
 }
 
 void ParamShards::make_ranges() {
@@ -83,15 +86,15 @@ void ParamShards::make_ranges() {
     ranges_.push_back(
         {range.group.weight_decay,
          sharded ? values_.owned(range) : values_.whole(range).rows(0, range.elements()),
-         sharded ? grads_->owned(range) : grads_->whole(range), moment(exp_avg_, range, part),
-         moment(exp_avg_sq_, range, part)});
+         sharded ? grads_->owned(range) : grads_->whole(range), owner_state(exp_avg_, range, part),
+         owner_state(exp_avg_sq_, range, part), owner_state(low_, range, part)});
   }
 }
 
 void ParamShards::clear(DistStream dist) {
   values_.clear(dist);
   if (grads_) grads_->clear(dist);
-  for (const Tensor& x : {buffers_, exp_avg_, exp_avg_sq_})
+  for (const Tensor& x : {buffers_, low_, exp_avg_, exp_avg_sq_})
     if (x.defined()) dist.ops.fill(dist.stream, x, 0.0);
 }
 
@@ -109,11 +112,18 @@ void ParamShards::add_norm(DistStream dist, const Tensor& sum_1) {
   }
 }
 
+void ParamShards::add_masters(std::vector<StateSlice>& out, const ShardRange& range,
+                              RangePart part) const {
+  const Tensor values = zero_.shards_values() ? values_.owned(range)
+                                              : values_.whole(range).rows(part.begin, part.end);
+  add_slices(out, "param", range, part, values, owner_state(low_, range, part));
+}
+
 void ParamShards::add_moments(std::vector<StateSlice>& out, const ShardRange& range,
                               RangePart part) const {
   if (!options_.training) return;
-  add_slices(out, "adamw.exp_avg", range, part, moment(exp_avg_, range, part));
-  add_slices(out, "adamw.exp_avg_sq", range, part, moment(exp_avg_sq_, range, part));
+  add_slices(out, "adamw.exp_avg", range, part, owner_state(exp_avg_, range, part));
+  add_slices(out, "adamw.exp_avg_sq", range, part, owner_state(exp_avg_sq_, range, part));
 }
 
 void ParamShards::add_buffers(std::vector<StateSlice>& out) const {
@@ -125,7 +135,7 @@ std::vector<StateSlice> ParamShards::saved() const {
   std::vector<StateSlice> out;
   for (const ShardRange& range : layout_.ranges()) {
     if (range.tie == Tie::copy) continue;
-    add_slices(out, "param", range, range.owned(), values_.owned(range));
+    add_masters(out, range, range.owned());
     add_moments(out, range, range.owned());
   }
   if (ranks_of_group_.groups[number_of(ReduceGroup::replicated)]->rank() == 0) add_buffers(out);
@@ -136,11 +146,14 @@ std::vector<StateSlice> ParamShards::saved() const {
 std::vector<StateSlice> ParamShards::loaded() const {
   std::vector<StateSlice> out;
   for (const ShardRange& range : layout_.ranges()) {
-    if (zero_.shards_values())
-      add_slices(out, "param", range, range.owned(), values_.owned(range));
-    else
-      add_slices(out, "param", range, range.all(), values_.whole(range));
-    add_moments(out, range, updated(range));
+    const RangePart mine = updated(range), all = range.all();
+    add_masters(out, range, mine);
+    add_moments(out, range, mine);
+    if (zero_.shards_values()) continue;
+    // Others update the rest, of which values alone are here.
+    for (const RangePart rest : {RangePart{0, mine.begin}, RangePart{mine.end, all.end}})
+      if (rest.elements() > 0)
+        add_slices(out, "param", range, rest, values_.whole(range).rows(rest.begin, rest.end));
   }
   add_buffers(out);
   return out;

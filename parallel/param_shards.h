@@ -1,6 +1,6 @@
 // The parameters of a model part that several ranks hold together (ZeRO stages 0 to 3): values,
 // gradients and moments by the flat ranges of shard_layout.h. LocalParamStore defines what is
-// correct.
+// correct. Lower halves of bf16 values lie with the moments and never travel.
 #pragma once
 
 #include <vector>
@@ -56,9 +56,11 @@ class ParamShards : public ParamStore {
 
  private:
   RangePart updated(const ShardRange& range) const;
-  // Of the first or second moments, a part that this rank has.
-  Tensor moment(const Tensor& moments, const ShardRange& range, RangePart part) const;
+  // Of moments or lower halves of values, a part that this rank has; absent where there are none.
+  Tensor owner_state(const Tensor& flat, const ShardRange& range, RangePart part) const;
   void make_ranges();
+  // Values with their lower halves where this rank has these.
+  void add_masters(std::vector<StateSlice>& out, const ShardRange& range, RangePart part) const;
   void add_moments(std::vector<StateSlice>& out, const ShardRange& range, RangePart part) const;
   void add_buffers(std::vector<StateSlice>& out) const;
 
@@ -70,7 +72,8 @@ class ParamShards : public ParamStore {
   CommQueue queue_;
   ShardValues values_;
   std::unique_ptr<ShardGrads> grads_;  // where there is training
-  Tensor buffers_, exp_avg_, exp_avg_sq_;
+  Tensor buffers_;
+  Tensor low_, exp_avg_, exp_avg_sq_;  // of updated() parts
   std::vector<OptimizerRange> ranges_;
 };
 

@@ -110,6 +110,7 @@ ShardBytes RankDistribution::parameter_bytes() const {
     sum.gradients += part.gradients;
     sum.gradient_slots += part.gradient_slots;
     sum.moments += part.moments;
+    sum.low += part.low;
   }
   return sum;
 }

@@ -1,5 +1,8 @@
 #include "parallel/rank_job.h"
 
+#include <algorithm>
+
+#include "core/engine/precision.h"
 #include "parallel/layer_split.h"
 
 namespace dstrain {
@@ -14,8 +17,9 @@ PipelineSchedule schedule_of(const Config& config, const MeshShape& shape) {
 
 }  // namespace
 
-EngineOptions rank_engine_options(const Config& config, const MeshShape& shape, const RankPlace& place,
-                                  const PipelineSchedule& schedule, bool training) {
+EngineOptions rank_engine_options(const Config& config, const MeshShape& shape,
+                                  const RankPlace& place, const PipelineSchedule& schedule,
+                                  bool training, const Backend& backend) {
   EngineOptions options;
   options.micro_batch = config.train.micro_batch;
   options.global_batch = config.train.global_batch;
@@ -28,6 +32,9 @@ EngineOptions rank_engine_options(const Config& config, const MeshShape& shape, 
   for (const LayerRange& range : layers[static_cast<size_t>(place.pipeline.rank)])
     options.chunks.push_back({range.begin, range.end, 1});
   fit_engine(schedule, place.pipeline.rank, options);
+  // So that the host need not wait for a micro-batch to be computed before it loads the next.
+  if (!backend.is_cpu()) options.loaded_batches = std::max(2, options.loaded_batches);
+  set_precision(config.precision, backend, options);
   return options;
 }
 
@@ -46,7 +53,8 @@ RankJob::RankJob(const Config& config, const MeshShape& shape, int world_rank, B
 void RankJob::make_engine(const Config& config, Backend& backend, bool training) {
   const PipelineSchedule schedule = schedule_of(config, mesh_.shape());
   engine_ = std::make_unique<TrainEngine>(
-      backend, config.model, rank_engine_options(config, mesh_.shape(), mesh_.place(), schedule, training),
+      backend, config.model,
+      rank_engine_options(config, mesh_.shape(), mesh_.place(), schedule, training, backend),
       wrapped_ ? wrapped_.get() : &distribution_);
   runner_ = std::make_unique<PipelineRunner>(*engine_, schedule, mesh_.group(MeshGroup::pipeline));
 }

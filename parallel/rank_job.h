@@ -13,9 +13,10 @@
 
 namespace dstrain {
 
-// What a configuration asks of the engine on this rank of the mesh.
-EngineOptions rank_engine_options(const Config& config, const MeshShape& shape, const RankPlace& place,
-                                  const PipelineSchedule& schedule, bool training);
+// What a configuration asks of the engine on this rank of the mesh and this back end.
+EngineOptions rank_engine_options(const Config& config, const MeshShape& shape,
+                                  const RankPlace& place, const PipelineSchedule& schedule,
+                                  bool training, const Backend& backend);
 
 // Puts something between the engine and its distribution, which outlives it; absent, or null, for nothing.
 using DistributionWrap = std::function<std::unique_ptr<Distribution>(Distribution& inner)>;

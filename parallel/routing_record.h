@@ -37,10 +37,12 @@ struct RoutingFlips {
   double widest_margin = 0;
 };
 
-// Records, or replays, on one rank. Host memory only (CPU back end).
+// Records, or replays, on one rank. It waits for the device in every MoE layer. The back end
+// outlives it.
 class RoutingTap : public RoutingHook {
  public:
-  RoutingTap(const Config& config, const RankPlace& place, RoutingRecord& record, bool replay);
+  RoutingTap(const Config& config, const RankPlace& place, RoutingRecord& record, bool replay,
+             Backend& backend);
   void begin_step(int64_t step) { step_ = step; }
   const RoutingFlips& flips() const { return flips_; }
 
@@ -52,6 +54,8 @@ class RoutingTap : public RoutingHook {
  private:
   // Of this rank's row t of the micro-batch under way.
   int32_t* token(int moe_index, int64_t t, int64_t tokens) const;
+  template <class T>
+  std::vector<T> download(Stream& stream, const Tensor& x) const;
   // By how much the own choice was better than the recorded one; 0 if they are the same.
   double margin(const float* scores, const float* bias, const int32_t* indices);
 
@@ -60,7 +64,9 @@ class RoutingTap : public RoutingHook {
   RoutingRecord& record_;
   bool replay_;
   int64_t step_ = 0, micro_batch_ = 0;
-  std::map<std::pair<int64_t, int>, std::vector<int32_t>> rows_;  // by micro-batch and layer, while in flight
+  Backend& backend_;
+  // By micro-batch and layer, while in flight: recorded choices on the device.
+  std::map<std::pair<int64_t, int>, DeviceMemory> rows_;
   std::vector<std::pair<double, int32_t>> order_, group_scores_;  // (-score, number)
   RoutingFlips flips_;
 };

@@ -142,7 +142,9 @@ ShardBytes bytes_per_rank(const ShardLayout& layout, int64_t buffer_elements,
   if (!options.training) return bytes;
   bytes.gradients = array_bytes(zero.shards_gradients() ? shards : whole, stat);
   if (zero.shards_gradients()) bytes.gradient_slots = slot_bytes(layout.slots(), stat);
-  bytes.moments = 2 * array_bytes(zero.shards_moments() ? shards : whole, stat);
+  const int64_t updated = zero.shards_moments() ? shards : whole;
+  bytes.moments = 2 * array_bytes(updated, options.moment_dtype());
+  if (options.has_low()) bytes.low = array_bytes(updated, DType::u16);
   return bytes;
 }
 
@@ -157,6 +159,7 @@ std::string describe(const ShardBytes& bytes) {
   add("gradients", bytes.gradients);
   add("gradients of blocks in flight", bytes.gradient_slots);
   add("moments", bytes.moments);
+  add("lower halves of values", bytes.low);
   return text;
 }
 

@@ -120,7 +120,10 @@ struct ShardBytes {
   int64_t gradients = 0;       // whole or sharded sums
   int64_t gradient_slots = 0;  // whole gradients of the blocks in flight
   int64_t moments = 0;
-  int64_t total() const { return values + gather_slots + gradients + gradient_slots + moments; }
+  int64_t low = 0;  // lower halves of bf16 values
+  int64_t total() const {
+    return values + gather_slots + gradients + gradient_slots + moments + low;
+  }
 };
 ShardBytes bytes_per_rank(const ShardLayout& layout, int64_t buffer_elements,
                           const ZeroOptions& zero, const ParamStoreOptions& options);

@@ -42,7 +42,8 @@ std::string fault_of(const ShardJob& job) {
 
 void check_job(const ShardJob& job) {
   CAPTURE(job.shape.pipeline, job.shape.data, job.shape.tensor, job.shape.expert, job.zero,
-          job.keep_full_grads, job.micro_batches, job.tied, static_cast<int>(job.order), job.exact);
+          job.keep_full_grads, job.micro_batches, job.tied, static_cast<int>(job.order), job.exact,
+          dtype_name(job.dtype));
   CHECK(fault_of(job) == "");
 }
 
@@ -91,6 +92,19 @@ TEST_CASE("param shards: a rank may hold nothing of a parameter or of a whole ra
                  .keep_full_grads = zero.keep_full_grads,
                  .micro_batches = 2,
                  .tied = tied});
+}
+
+TEST_CASE("param shards: bf16 values with their lower halves are f32 master values, bit for bit",
+          "[ranks]") {
+  for (const MeshShape& shape : {kTwoData, kFourData, kDataTensor, kPipeline})
+    for (const Zero& zero : kZeros)
+      for (const bool tied : {false, true})
+        check_job({.shape = shape,
+                   .zero = zero.stage,
+                   .keep_full_grads = zero.keep_full_grads,
+                   .micro_batches = 2,
+                   .tied = tied,
+                   .dtype = DType::bf16});
 }
 
 TEST_CASE("param shards: contributions may come in the order of any pipeline schedule", "[ranks]") {
@@ -237,10 +251,14 @@ TEST_CASE("param shards: what compression has not sent yet goes on at another la
 }
 
 TEST_CASE("param shards: memory is what the formula says", "[ranks]") {
+  const DType dtype = GENERATE(DType::f32, DType::bf16);
+  CAPTURE(dtype_name(dtype));
   for (const MeshShape& shape : {kTwoData, kDataTensor, kPipeline})
     for (const Zero& zero : kZeros) {
-      const ShardJob job{
-          .shape = shape, .zero = zero.stage, .keep_full_grads = zero.keep_full_grads};
+      const ShardJob job{.shape = shape,
+                         .zero = zero.stage,
+                         .keep_full_grads = zero.keep_full_grads,
+                         .dtype = dtype};
       CHECK_NOTHROW(run_ranks(static_cast<int>(shape.ranks()), [&](RankContext& rank) {
         ShardRank shards(job, rank);
         const ShardBytes bytes = shards.store().bytes();
@@ -250,7 +268,7 @@ TEST_CASE("param shards: memory is what the formula says", "[ranks]") {
         rank_check(planned["gradients"] == bytes.gradients, "gradients");
         rank_check(planned["gradients of blocks in flight"] == bytes.gradient_slots,
                    "gradient slots");
-        rank_check(planned["optimizer state"] == bytes.moments, "moments");
+        rank_check(planned["optimizer state"] == bytes.moments + bytes.low, "moments");
         int64_t total = 0;
         for (const auto& [owner, size] : planned) total += size;
         rank_check(total == bytes.total(), "total");
@@ -288,6 +306,14 @@ TEST_CASE("param shards: memory of a range follows from its elements, ranks and 
   CHECK(bytes_of({.stage = 3}, false).total() == shards + whole);
   CHECK(describe(bytes_of({.stage = 1}, true)) ==
         "values 7.00 KiB, gradients 7.00 KiB, moments 3.50 KiB");
+
+  // Lower halves lie where the moments are; nobody who does not train has any. 448 elements of two
+  // bytes take 1024, as arrays are aligned.
+  const ParamStoreOptions narrow{DType::bf16, true, DType::bf16}, values{DType::bf16, false};
+  CHECK(describe(bytes_per_rank(layout, 0, {.stage = 1}, narrow)) ==
+        "values 3.50 KiB, gradients 7.00 KiB, moments 2.00 KiB, lower halves of values 1.00 KiB");
+  CHECK(bytes_per_rank(layout, 0, {.stage = 0}, narrow).low == whole / 2);
+  CHECK(bytes_per_rank(layout, 0, {.stage = 3}, values).total() == 1024 + whole / 2);
 }
 
 TEST_CASE("param shards: with stage 3 values are there between acquire and release alone",

@@ -5,10 +5,14 @@
 #include <utility>
 
 #include "core/backend/cpu_backend.h"
+#include "core/base/bf16.h"
 #include "core/base/rng.h"
 #include "core/checkpoint/state_boxes.h"
+#include "core/checkpoint/state_copy.h"
 #include "core/dist/local.h"
+#include "core/engine/parameter_io.h"
 #include "core/optim/adamw.h"
+#include "test/support/master_ops.h"
 
 namespace dstrain::test {
 namespace {
@@ -119,9 +123,16 @@ class ReferenceGradients {
   std::deque<ParameterSet> ranks_;
 };
 
-// Adds flat slices to whole tensors; each element may come once.
-void collect(GlobalState& state, GlobalState& seen, const std::vector<StateSlice>& slices) {
+// Adds flat slices to whole tensors, as a checkpoint would hold them; each element may come once.
+void collect(Backend& backend, Stream& stream, GlobalState& state, GlobalState& seen,
+             const std::vector<StateSlice>& slices) {
+  std::vector<float> chunk(7);
+  const StateCopy copy(backend, stream, Tensor(chunk.data(), DType::f32, {std::ssize(chunk)}));
   for (const StateTensor& box : state_tensors(slices)) {
+    rank_check(box.dtype == DType::f32, "the type of " + box.name);
+    std::vector<float> values(static_cast<size_t>(box.bytes()) / sizeof(float));
+    void* const place = values.data();
+    copy({&box, 1}, {&place, 1});
     int64_t elements = 1;
     for (const int64_t n : box.global_shape) elements *= n;
     std::vector<float>& out = state[box.name];
@@ -134,7 +145,7 @@ void collect(GlobalState& state, GlobalState& seen, const std::vector<StateSlice
     part.local_begin = box.offset;
     for (int64_t i = 0; i < part.numel(); ++i) {
       const size_t at = static_cast<size_t>(part.global_index(i));
-      out[at] = static_cast<const float*>(box.data)[i];
+      out[at] = values[static_cast<size_t>(i)];
       times[at] += 1;
     }
   }
@@ -149,15 +160,25 @@ void check_same(const std::string& what, const std::string& name, const std::vec
                                         std::to_string(wanted[i]));
 }
 
-void load(const std::vector<StateSlice>& slices, const GlobalState& state) {
+void load(Backend& backend, Stream& stream, const std::vector<StateSlice>& slices,
+          const GlobalState& state) {
   for (const StateSlice& slice : slices) {
     const std::vector<float>& whole = state.at(slice.kind + "." + slice.parameter->spec.name);
-    float* const data = slice.data.data<float>() - slice.begin;
+    std::vector<float> values = read_slice(backend, stream, slice);
     for (int64_t i = slice.begin; i < slice.end; ++i) {
       const float value = whole[static_cast<size_t>(slice.parameter->global_index(i))];
-      data[i] = slice.add ? data[i] + value : value;
+      float& to = values[static_cast<size_t>(i - slice.begin)];
+      to = slice.add ? to + value : value;
     }
+    write_slice(backend, stream, values, slice);
   }
+}
+
+// Element i of an acquired parameter whose f32 value is `wanted`.
+bool is_value(const Tensor& x, int64_t i, float wanted) {
+  if (x.dtype() == DType::f32) return x.data<float>()[i] == wanted;
+  return x.dtype() == DType::bf16 &&
+         static_cast<const uint16_t*>(x.raw())[i] == split_master(wanted).high;
 }
 
 std::vector<std::string> kinds_of(const Parameter& p, const GlobalState& state) {
@@ -176,7 +197,8 @@ class RankSteps {
         rank_(rank),
         store_(shards.store()),
         parameters_(shards.parameters()),
-        dist_{rank.backend.ops(), rank.stream},
+        master_ops_(rank.backend.ops()),
+        dist_{job.dtype == DType::bf16 ? master_ops_ : rank.backend.ops(), rank.stream},
         adamw_(optimizer_of(job)),
         lossy_(job.compression.method != CompressionMethod::none) {
     for (const Parameter& p : parameters_.all())
@@ -188,8 +210,9 @@ class RankSteps {
     scalars_.in.lr = kLr;
     store_.clear(dist_);
     const GlobalState& start = reference.states[0].tensors;
-    load(store_.loaded(), start);
-    load(store_.loaded_residuals([&](const Parameter& p) { return kinds_of(p, start); }), start);
+    load(rank_.backend, rank_.stream, store_.loaded(), start);
+    load(rank_.backend, rank_.stream,
+         store_.loaded_residuals([&](const Parameter& p) { return kinds_of(p, start); }), start);
     for (size_t i = 0; i + 1 < reference.states.size(); ++i, ++step_) {
       values_ = &reference.states[i].tensors;
       store_.begin_step(step_);
@@ -271,9 +294,8 @@ class RankSteps {
       if (p.spec.block != block || lossy_) continue;
       const std::vector<float>& wanted = values_->at("param." + p.spec.name);
       for (int64_t i = 0; i < p.numel(); ++i)
-        rank_check(
-            lossy_ || p.value.data<float>()[i] == wanted[static_cast<size_t>(p.global_index(i))],
-            "an acquired value of " + p.spec.name + " in step " + std::to_string(step_));
+        rank_check(lossy_ || is_value(p.value, i, wanted[static_cast<size_t>(p.global_index(i))]),
+                   "an acquired value of " + p.spec.name + " in step " + std::to_string(step_));
     }
   }
 
@@ -297,6 +319,7 @@ class RankSteps {
   RankContext& rank_;
   ParamShards& store_;
   ParameterSet& parameters_;
+  MasterOps master_ops_;
   const DistStream dist_;
   const AdamW adamw_;
   const bool lossy_;
@@ -367,12 +390,13 @@ class WholeJob {
         });
     store_.clear(dist());
   }
+  Backend& backend() { return *backend_; }
   DistStream dist() { return {backend_->ops(), *stream_}; }
   ParameterSet& parameters() { return parameters_; }
   LocalParamStore& store() { return store_; }
   GlobalState state() {
     GlobalState state, seen;
-    collect(state, seen, store_.saved());
+    collect(*backend_, *stream_, state, seen, store_.saved());
     return state;
   }
 
@@ -403,7 +427,7 @@ ReferenceRun run_reference(const ShardJob& job, int steps, const GlobalState& st
   WholeJob whole(job.tied);
   LocalParamStore& store = whole.store();
   const DistStream dist = whole.dist();
-  load(store.loaded(), start);
+  load(whole.backend(), dist.stream, store.loaded(), start);
   const ReferenceGradients gradients(job);
   const AdamW adamw(optimizer_of(job));
   StepScalars scalars;
@@ -456,7 +480,7 @@ ReducerFactory reducers_of(const ShardJob& job, ProcessMesh& mesh) {
 ShardRank::ShardRank(const ShardJob& job, RankContext& rank)
     : mesh_(job.shape, rank.world, rank.backend),
       parameters_(),
-      store_(rank.backend, parameters_of_rank(parameters_, job, rank.world.rank()), {},
+      store_(rank.backend, parameters_of_rank(parameters_, job, rank.world.rank()), {job.dtype},
              {job.zero, job.keep_full_grads, kShardJobHead}, ranks_of(job, mesh_),
              reducers_of(job, mesh_)) {
   std::vector<int64_t> bytes;
@@ -485,7 +509,7 @@ void JobRun::run_rank(RankContext& rank) {
   RankSteps(job_, rank, shards).run(reference_);
   if (at_end_) at_end_(rank, shards.store());
   const std::lock_guard lock(mutex_);
-  collect(state_, times_, shards.store().saved());
+  collect(rank.backend, rank.stream, state_, times_, shards.store().saved());
 }
 
 GlobalState JobRun::finish() {

@@ -34,6 +34,9 @@ struct ShardJob {
   // random.
   bool exact = true;
   double clip = 3.0;
+  // Of values. bf16 ones are halves of master values, which are to be those of an f32 run, bit for
+  // bit.
+  DType dtype = DType::f32;
   CompressionConfig compression = {};  // where it loses something, nothing is compared
   ShardFault fault = ShardFault::none;
 };
