@@ -2,7 +2,10 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
+
 #include "core/base/error.h"
+#include "core/config/layout.h"
 
 namespace dstrain {
 
@@ -11,14 +14,22 @@ std::vector<Unavailable> unavailable_features(const Config& c, const BuildCapabi
   const auto add = [&](std::string key, std::string value, std::string sentence) {
     missing.push_back({std::move(key), std::move(value), std::move(sentence)});
   };
+  const int64_t ranks = std::max(launch_ranks(c.launch), smallest_mesh(c).ranks());
   if (c.run.device == Device::cuda && !build.cuda)
     add("run.device", "cuda", "this build has no CUDA back end; run.device: cpu works");
+  else if (c.run.device == Device::cuda && ranks > 1 && !build.cuda_ranks)
+    add("run.device", "cuda",
+        fmt::format("this is a job of {} ranks, and ranks on GPUs exchange data through NCCL, "
+                    "which this build does "
+                    "not use yet; run.device: cpu works, and so does one rank",
+                    ranks));
   const ComputeType compute = c.precision.compute;
   if ((compute == ComputeType::bf16 || compute == ComputeType::tf32) && !build.cuda)
     add("precision.compute", std::string(enum_name(compute)),
         "it needs the CUDA back end, which this build lacks; precision.compute: fp32 works");
   if (c.precision.moments == MomentType::bf16 && !build.bf16_moments)
     add("precision.moments", "bf16", "this build keeps moments in fp32 only");
+  for (Unavailable& feature : missing) feature.is_device = true;
   if (c.precision.quantization == Quantization::aware && !build.quantization_aware)
     add("precision.quantization", "aware",
         "training with fake-quantised weights is not built yet; precision.quantization: none "

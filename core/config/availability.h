@@ -12,6 +12,7 @@ namespace dstrain {
 // What was compiled in. The defaults are a build without any optional part.
 struct BuildCapabilities {
   bool cuda = false;                // the CUDA back end
+  bool cuda_ranks = false;          // more than one rank on GPUs
   bool quantization_aware = false;  // training with fake-quantised weights
   bool bf16_moments = false;
   bool ranks = false;  // more than one rank, and the axes of `parallel`
@@ -23,6 +24,7 @@ struct Unavailable {
   std::string key;       // "precision.quantization"
   std::string value;     // "aware"
   std::string sentence;  // why, and what works instead
+  bool is_device = false;  // only where it computes: its memory can be planned all the same
 };
 
 // In the order of the job file; empty if this build can do all of it.

@@ -231,6 +231,9 @@ void check_training(const Config& c, Rules& rules) {
     rules.broken("precision.compute", "write fp32 or auto, or run.device: cuda",
                  "precision.compute {} needs a GPU, but run.device is cpu",
                  enum_name(c.precision.compute));
+  if (c.run.device == Device::cpu && c.precision.moments == MomentType::bf16)
+    rules.broken("precision.moments", "write fp32, or run.device: cuda",
+                 "precision.moments bf16 needs a GPU, but run.device is cpu");
   if (c.compression.method == CompressionMethod::topk && c.compression.density <= 0)
     rules.broken("compression.density", "0.05 sends one element in twenty",
                  "compression.density must be above 0 with method topk");

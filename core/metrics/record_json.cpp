@@ -84,6 +84,7 @@ std::string json_line(const StartupInfo& info, double ts) {
   for (const MemoryRow& row : info.memory) put(memory, row.owner, row.bytes);
   line["memory_bytes"] = memory;
   put(line, "memory_available_bytes", info.memory_available_bytes);
+  put(line, "gpu_available_bytes", info.gpu_available_bytes);
   Json data = Json::array();
   for (const DataRow& row : info.data) {
     Json source = {{"split", row.split}, {"source", row.source}};

@@ -128,11 +128,9 @@ void add_model(Table& table, const StartupInfo& info) {
                                             : std::string(kNotAvailable));
 }
 
-void add_memory(Table& table, const StartupInfo& info) {
-  if (info.memory.empty()) return;
-  table.heading(info.memory_rank.empty() ? info.ranks > 1 ? "Memory of one rank" : "Memory"
-                                         : "Memory of " + info.memory_rank);
-  std::vector<MemoryRow> rows = info.memory;
+// The rows of one memory, the largest ones where there are many, and their sum.
+void add_rows(Table& table, std::vector<MemoryRow> rows, const std::string& sum_label,
+              const std::optional<int64_t>& available) {
   if (rows.size() > kMaxMemoryRows) {
     std::stable_sort(rows.begin(), rows.end(), [](const MemoryRow& a, const MemoryRow& b) {
       return a.bytes.value_or(0) > b.bytes.value_or(0);
@@ -143,7 +141,7 @@ void add_memory(Table& table, const StartupInfo& info) {
     rows.resize(kMaxMemoryRows - 1);
     rows.push_back(rest);
   }
-  size_t width = kLabelWidth;
+  size_t width = std::max(kLabelWidth, sum_label.size() + 2);
   for (const MemoryRow& row : rows) width = std::max(width, row.owner.size() + 2);
   const auto add = [&](const std::string& owner, const std::string& text) {
     table.line(fmt::format("{:<{}}{:>10}", owner, width, text));
@@ -156,10 +154,19 @@ void add_memory(Table& table, const StartupInfo& info) {
     total += row.bytes.value_or(0);
   }
   std::string sum = all_known ? format_bytes(total) : "over " + format_bytes(total);
-  if (info.memory_available_bytes) {
-    sum = fmt::format("{:>10} of {} available", sum, format_bytes(*info.memory_available_bytes));
-  }
-  add("total", sum);
+  if (available) sum = fmt::format("{:>10} of {} available", sum, format_bytes(*available));
+  add(sum_label, sum);
+}
+
+void add_memory(Table& table, const StartupInfo& info) {
+  if (info.memory.empty()) return;
+  table.heading(info.memory_rank.empty() ? info.ranks > 1 ? "Memory of one rank" : "Memory"
+                                         : "Memory of " + info.memory_rank);
+  std::vector<MemoryRow> gpu, host;
+  for (const MemoryRow& row : info.memory) (row.on_gpu ? gpu : host).push_back(row);
+  if (gpu.empty()) return add_rows(table, std::move(host), "total", info.memory_available_bytes);
+  add_rows(table, std::move(gpu), "total on the GPU", info.gpu_available_bytes);
+  add_rows(table, std::move(host), "total on the host", info.memory_available_bytes);
 }
 
 void add_data(Table& table, const StartupInfo& info) {

@@ -14,6 +14,7 @@ namespace dstrain {
 struct MemoryRow {
   std::string owner;  // "parameters", "gradients", "activations", ...
   std::optional<int64_t> bytes;
+  bool on_gpu = false;
 };
 
 struct DataRow {
@@ -53,8 +54,12 @@ struct StartupInfo {
   std::optional<double> flops_per_token;     // forward and backward
 
   std::vector<MemoryRow> memory;  // of one rank
-  std::optional<int64_t> memory_available_bytes;
-  int64_t memory_total_bytes() const;  // of the rows that are known
+  std::optional<int64_t> memory_available_bytes;  // of the host
+  std::optional<int64_t> gpu_available_bytes;
+  // Of the rows that are known.
+  int64_t host_memory_bytes() const { return memory_bytes(false); }
+  int64_t gpu_memory_bytes() const { return memory_bytes(true); }
+  int64_t memory_bytes(bool on_gpu) const;
 
   std::vector<DataRow> data;
 
@@ -66,9 +71,10 @@ struct StartupInfo {
   std::string checkpoints;  // one line
 };
 
-inline int64_t StartupInfo::memory_total_bytes() const {
+inline int64_t StartupInfo::memory_bytes(bool on_gpu) const {
   int64_t total = 0;
-  for (const MemoryRow& row : memory) total += row.bytes.value_or(0);
+  for (const MemoryRow& row : memory)
+    if (row.on_gpu == on_gpu) total += row.bytes.value_or(0);
   return total;
 }
 

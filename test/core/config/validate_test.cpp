@@ -274,8 +274,8 @@ TEST_CASE("availability: everything that this build lacks is named", "[config]")
                                          "parallel.tensor", "compression.method", "launch.ranks",
                                          "launch.hosts", "launch.max_restarts"});
   BuildCapabilities all;
-  all.cuda = all.quantization_aware = all.bf16_moments = all.ranks = all.compression =
-      all.restarts = true;
+  all.cuda = all.cuda_ranks = all.quantization_aware = all.bf16_moments = all.ranks =
+      all.compression = all.restarts = true;
   CHECK(unavailable_features(config, all).empty());
   CHECK(unavailable_features(job({{"compression.method", "auto"}}).config, all).size() == 1);
   require_available({});

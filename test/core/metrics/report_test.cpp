@@ -42,6 +42,22 @@ TEST_CASE("startup_table: says what runs, in one headline and five sections") {
       "  checkpoints    every 100 steps\n");
 }
 
+TEST_CASE("startup_table: memory of a GPU and of its host have sums of their own") {
+  StartupInfo info = example_start();
+  info.memory = {{"parameters", int64_t{3} << 30, true},
+                 {"workspace", {}, true},
+                 {"checkpoint snapshot", int64_t{1} << 30}};
+  info.gpu_available_bytes = int64_t{79} << 30;
+  CHECK(info.gpu_memory_bytes() == int64_t{3} << 30);
+  CHECK(info.host_memory_bytes() == int64_t{1} << 30);
+  CHECK_THAT(startup_table(info, false),
+             Catch::Contains("  parameters          3.00 GiB\n"
+                             "  workspace         not available\n"
+                             "  total on the GPU  over 3.00 GiB of 79.0 GiB available\n"
+                             "  checkpoint snapshot    1.00 GiB\n"
+                             "  total on the host      1.00 GiB of 8.00 GiB available\n"));
+}
+
 TEST_CASE("startup_table: a resumed run, a layout, and what a dry run does not know") {
   StartupInfo info = example_start();
   info.resume = "runs/kjv-moe/checkpoints/step_00000300";
