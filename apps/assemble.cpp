@@ -1,7 +1,9 @@
 #include "apps/assemble.h"
 
+#include <cstdlib>
 #include <set>
 
+#include "apps/planned_gpu.h"
 #include "core/backend/cpu_backend.h"
 #include "core/base/format_units.h"
 #include "core/base/log.h"
@@ -11,20 +13,90 @@
 #include "core/data/data_file.h"
 #include "core/data/tokenizer.h"
 #include "core/engine/parameter_io.h"
+#include "core/engine/precision.h"
+
+#ifdef DSTRAIN_HAVE_CUDA
+#include "cuda/cuda_backend.h"
+#include "cuda/cuda_clock.h"
+#endif
 
 namespace dstrain {
 
 BuildCapabilities build_capabilities() {
   BuildCapabilities build;
   build.ranks = build.compression = build.restarts = true;
+#ifdef DSTRAIN_HAVE_CUDA
+  build.cuda = build.bf16_moments = true;
+#endif
   return build;
 }
 
-std::unique_ptr<Backend> make_backend(const Config& config) {
+#ifdef DSTRAIN_HAVE_CUDA
+
+VisibleGpus visible_gpus_here() {
+  return {visible_gpus(), why_no_gpu()};
+}
+
+// Empty where the environment names no place.
+static std::string cache_folder() {
+  const char* const cache = std::getenv("XDG_CACHE_HOME");
+  if (cache && *cache) return join_path(cache, "deepseek-train");
+  const char* const home = std::getenv("HOME");
+  return home && *home ? join_path(home, ".cache/deepseek-train") : "";
+}
+
+static std::unique_ptr<Backend> make_gpu_backend(const Config& config,
+                                                 const RankEnvironment& rank) {
+  CudaOptions options;
+  options.device = static_cast<int>(device_of_rank(rank, visible_gpus()));
+  options.deterministic = config.run.deterministic;
+  options.tf32 = config.precision.compute == ComputeType::tf32;
+  options.cache_folder = cache_folder();
+  return make_cuda_backend(options);
+}
+
+#else
+
+VisibleGpus visible_gpus_here() {
+  return {0, "this build has no CUDA back end"};
+}
+
+static std::unique_ptr<Backend> make_gpu_backend(const Config&, const RankEnvironment&) {
+  check_failed("a GPU", __FILE__, __LINE__, "only a build with CUDA has GPUs");
+}
+
+#endif
+
+int64_t gpus_for_ranks() {
+  return std::min<int64_t>(1, visible_gpus_here().count);
+}
+
+std::unique_ptr<Backend> make_backend(const Config& config, const RankEnvironment& rank) {
+  if (choose_device(config, rank.size, visible_gpus_here()).gpu)
+    return make_gpu_backend(config, rank);
   return make_cpu_backend(static_cast<int>(config.run.threads));
 }
 
-EngineOptions engine_options(const Config& config, bool training) {
+std::unique_ptr<Backend> make_planning_backend(const Config& config, int64_t ranks,
+                                               std::string& note) {
+  const VisibleGpus gpus = visible_gpus_here();
+  if (!is_gpu_job(config, ranks, gpus))
+    return make_cpu_backend(static_cast<int>(config.run.threads));
+  if (gpus.count > 0) return make_gpu_backend(config, {});
+  note = "no GPU is here to plan with (" + gpus.why_none +
+         "): what its operations take for themselves is not in the plan";
+  return std::make_unique<PlannedGpu>();
+}
+
+std::unique_ptr<OpClock> make_op_clock(const Backend& backend) {
+#ifdef DSTRAIN_HAVE_CUDA
+  if (!backend.is_cpu()) return make_cuda_clock();
+#endif
+  DSTRAIN_CHECK(backend.is_cpu(), "only a build with CUDA has GPUs");
+  return make_cpu_clock();
+}
+
+EngineOptions engine_options(const Config& config, bool training, const Backend& backend) {
   EngineOptions options;
   options.micro_batch = config.train.micro_batch;
   options.global_batch = config.train.global_batch;
@@ -32,11 +104,16 @@ EngineOptions engine_options(const Config& config, bool training) {
   options.recompute = config.train.recompute;
   options.optimizer = config.optimizer;
   options.training = training;
+  set_precision(config.precision, backend, options);
   return options;
 }
 
-std::string precision_name(const EngineOptions& options) {
-  return options.dtype == DType::f32 ? "fp32" : dtype_name(options.dtype);
+std::string precision_name(const Config& config, const EngineOptions& options) {
+  std::string name = options.dtype != DType::f32                     ? dtype_name(options.dtype)
+                     : config.precision.compute == ComputeType::tf32 ? "tf32"
+                                                                     : "fp32";
+  if (options.moments == DType::bf16) name += ", moments bf16";
+  return name;
 }
 
 RunPaths::RunPaths(const std::string& run_folder)
@@ -115,20 +192,20 @@ static void check_all_used(const CheckpointReader& reader, const ModelConfig& co
                                   reader.path(), stored.name));
 }
 
-// Boxes of a slice follow each other, so that it is read whole.
+// Boxes of a slice follow each other, so that it is read whole. Types of a run and of its
+// checkpoint may differ.
 static void load_slice(TrainEngine& engine, CheckpointReader& reader, const StateSlice& slice) {
-  const auto* const begin = static_cast<const char*>(slice.data.raw());
-  std::vector<char> host(static_cast<size_t>(slice.data.bytes()));
-  for (const StateTensor& box : state_boxes(slice))
-    reader.read(box, host.data() + (static_cast<const char*>(box.data) - begin));
+  std::vector<float> values(static_cast<size_t>(slice.end - slice.begin));
+  float* at = values.data();
+  for (const StateTensor& box : state_boxes(slice)) {
+    reader.read_f32(box, at);
+    at += box.bytes() / dtype_bytes(box.dtype);
+  }
   if (slice.add) {
-    DSTRAIN_CHECK(slice.data.dtype() == DType::f32, "a sum of '" + slice.kind + "' is taken in f32");
-    const std::vector<float> held = read_tensor(engine.backend(), engine.stream(), slice.data);
-    auto* const values = reinterpret_cast<float*>(host.data());
+    const std::vector<float> held = read_slice(engine.backend(), engine.stream(), slice);
     for (size_t i = 0; i < held.size(); ++i) values[i] += held[i];
   }
-  engine.backend().copy(engine.stream(), slice.data.raw(), host.data(), slice.data.bytes());
-  engine.stream().synchronize();
+  write_slice(engine.backend(), engine.stream(), values, slice);
 }
 
 void load_state(TrainEngine& engine, CheckpointReader& reader, bool with_optimizer,
@@ -154,7 +231,7 @@ HfOrigin load_hf_parameters(TrainEngine& engine, const std::string& folder) {
           part.clear();
           for (int64_t i = slice.begin; i < slice.end; ++i)
             part.push_back(values[static_cast<size_t>(slice.parameter->global_index(i))]);
-          write_tensor(engine.backend(), engine.stream(), part, slice.data);
+          write_slice(engine.backend(), engine.stream(), part, slice);
         }
       });
   return origin;

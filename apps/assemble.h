@@ -5,7 +5,10 @@
 #include <string>
 #include <vector>
 
+#include "apps/device_choice.h"
 #include "apps/hf_origin.h"
+#include "apps/rank_environment.h"
+#include "core/backend/timed_ops.h"
 #include "core/checkpoint/reshard.h"
 #include "core/config/availability.h"
 #include "core/config/config.h"
@@ -17,10 +20,24 @@ namespace dstrain {
 
 BuildCapabilities build_capabilities();
 
-std::unique_ptr<Backend> make_backend(const Config& config);
-EngineOptions engine_options(const Config& config, bool training);
-// "fp32"
-std::string precision_name(const EngineOptions& options);
+// None, and why, in a build without CUDA. Never throws.
+VisibleGpus visible_gpus_here();
+// GPUs of this host that ranks can be spread over: one at most, until ranks on GPUs can talk to
+// each other.
+int64_t gpus_for_ranks();
+
+// On the device that choose_device() takes; on a GPU, the one of this rank. ConfigError if
+// run.device cannot be had, RuntimeFailure if the GPU cannot be opened.
+std::unique_ptr<Backend> make_backend(const Config& config, const RankEnvironment& rank = {});
+// For plans alone. Where the job is for a GPU and none is here, one that is only planned with;
+// `note` is then told what the plan lacks.
+std::unique_ptr<Backend> make_planning_backend(const Config& config, int64_t ranks,
+                                               std::string& note);
+// For TimedOps on a back end of make_backend().
+std::unique_ptr<OpClock> make_op_clock(const Backend& backend);
+EngineOptions engine_options(const Config& config, bool training, const Backend& backend);
+// "fp32", "tf32", "bf16, moments bf16"
+std::string precision_name(const Config& config, const EngineOptions& options);
 
 // Where the files of a run lie.
 struct RunPaths {

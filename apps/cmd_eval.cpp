@@ -19,7 +19,7 @@ Config config_for(const EvalOptions& options, const VerifiedCheckpoint& checkpoi
     if (options.config.path) return load_config(options.config);
     const Config stamp = parse_config_text(checkpoint.manifest.meta.config_yaml,
                                            join_path(checkpoint.path, kManifestFileName));
-    return apply_overrides(stamp, options.config.overrides);
+    return apply_overrides(for_any_device(stamp, visible_gpus_here()), options.config.overrides);
   };
   LoadedConfig loaded = load();
   validate(loaded, Purpose::inspect);
@@ -60,7 +60,7 @@ int cmd_eval(const EvalOptions& options) {
   LocalCommunicator world(*backend);
   RankJob job(config, MeshShape{}, world, *backend, "", /*training=*/false);
   TrainEngine& engine = job.engine();
-  require_memory(engine.memory_bytes() + evaluation_bytes(config));
+  require_memory(engine.host_memory_bytes() + evaluation_bytes(config));
   engine.allocate();
   CheckpointReader reader(checkpoint.path, checkpoint.manifest);
   load_state(engine, reader, false);

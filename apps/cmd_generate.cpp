@@ -11,6 +11,7 @@
 #include "core/config/hf_config.h"
 #include "core/data/tokenizer.h"
 #include "core/engine/generator.h"
+#include "core/engine/precision.h"
 
 namespace dstrain {
 namespace {
@@ -76,10 +77,12 @@ int cmd_generate(const GenerateOptions& options) {
     throw UsageError(fmt::format("the prompt has {}; the model reads at most {}",
                                  format_plural(std::ssize(tokens), "token"), context));
 
+  source.config = for_any_device(std::move(source.config), visible_gpus_here());
   const std::unique_ptr<Backend> backend = make_backend(source.config);
   EngineOptions engine_setup;
   engine_setup.training = false;
   engine_setup.seq_len = context;
+  set_precision(source.config.precision, *backend, engine_setup);
   TrainEngine engine(*backend, model, engine_setup);
   engine.allocate();
   engine.initialize(0);

@@ -6,6 +6,7 @@
 #include "apps/commands.h"
 #include "apps/run_folder.h"
 #include "build_info.h"
+#include "core/backend/cpu_backend.h"
 #include "core/base/format_units.h"
 #include "core/base/log.h"
 #include "core/checkpoint/hf_format.h"
@@ -91,8 +92,9 @@ int cmd_import(const ImportOptions& options) {
   if (present && !options.overwrite)
     throw ConfigError("'" + paths.folder +
                       "' already holds checkpoints; add --overwrite to delete them");
-  const std::unique_ptr<Backend> backend = make_backend(config);
-  TrainEngine engine(*backend, config.model, engine_options(config, false));
+  // Nothing is computed: a CPU holds the weights as they are.
+  const std::unique_ptr<Backend> backend = make_cpu_backend(static_cast<int>(config.run.threads));
+  TrainEngine engine(*backend, config.model, engine_options(config, false, *backend));
   engine.allocate();
   engine.initialize(0);
   const HfOrigin origin = load_hf_parameters(engine, options.source);

@@ -38,7 +38,7 @@ int train_as_rank(Config config, const TrainerOptions& options, MetricsHub& hub,
   MpiSession session(mpi);
   ExitCode code = ExitCode::ok;
   session.run([&](Communicator& world) {
-    Trainer trainer(config, options, hub, {&world, ranks.local_size, machine_name(), &process.progress()});
+    Trainer trainer(config, options, hub, {&world, ranks, machine_name(), &process.progress()});
     code = trainer.run();
   });
   session.finalize();
@@ -68,7 +68,11 @@ int cmd_train(const TrainOptions& options) {
   if (ranks.is_first() && !ranks.is_supervised)
     for (const std::string& warning : config_warnings(loaded.config)) log_warning("{}", warning);
   ConsoleMode mode = decide_console_mode(options.quiet, options.log_json, 2, term);
-  const std::vector<HostRanks> hosts = ranks_to_start(loaded.config, /*gpus=*/0);
+  const std::vector<HostRanks> hosts = ranks_to_start(loaded.config, gpus_for_ranks());
+  // Before any rank starts, so that the user hears it once.
+  const DeviceChoice device =
+      choose_device(loaded.config, launched ? ranks.size : total_ranks(hosts), visible_gpus_here());
+  if (!device.note.empty() && ranks.is_first() && !ranks.is_supervised) log_info("{}", device.note);
   if (launch_mode(launched, hosts) == LaunchMode::launcher)
     return launch_training(loaded.config, hosts, options.words,
                            {.color = color, .live = mode == ConsoleMode::live}, std::getenv);

@@ -72,6 +72,10 @@ void check_folder(StartupInfo& info, const Config& config, const TrainOptions& o
   });
 }
 
+int64_t bytes_of(const StartupInfo& info) {
+  return info.gpu_memory_bytes() + info.host_memory_bytes();
+}
+
 // The plan of the rank that needs the most memory. Ranks of a pipeline stage need the same; first,
 // last and middle stages differ in tables, layers and micro-batches in flight. As if on one
 // machine.
@@ -82,7 +86,7 @@ StartupInfo plan_of_job(const Config& config, const MeshShape& shape, Backend& b
     const int64_t rank = stage * shape.stage_ranks();
     RankJob job(config, shape, static_cast<int>(rank), backend, /*training=*/true);
     StartupInfo info = startup_info_of(config, &job);
-    if (stage > 0 && info.memory_total_bytes() <= largest.memory_total_bytes()) continue;
+    if (stage > 0 && bytes_of(info) <= bytes_of(largest)) continue;
     largest = std::move(info);
     if (stages > 1)
       largest.memory_rank = fmt::format("rank {}, in stage {}, which needs the most", rank, stage);
@@ -97,7 +101,7 @@ StartupInfo plan_of_job(const Config& config, const MeshShape& shape, Backend& b
 // Ranks of the job on the machine that has the most of them.
 int64_t ranks_of_a_machine(const Config& config) {
   int64_t most = 1;
-  for (const HostRanks& host : ranks_to_start(config, /*gpus=*/0))
+  for (const HostRanks& host : ranks_to_start(config, gpus_for_ranks()))
     most = std::max(most, host.ranks);
   return most;
 }
@@ -113,17 +117,22 @@ int dry_run(const LoadedConfig& loaded, const TrainOptions& options,
   const bool has_tokenizer = check_tokenizer(config);
   if (!config.model.from.empty()) passes([&] { HfWeights weights(config.model.from); });
 
-  const bool is_planned = config.model.vocab_size > 0 && missing.empty();
+  const bool is_planned =
+      config.model.vocab_size > 0 &&
+      std::ranges::all_of(missing, [](const Unavailable& feature) { return feature.is_device; });
   StartupInfo info = startup_info_of(config, nullptr);
   if (is_planned) {
-    const std::unique_ptr<Backend> backend = make_backend(config);
-    const std::optional<MeshShape> shape = planned_mesh(config);
-    info = plan_of_job(config, shape.value_or(smallest_mesh(config)), *backend);
+    const MeshShape shape = planned_mesh(config).value_or(smallest_mesh(config));
+    if (missing.empty()) passes([&] { choose_device(config, shape.ranks(), visible_gpus_here()); });
+    std::string note;
+    const std::unique_ptr<Backend> backend = make_planning_backend(config, shape.ranks(), note);
+    if (!note.empty()) log_warning("{}", note);
+    info = plan_of_job(config, shape, *backend);
   }
   info.dry_run = true;
   add_data(info, config, has_tokenizer ? config.data.tokenizer : "");
   if (is_planned)
-    passes([&] { require_memory(info.memory_total_bytes() * ranks_of_a_machine(config)); });
+    passes([&] { require_memory(info.host_memory_bytes() * ranks_of_a_machine(config)); });
   if (!config.run.name.empty()) check_folder(info, config, options);
 
   fmt::print("{}\n{}", loaded.resolved_yaml(), startup_table(info, color));

@@ -65,8 +65,12 @@ void add_layout(StartupInfo& info, const Config& config, RankJob& job) {
 
 std::vector<MemoryRow> memory_rows(const Config& config, TrainEngine& engine) {
   std::vector<MemoryRow> rows;
-  for (const MemoryOwner& owner : engine.memory()) rows.push_back({owner.name, owner.bytes});
-  if (config.checkpoint.async)
+  const bool on_cpu = engine.backend().is_cpu();
+  for (const MemoryOwner& owner : engine.memory())
+    rows.push_back({owner.name, owner.bytes, !on_cpu && owner.kind == MemoryKind::device});
+  // A GPU that is not here does not tell what its operations take.
+  if (!on_cpu && rows.back().bytes == 0) rows.back().bytes.reset();
+  if (config.checkpoint.async || !on_cpu)
     rows.push_back({"checkpoint snapshot", AsyncSaver::snapshot_bytes(state_tensors(engine))});
   const int64_t slot = BatchStream::slot_bytes(config.train.micro_batch, config.data.seq_len);
   const int64_t evaluation = config.data.valid.empty() ? 0 : evaluation_bytes(config);
@@ -83,8 +87,9 @@ StartupInfo startup_info_of(const Config& config, RankJob* job) {
   info.run_name = config.run.name;
   info.run_dir = RunPaths(config).folder;
   info.threads = config.run.threads > 0 ? config.run.threads : available_cores();
-  info.device = config.run.device == Device::cuda ? "cuda" : "cpu";
-  if (config.run.device != Device::cuda) info.isa = check_instruction_set();
+  const bool on_gpu = job ? !job->engine().backend().is_cpu() : config.run.device == Device::cuda;
+  info.device = on_gpu ? "cuda" : "cpu";
+  if (!on_gpu) info.isa = check_instruction_set();
   info.model = describe_model(config.model);
   if (config.model.vocab_size > 0) {
     const ModelCost cost = model_cost(config.model, config.data.seq_len);
@@ -93,7 +98,8 @@ StartupInfo startup_info_of(const Config& config, RankJob* job) {
     info.flops_per_token = cost.flops_per_token;
   }
   if (job) {
-    info.precision = precision_name(job->engine().options());
+    if (on_gpu) info.device = job->engine().backend().describe();
+    info.precision = precision_name(config, job->engine().options());
     info.memory = memory_rows(config, job->engine());
     add_layout(info, config, *job);
   }

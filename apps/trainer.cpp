@@ -13,6 +13,7 @@
 #include "core/base/format_units.h"
 #include "core/base/log.h"
 #include "core/checkpoint/state_boxes.h"
+#include "core/checkpoint/state_copy.h"
 #include "core/config/config_io.h"
 #include "core/metrics/expert_load.h"
 #include "core/metrics/jsonl_sink.h"
@@ -49,11 +50,12 @@ std::map<std::string, std::string> data_fingerprints(const Config& config, const
 
 }  // namespace
 
-Trainer::Trainer(const Config& config, const TrainerOptions& options, MetricsHub& hub, const JobRanks& ranks)
+Trainer::Trainer(const Config& config, const TrainerOptions& options, MetricsHub& hub,
+                 const JobRanks& ranks)
     : config_(config),
       paths_(config),
       hub_(hub),
-      backend_(make_backend(config)),
+      backend_(make_backend(config, ranks.place)),
       only_rank_(ranks.world ? nullptr : std::make_unique<LocalCommunicator>(*backend_)),
       world_(ranks.world ? *ranks.world : *only_rank_),
       ranks_(ranks) {
@@ -115,18 +117,21 @@ void Trainer::prepare_folder() {
 }
 
 void Trainer::check_memory() const {
-  require_memory(startup_info().memory_total_bytes() * ranks_.on_this_machine);
+  require_memory(startup_info().host_memory_bytes() * ranks_.place.local_size);
 }
 
 void Trainer::start_from(const std::optional<VerifiedCheckpoint>& checkpoint) {
   engine_->allocate();
-  if (config_.checkpoint.async) {
+  // What lies on a device is written from a snapshot in any case.
+  if (config_.checkpoint.async || !backend_->is_cpu()) {
     const std::vector<StateTensor> state = state_tensors(*engine_);
     snapshot_memory_ = DeviceMemory(*backend_, AsyncSaver::snapshot_bytes(state), MemoryKind::host);
   }
   saver_ = std::make_unique<AsyncSaver>(
-      *store_, std::span(static_cast<std::byte*>(snapshot_memory_.data()),
-                         static_cast<size_t>(snapshot_memory_.bytes())));
+      *store_,
+      std::span(static_cast<std::byte*>(snapshot_memory_.data()),
+                static_cast<size_t>(snapshot_memory_.bytes())),
+      StateCopy(*backend_, engine_->stream(), engine_->master_chunk_N()));
   saves_ = std::make_unique<RankSaves>(world_, *store_, *saver_);
   if (checkpoint) return restore(*checkpoint);
   engine_->initialize(static_cast<uint64_t>(config_.run.seed));
@@ -381,6 +386,7 @@ void Trainer::request_save() {
   enter(RankPhase::saving);
   const double before = saver_->stall_seconds();
   saves_->request(checkpoint_meta(), state_tensors(*engine_));
+  if (!config_.checkpoint.async) saves_->wait();
   save_stall_ms_ = 1e3 * (saver_->stall_seconds() - before);
   saved_step_ = step_;
 }

@@ -26,7 +26,7 @@ struct TrainerOptions {
 // Where a trainer is one rank of several: all outlive it.
 struct JobRanks {
   Communicator* world = nullptr;
-  int64_t on_this_machine = 1;
+  RankEnvironment place;
   std::string machine;               // its name
   RankProgress* progress = nullptr;  // told where the rank is
 };

@@ -157,6 +157,18 @@ TEST_CASE("dry run: what ZeRO 3 keeps is in the table, and what it costs is a wa
   CHECK_THAT(planned.err, Contains("warning: parallel.zero 3 sums gradients over ranks after"));
 }
 
+TEST_CASE("dry run: a job for a GPU is planned in its types, on any machine", "[dry_run][memory]") {
+  const TinyJob job({"run.device=cuda"});
+  const std::string text = plan(job).out;
+  CHECK_THAT(text, Contains(" threads, bf16\n") || Contains(" thread, bf16\n"));
+  CHECK_THAT(text, Contains("total on the GPU") && Contains("total on the host"));
+  CHECK_THAT(plan(job, {"--set", "precision.compute=tf32", "--set", "precision.moments=bf16"}).out,
+             Contains(", tf32, moments bf16\n"));
+  const Finished ranks = plan(job, {"--set", "parallel.data=2", "--set", "train.global_batch=4"});
+  CHECK_THAT(ranks.out, Contains("not available: run.device: cuda (") && Contains(", bf16\n") &&
+                            Contains("lower halves of values"));
+}
+
 TEST_CASE("dry run: a job that holds nowhere is refused", "[dry_run]") {
   const TinyJob job({"train.micro_batch=3"});
   const Finished refused = job.train({"--dry-run"});

@@ -1,0 +1,117 @@
+#include "apps/device_choice.h"
+
+#include "apps/planned_gpu.h"
+#include "core/base/error.h"
+#include "parallel/rank_job.h"
+#include "test/support/catch.h"
+#include "test/support/tiny_model.h"
+
+namespace dstrain::test {
+namespace {
+
+using Catch::Contains;
+
+const VisibleGpus kOne{1, ""}, kEight{8, ""}, kNone{0, "there is no NVIDIA driver"};
+
+Config job(Device device, ComputeType compute = ComputeType::automatic,
+           MomentType moments = MomentType::fp32) {
+  Config config;
+  config.run.device = device;
+  config.precision.compute = compute;
+  config.precision.moments = moments;
+  return config;
+}
+
+}  // namespace
+
+TEST_CASE("device choice: auto takes a GPU that is visible, else the CPU", "[device]") {
+  CHECK(choose_device(job(Device::automatic), 1, kOne).gpu);
+  CHECK(choose_device(job(Device::automatic), 1, kEight).gpu);
+  CHECK(choose_device(job(Device::cuda), 1, kOne).gpu);
+  CHECK_FALSE(choose_device(job(Device::cpu), 1, kOne).gpu);
+  const DeviceChoice none = choose_device(job(Device::automatic), 1, kNone);
+  CHECK_FALSE(none.gpu);
+  CHECK(none.note == "");
+  CHECK(choose_device(job(Device::automatic, ComputeType::bf16, MomentType::bf16), 1, kOne).gpu);
+}
+
+TEST_CASE("device choice: a GPU that cannot be had is refused with the reason", "[device]") {
+  CHECK_THROWS_WITH(
+      choose_device(job(Device::cuda), 1, kNone),
+      "run.device: cuda cannot be had: there is no NVIDIA driver; run.device: auto or cpu trains "
+      "without a GPU");
+  try {
+    choose_device(job(Device::cuda), 4, kEight);
+    FAIL("accepted four ranks on GPUs");
+  } catch (const Error& e) {
+    CHECK(e.code() == ExitCode::bad_config);
+    CHECK_THAT(e.what(), Contains("not available to a job of 4 ranks") && Contains("NCCL"));
+  }
+}
+
+TEST_CASE("device choice: what no CPU computes is refused where the job gets no GPU", "[device]") {
+  for (const ComputeType compute : {ComputeType::bf16, ComputeType::tf32})
+    CHECK_THROWS_WITH(
+        choose_device(job(Device::automatic, compute), 1, kNone),
+        Contains("precision.compute: ") && Contains("needs a GPU") && Contains("NVIDIA driver"));
+  CHECK_THROWS_WITH(choose_device(job(Device::automatic, ComputeType::bf16), 2, kEight),
+                    Contains("NCCL"));
+  CHECK_THROWS_WITH(choose_device(job(Device::cpu, ComputeType::bf16), 1, kOne),
+                    Contains("run.device is cpu"));
+  CHECK_THROWS_WITH(
+      choose_device(job(Device::automatic, ComputeType::fp32, MomentType::bf16), 1, kNone),
+      Contains("precision.moments: bf16 needs a GPU"));
+}
+
+TEST_CASE("device choice: several ranks under auto compute on CPUs, and one line says why",
+          "[device]") {
+  const DeviceChoice choice = choose_device(job(Device::automatic), 4, kEight);
+  CHECK_FALSE(choice.gpu);
+  CHECK_THAT(choice.note, Contains("takes the CPU for a job of 4 ranks") && Contains("NCCL"));
+  CHECK(choose_device(job(Device::automatic), 4, kNone).note == "");
+  CHECK(choose_device(job(Device::cpu), 4, kEight).note == "");
+}
+
+TEST_CASE("device choice: what a plan is made for", "[device]") {
+  CHECK(is_gpu_job(job(Device::cuda), 1, kNone));
+  CHECK(is_gpu_job(job(Device::cuda), 64, kOne));
+  CHECK(is_gpu_job(job(Device::automatic, ComputeType::bf16), 1, kNone));
+  CHECK(is_gpu_job(job(Device::automatic), 1, kOne));
+  CHECK_FALSE(is_gpu_job(job(Device::automatic), 2, kOne));
+  CHECK_FALSE(is_gpu_job(job(Device::automatic), 1, kNone));
+  CHECK_FALSE(is_gpu_job(job(Device::cpu, ComputeType::bf16), 1, kOne));
+}
+
+TEST_CASE("device choice: a model of a GPU run is used on whatever is here", "[device]") {
+  const Config on_gpu =
+      for_any_device(job(Device::cuda, ComputeType::bf16, MomentType::bf16), kOne);
+  CHECK(on_gpu.run.device == Device::automatic);
+  CHECK(on_gpu.precision.compute == ComputeType::bf16);
+  for (const Device device : {Device::cuda, Device::automatic, Device::cpu}) {
+    const Config here = for_any_device(job(device, ComputeType::bf16, MomentType::bf16), kNone);
+    CHECK_FALSE(choose_device(here, 1, kNone).gpu);
+    CHECK(here.precision.compute == ComputeType::automatic);
+  }
+  CHECK(for_any_device(job(Device::cpu), kOne).run.device == Device::cpu);
+}
+
+TEST_CASE("device choice: a job is planned for a GPU that is not here", "[device][memory]") {
+  PlannedGpu gpu;
+  Config config;
+  config.model = tiny_moe();
+  config.data.seq_len = 16;
+  RankJob job(config, MeshShape{}, 0, gpu, /*training=*/true);
+  const EngineOptions& options = job.engine().options();
+  CHECK(options.dtype == DType::bf16);
+  CHECK(options.loaded_batches == 2);
+  CHECK(job.engine().host_memory_bytes() > 0);
+  CHECK(job.engine().host_memory_bytes() < job.engine().memory_bytes());
+  config.precision.compute = ComputeType::tf32;
+  config.precision.moments = MomentType::bf16;
+  RankJob wide(config, MeshShape{}, 0, gpu, /*training=*/true);
+  CHECK(wide.engine().options().dtype == DType::f32);
+  CHECK(wide.engine().options().moments == DType::bf16);
+  CHECK_THROWS(wide.engine().allocate());
+}
+
+}  // namespace dstrain::test
