@@ -12,7 +12,11 @@ std::string why_gpu_missing() {
 }
 
 Backend& gpu_backend() {
-  static const std::unique_ptr<Backend> backend = make_cuda_backend({.deterministic = true});
+  static const std::unique_ptr<Backend> backend = [] {
+    CudaOptions options;
+    options.deterministic = true;
+    return make_cuda_backend(options);
+  }();
   return *backend;
 }
 

@@ -5,12 +5,20 @@
 #include <string>
 
 #include "core/backend/backend.h"
+#include "test/support/run_program.h"
 
 namespace dstrain::test {
 
 // Why this process has no GPU, or "".
 std::string why_gpu_missing();
+// Says so if the test cannot run.
+inline bool skipped_without_gpu() {
+  const std::string missing = why_gpu_missing();
+  if (!missing.empty()) print_skipped("no GPU: " + missing);
+  return !missing.empty();
+}
 
+// Runs give the same bits.
 Backend& gpu_backend();
 Stream& gpu_stream();
 // The memory that operations on gpu_stream() use for themselves, as f32.

@@ -74,17 +74,12 @@ void run_on_gpu(Bound& bound, const OpBody& body, float leftover) {
   DeviceTensors memory(backend, stream, bound.tensors());
   const Bound elsewhere = Bound::elsewhere(memory.views());
   body(backend.planning_ops(), stream, elsewhere);
+  backend.prepare(stream);
   backend.ops().fill(stream, gpu_scratch(), leftover);
   body(backend.ops(), stream, elsewhere);
   memory.read_back(bound.tensors());
   INFO("bytes of scratch that the plan names");
   CHECK(gpu_scratch().bytes() <= backend.workspace_bytes());
-}
-
-Bound run_on_gpu(const OpCase& op_case, DType dtype, const OpBody& body) {
-  Bound bound = op_case.bind(dtype);
-  run_on_gpu(bound, body, std::numeric_limits<float>::quiet_NaN());
-  return bound;
 }
 
 // Operations whose results are rounded to bf16 where they would be stored in it.
@@ -281,8 +276,14 @@ bool OpCase::has_type_f() const {
 }
 
 Bound run_op(const OpCase& op_case, DType dtype, int threads, const OpBody& body) {
-  if (dtype == DType::f32 && on_gpu()) return run_on_gpu(op_case, dtype, body);
+  if (dtype == DType::f32 && on_gpu()) return run_op_on_gpu(op_case, dtype, body);
   return run_on_cpu(op_case, dtype, threads, body);
+}
+
+Bound run_op_on_gpu(const OpCase& op_case, DType dtype, const OpBody& body) {
+  Bound bound = op_case.bind(dtype);
+  run_on_gpu(bound, body, std::numeric_limits<float>::quiet_NaN());
+  return bound;
 }
 
 Bound check_op(const OpCase& op_case, const OpBody& body,

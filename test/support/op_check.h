@@ -107,6 +107,8 @@ inline StepScalars skipped_step() {
 
 // Runs the body once: in f32 on the device of the test, otherwise on a CPU back end.
 Bound run_op(const OpCase& op_case, DType dtype, int threads, const OpBody& body);
+// On the GPU, whatever the environment says; there must be one.
+Bound run_op_on_gpu(const OpCase& op_case, DType dtype, const OpBody& body);
 
 struct Expectation {
   Slot slot;
