@@ -55,7 +55,7 @@ Trainer::Trainer(const Config& config, const TrainerOptions& options, MetricsHub
     : config_(config),
       paths_(config),
       hub_(hub),
-      backend_(make_backend(config, ranks.place)),
+      backend_(options.make_backend ? options.make_backend() : make_backend(config, ranks.place)),
       only_rank_(ranks.world ? nullptr : std::make_unique<LocalCommunicator>(*backend_)),
       world_(ranks.world ? *ranks.world : *only_rank_),
       ranks_(ranks) {

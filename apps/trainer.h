@@ -3,6 +3,7 @@
 
 #include <chrono>
 #include <deque>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -21,6 +22,8 @@ namespace dstrain {
 struct TrainerOptions {
   std::string resume;      // "" (refuse where checkpoints are), "latest", "none" or a step folder
   bool overwrite = false;  // delete the checkpoints that are there
+  // Empty: the one that the config asks for.
+  std::function<std::unique_ptr<Backend>()> make_backend = {};
 };
 
 // Where a trainer is one rank of several: all outlive it.
