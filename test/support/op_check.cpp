@@ -67,8 +67,18 @@ Bound run_on_cpu(const OpCase& op_case, DType dtype, int threads, const OpBody& 
   return bound;
 }
 
+// Whether the process can still compute on the GPU: no more once a kernel has failed.
+bool gpu_is_lost() {
+  try {
+    gpu_stream().synchronize();
+    return false;
+  } catch (const RuntimeFailure&) {
+    return true;
+  }
+}
+
 // What scratch memory holds before an operation must not matter: `leftover` is put there.
-void run_on_gpu(Bound& bound, const OpBody& body, float leftover) {
+void run_on_gpu_once(Bound& bound, const OpBody& body, float leftover) {
   Backend& backend = gpu_backend();
   Stream& stream = gpu_stream();
   DeviceTensors memory(backend, stream, bound.tensors());
@@ -80,6 +90,18 @@ void run_on_gpu(Bound& bound, const OpBody& body, float leftover) {
   memory.read_back(bound.tensors());
   INFO("bytes of scratch that the plan names");
   CHECK(gpu_scratch().bytes() <= backend.workspace_bytes());
+}
+
+// Where many cases share a process, the one that lost the GPU is named by those after it.
+void run_on_gpu(Bound& bound, const OpBody& body, float leftover) {
+  static std::string lost_by;
+  if (!lost_by.empty()) throw RuntimeFailure("not run, because the GPU was lost in: " + lost_by);
+  try {
+    run_on_gpu_once(bound, body, leftover);
+  } catch (const RuntimeFailure&) {
+    if (gpu_is_lost()) lost_by = Catch::getResultCapture().getCurrentTestName();
+    throw;
+  }
 }
 
 // Operations whose results are rounded to bf16 where they would be stored in it.
