@@ -55,6 +55,10 @@ static std::unique_ptr<Backend> make_gpu_backend(const Config& config,
   return make_cuda_backend(options);
 }
 
+static int64_t free_memory_of_gpu() {
+  return visible_gpus() > 0 ? free_gpu_memory() : 0;
+}
+
 #else
 
 VisibleGpus visible_gpus_here() {
@@ -65,7 +69,16 @@ static std::unique_ptr<Backend> make_gpu_backend(const Config&, const RankEnviro
   check_failed("a GPU", __FILE__, __LINE__, "only a build with CUDA has GPUs");
 }
 
+static int64_t free_memory_of_gpu() {
+  return 0;
+}
+
 #endif
+
+std::optional<int64_t> gpu_memory_available(const Backend& backend) {
+  const int64_t free = backend.is_cpu() ? 0 : free_memory_of_gpu();
+  return free > 0 ? std::optional(free) : std::nullopt;
+}
 
 int64_t gpus_for_ranks() {
   return std::min<int64_t>(1, visible_gpus_here().count);
@@ -177,6 +190,14 @@ void require_memory(int64_t bytes) {
     throw ConfigError(fmt::format("this needs {} of memory and {} are available; lower train.micro_batch or "
                                   "data.seq_len, or set train.recompute to selective or full",
                                   format_bytes(bytes), format_bytes(available)));
+}
+
+void require_gpu_memory(int64_t bytes, const std::optional<int64_t>& available) {
+  if (available && bytes > *available)
+    throw ConfigError(
+        fmt::format("this needs {} of GPU memory and {} are free; lower train.micro_batch or "
+                    "data.seq_len, or set train.recompute to selective or full",
+                    format_bytes(bytes), format_bytes(*available)));
 }
 
 std::vector<StateTensor> state_tensors(TrainEngine& engine) { return state_tensors(engine.saved_state()); }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -64,6 +65,10 @@ DataSet open_data(const std::vector<DataSourceConfig>& sources, const std::strin
 
 // ConfigError, with what to change, if the system has less memory available than this.
 void require_memory(int64_t bytes);
+// What a GPU's memory has free for this back end; nothing on a CPU, or where no GPU is here.
+std::optional<int64_t> gpu_memory_available(const Backend& backend);
+// The same refusal for a GPU's memory, where it is known.
+void require_gpu_memory(int64_t bytes, const std::optional<int64_t>& available);
 
 // The state of a run as global tensors: "param.<name>", "adamw.exp_avg.<name>", "adamw.exp_avg_sq.<name>".
 // Pointers go to the engine's memory.

@@ -131,8 +131,10 @@ int dry_run(const LoadedConfig& loaded, const TrainOptions& options,
   }
   info.dry_run = true;
   add_data(info, config, has_tokenizer ? config.data.tokenizer : "");
-  if (is_planned)
+  if (is_planned) {
     passes([&] { require_memory(info.host_memory_bytes() * ranks_of_a_machine(config)); });
+    passes([&] { require_gpu_memory(info.gpu_memory_bytes(), info.gpu_available_bytes); });
+  }
   if (!config.run.name.empty()) check_folder(info, config, options);
 
   fmt::print("{}\n{}", loaded.resolved_yaml(), startup_table(info, color));

@@ -99,6 +99,7 @@ StartupInfo startup_info_of(const Config& config, RankJob* job) {
   }
   if (job) {
     if (on_gpu) info.device = job->engine().backend().describe();
+    info.gpu_available_bytes = gpu_memory_available(job->engine().backend());
     info.precision = precision_name(config, job->engine().options());
     info.memory = memory_rows(config, job->engine());
     add_layout(info, config, *job);

@@ -117,7 +117,9 @@ void Trainer::prepare_folder() {
 }
 
 void Trainer::check_memory() const {
-  require_memory(startup_info().host_memory_bytes() * ranks_.place.local_size);
+  const StartupInfo info = startup_info();
+  require_memory(info.host_memory_bytes() * ranks_.place.local_size);
+  require_gpu_memory(info.gpu_memory_bytes(), info.gpu_available_bytes);
 }
 
 void Trainer::start_from(const std::optional<VerifiedCheckpoint>& checkpoint) {

@@ -38,7 +38,11 @@ class ClosedMemory {
 class FarStream : public Stream {
  public:
   void* native() const override { return nullptr; }
-  void synchronize() override { arrive(queued_); }
+  void synchronize() override {
+    arrive(queued_);
+    ++synchronizations_;
+  }
+  int64_t synchronizations() const { return synchronizations_; }
   void queue(std::function<void()> arrival) {
     arrivals_.push_back(std::move(arrival));
     ++queued_;
@@ -48,7 +52,7 @@ class FarStream : public Stream {
 
  private:
   std::deque<std::function<void()>> arrivals_;
-  int64_t queued_ = 0, arrived_ = 0;
+  int64_t queued_ = 0, arrived_ = 0, synchronizations_ = 0;
 };
 
 class FarBackend : public Backend {

@@ -268,7 +268,10 @@ TEST_CASE("availability: everything that this build lacks is named", "[config]")
                              {"launch.max_restarts", "5"}})
                             .config;
   std::vector<std::string> keys;
-  for (const Unavailable& feature : unavailable_features(config, {})) keys.push_back(feature.key);
+  for (const Unavailable& feature : unavailable_features(config, {})) {
+    keys.push_back(feature.key);
+    CHECK(feature.is_device == (keys.size() <= 3));
+  }
   CHECK(keys == std::vector<std::string>{"run.device", "precision.compute", "precision.moments",
                                          "precision.quantization", "parallel.data",
                                          "parallel.tensor", "compression.method", "launch.ranks",
@@ -277,6 +280,13 @@ TEST_CASE("availability: everything that this build lacks is named", "[config]")
   all.cuda = all.cuda_ranks = all.quantization_aware = all.bf16_moments = all.ranks =
       all.compression = all.restarts = true;
   CHECK(unavailable_features(config, all).empty());
+  all.cuda_ranks = false;
+  const std::vector<Unavailable> ranks_on_gpus = unavailable_features(config, all);
+  REQUIRE(ranks_on_gpus.size() == 1);
+  CHECK(ranks_on_gpus[0].key == "run.device");
+  CHECK(ranks_on_gpus[0].is_device);
+  CHECK(contains(ranks_on_gpus[0].sentence, "job of 4 ranks, and ranks on GPUs"));
+  CHECK(unavailable_features(job({{"run.device", "cuda"}}).config, all).empty());
   CHECK(unavailable_features(job({{"compression.method", "auto"}}).config, all).size() == 1);
   require_available({});
   try {

@@ -34,6 +34,11 @@ void note(Trained& out, const StepResult& result) {
                     result.expert_counts_LE.end());
 }
 
+int64_t synchronizations(TrainEngine& engine) {
+  const auto* far = dynamic_cast<const FarStream*>(&engine.stream());
+  return far ? far->synchronizations() : 0;
+}
+
 // Three micro-batches a step, through two places for inputs; results are taken `late` steps later.
 // The host's batch is overwritten as soon as it was loaded.
 Trained train(Backend& backend, const ModelConfig& model, Recompute recompute, int64_t late) {
@@ -48,6 +53,7 @@ Trained train(Backend& backend, const ModelConfig& model, Recompute recompute, i
   engine.allocate();
   engine.initialize(3);
   Trained out;
+  const int64_t waits = synchronizations(engine);
   for (uint64_t step = 0; step < 4; ++step) {
     std::vector<TinyBatch> batches = batches_of(20 + step);
     int64_t valid = 0;
@@ -65,6 +71,7 @@ Trained train(Backend& backend, const ModelConfig& model, Recompute recompute, i
     while (engine.results_outstanding() > late) note(out, engine.take_result());
   }
   while (engine.results_outstanding() > 0) note(out, engine.take_result());
+  CHECK(synchronizations(engine) == waits);  // only events are waited for
 
   const TinyBatch batch = batches_of(5)[0];
   out.token_loss.resize(batch.tokens.size());
