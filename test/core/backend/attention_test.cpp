@@ -14,6 +14,7 @@ namespace {
 struct Shape {
   int64_t T, U, H, G, Q, W;
   std::vector<double> table;  // {query begin, query count, key begin, key count} per segment
+  bool uniform = false;
 };
 
 struct Attention {
@@ -40,7 +41,11 @@ struct Attention {
     dk = c.output({k.U, k.G, k.Q});
     dv = c.output({k.U, k.G, k.W});
   }
-  AttentionSegments segments(const Bound& t) const { return {t[table], t[count], k.T, k.U}; }
+  AttentionSegments segments(const Bound& t) const {
+    if (!k.uniform) return {t[table], t[count], k.T, k.U};
+    const int64_t N = t[table].size(0);
+    return {t[table], t[count], k.T / N, k.U / N, N, true};
+  }
   OpBody forward() const {
     return [a = *this](Ops& ops, Stream& s, const Bound& t) {
       ops.attention(s, t[a.q], t[a.key], t[a.v], a.segments(t), a.scale, t[a.o], t[a.lse]);
@@ -86,6 +91,23 @@ Shape large(int which) {
       return {330, 330, 8, 8, 4, 4, {0, 130, 0, 130, 130, 1, 130, 1, 131, 199, 131, 199}};
     default:
       return {90, 600, 16, 8, 4, 4, {0, 70, 0, 600, 70, 20, 100, 490}};  // eight heads share keys
+  }
+}
+
+// Widths that matrix units take, and wider heads than most models have. Where the key rows are the
+// query rows, a GPU may compute all documents in one call of a library.
+Shape wide(int which) {
+  switch (which) {
+    case 0:  // MLA
+      return {150, 150, 2, 2, 192, 128, {0, 150, 0, 150}};
+    case 1:  // documents with rows in none before, between and after them
+      return {141, 141, 4, 2, 24, 16, {3, 40, 3, 40, 43, 1, 43, 1, 50, 80, 50, 80}};
+    case 2:  // a batch
+      return {111, 111, 4, 2, 16, 24, {0, 37, 0, 37, 37, 37, 37, 37, 74, 37, 74, 37}, true};
+    case 3:  // a batch of the last tokens of longer sequences
+      return {40, 160, 4, 2, 64, 64, {0, 20, 0, 80, 20, 20, 80, 80}, true};
+    default:  // context parallel
+      return {70, 130, 2, 1, 200, 136, {0, 30, 0, 90, 30, 40, 0, 130}};
   }
 }
 
@@ -148,11 +170,7 @@ struct Reference {
 };
 
 // The terms of a softmax gradient cancel; the rule's limit is that of the terms before they do.
-TEST_CASE("attention and its gradients: the causal softmax of each segment", "[core][op]") {
-  const bool is_large = GENERATE(false, true);
-  const int which = GENERATE(0, 1, 2, 3);
-  CAPTURE(is_large, which);
-  const Attention a(51, is_large ? large(which) : small(which));
+void check_attention(const Attention& a) {
   // In bf16 the probabilities are rounded before they multiply values, and their gradients, which
   // take up the error of the output, before they multiply queries and keys.
   const Tolerance plain{.sum_length = 2 * a.k.Q + a.k.W + a.k.U, .roundings = 12};
@@ -168,6 +186,20 @@ TEST_CASE("attention and its gradients: the causal softmax of each segment", "[c
   CHECK(compare_within(t.at(a.dq), want.dq, 1e-13));
   CHECK(compare_within(t.at(a.dk), want.dk, 1e-13));
   CHECK(compare_within(t.at(a.dv), want.dv, 1e-13));
+}
+
+TEST_CASE("attention and its gradients: the causal softmax of each segment", "[core][op]") {
+  const bool is_large = GENERATE(false, true);
+  const int which = GENERATE(0, 1, 2, 3);
+  CAPTURE(is_large, which);
+  check_attention(Attention(51, is_large ? large(which) : small(which)));
+}
+
+TEST_CASE("attention and its gradients: widths of heads that models have", "[core][op]") {
+  const int which = GENERATE(0, 1, 2, 3, 4);
+  CAPTURE(which);
+  const Shape shape = wide(which);
+  check_attention(Attention(54, shape, shape.uniform ? 0 : 1));
 }
 
 TEST_CASE("attention gradients agree with differences", "[core][ops]") {
