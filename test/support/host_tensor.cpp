@@ -212,6 +212,29 @@ Verdict compare(const HostTensor& candidate, const HostTensor& reference,
   return compare(candidate, reference, tolerance, candidate.dtype());
 }
 
+Verdict compare_bits(const HostTensor& candidate, const HostTensor& reference) {
+  if (candidate.same_bits(reference)) return {true, "the same bits"};
+  if (candidate.numel() != reference.numel() || candidate.dtype() != reference.dtype())
+    return {false, candidate.view().describe() + " is not " + reference.view().describe()};
+  const int64_t bytes = dtype_bytes(candidate.dtype());
+  const auto bits_of = [&](const HostTensor& x, int64_t i) {
+    return static_cast<const std::byte*>(x.view().raw()) + i * bytes;
+  };
+  int64_t differences = 0;
+  std::string first;
+  for (int64_t i = 0; i < candidate.numel(); ++i) {
+    if (std::memcmp(bits_of(candidate, i), bits_of(reference, i), static_cast<size_t>(bytes)) == 0)
+      continue;
+    if (++differences > 3) continue;
+    char text[100];
+    std::snprintf(text, sizeof text, ", %lld is %.9g and was expected to be %.9g",
+                  static_cast<long long>(i), candidate.get(i), reference.get(i));
+    first += text;
+  }
+  return {false, std::to_string(differences) + " of " + std::to_string(candidate.numel()) +
+                     " elements differ" + first};
+}
+
 Verdict compare_within(const HostTensor& candidate, const HostTensor& reference, double limit) {
   return judge(candidate, reference, limit, false);
 }

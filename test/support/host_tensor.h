@@ -62,6 +62,8 @@ Verdict compare(const HostTensor& candidate, const HostTensor& reference,
                 const Tolerance& tolerance, DType run);
 Verdict compare(const HostTensor& candidate, const HostTensor& reference,
                 const Tolerance& tolerance);  // of a run in the candidate's type
+// The same bits; the text names the first elements that differ.
+Verdict compare_bits(const HostTensor& candidate, const HostTensor& reference);
 // Relative L2 error <= limit and largest error <= 4 limit times the largest reference value.
 Verdict compare_within(const HostTensor& candidate, const HostTensor& reference, double limit);
 

@@ -53,6 +53,20 @@ TEST_CASE("compare: one wrong element among many is found by the largest error")
   CHECK_THAT(verdict.text, Catch::Contains("at 20 (25, reference 21)"));
 }
 
+TEST_CASE("compare_bits: the first differences are named") {
+  const HostTensor x(DType::f32, {3}, {0, 2, std::nan("")});
+  CHECK(compare_bits(x, x));
+  HostTensor y = x;
+  y.set(0, -0.0);
+  CHECK_FALSE(compare_bits(y, x));
+  y.set(1, 2.5);
+  CHECK(compare_bits(y, x).text ==
+        "2 of 3 elements differ, 0 is -0 and was expected to be 0, 1 is 2.5 and was expected to be "
+        "2");
+  CHECK_FALSE(compare_bits(x, HostTensor(DType::f64, {3}, x.values())));
+  CHECK_FALSE(compare_bits(x, HostTensor(DType::f32, {2})));
+}
+
 TEST_CASE("compare refuses what proves nothing") {
   const HostTensor reference = ramp(DType::f64, 4), zeros(DType::f64, {4});
   for (const double bad : {std::nan(""), std::numeric_limits<double>::infinity()}) {
