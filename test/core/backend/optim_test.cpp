@@ -89,7 +89,7 @@ TEST_CASE("adamw: gradients of zero keep moments of zero and only decay", "[ops]
 }
 
 TEST_CASE("add_sum_squares adds in an order that threads do not change", "[op]") {
-  const int64_t n = GENERATE(0, 1, 65, 200003);
+  const int64_t n = GENERATE(0, 1, 65, 131072, 200003);
   OpCase c(72);
   const Slot x = c.stat(c.normal({n}, 1e-3)), sum = c.fixed(DType::f64, {1}, {2.5});
   const Bound b = check_op(
@@ -98,6 +98,37 @@ TEST_CASE("add_sum_squares adds in an order that threads do not change", "[op]")
   double expected = 2.5;
   for (const double value : b.at(x).values()) expected += value * value;
   CHECK(b.at(sum).get(0) == Approx(expected).epsilon(1e-13));
+}
+
+TEST_CASE("optimizer: where a range begins does not matter", "[op]") {
+  const int64_t n = GENERATE(6, 70001), begin = GENERATE(1, 3);
+  const AdamCase a(n);
+  OpCase c = a.c;
+  const Slot sum = c.fixed(DType::f64, {1}, {0}), sum2 = c.fixed(DType::f64, {1}, {0});
+  std::vector<Slot> copies;
+  for (int i = 0; i < 4; ++i) copies.push_back(c.stat(c.output({n + 8})));
+  const Bound b = run_op(c, DType::f32, 1, [&](Ops& ops, Stream& s, const Bound& t) {
+    const auto copy = [&](size_t i) { return t[copies[i]].rows(begin, begin + n); };
+    ops.convert(s, t[a.grad], copy(0));
+    ops.convert(s, t[a.param], copy(1));
+    ops.convert(s, t[a.exp_avg], copy(2));
+    ops.convert(s, t[a.exp_avg_sq], copy(3));
+    ops.add_sum_squares(s, t[a.grad], t[sum]);
+    ops.add_sum_squares(s, copy(0), t[sum2]);
+    a.step(ops, s, t);
+    ops.adamw(s, a.params, t.scalars(a.scalars), copy(0), copy(1), {}, copy(2), copy(3));
+  });
+  CHECK(b.at(sum).get(0) > 0);
+  CHECK(b.at(sum2).same_bits(b.at(sum)));
+  const Slot whole[] = {a.grad, a.param, a.exp_avg, a.exp_avg_sq};
+  for (size_t i = 0; i < 4; ++i) {
+    bool same = true;
+    for (int64_t at = 0; at < n; ++at)
+      same = same && b.at(copies[i]).get(begin + at) == b.at(whole[i]).get(at);
+    CHECK(same);
+    CHECK(std::isnan(b.at(copies[i]).get(begin - 1)));
+    CHECK(std::isnan(b.at(copies[i]).get(begin + n)));
+  }
 }
 
 TEST_CASE("add_sum_squares does not overflow where f32 would", "[op]") {

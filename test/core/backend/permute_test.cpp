@@ -33,7 +33,8 @@ struct SortCase {
 
 TEST_CASE("sort_by_expert is a stable sort", "[op]") {
   const auto [T, K, E] =
-      GENERATE(table<int64_t, int64_t, int64_t>({{0, 2, 3}, {1, 1, 1}, {5, 3, 40}, {9001, 4, 16}}));
+      GENERATE(table<int64_t, int64_t, int64_t>(
+          {{0, 2, 3}, {1, 1, 1}, {5, 3, 40}, {700, 3, 600}, {9001, 4, 16}, {22000, 6, 65}}));
   CAPTURE(T, K, E);
   const SortCase z(T, K, E);
   const Bound b = check_op(z.c, [&](Ops& ops, Stream& s, const Bound& t) { z.sort(ops, s, t); },
@@ -60,7 +61,7 @@ TEST_CASE("sort_by_expert is a stable sort", "[op]") {
 
 TEST_CASE("combine_rows: f32 agrees with f64 and the formula holds", "[op]") {
   const auto [T, K, D] = GENERATE(table<int64_t, int64_t, int64_t>(
-      {{0, 2, 8}, {1, 1, 1}, {7, 3, 5}, {33, 4, 64}, {200, 8, 130}, {11, 6, 1}}));
+      {{0, 2, 8}, {1, 1, 1}, {7, 3, 5}, {33, 4, 64}, {200, 8, 130}, {11, 6, 1}, {5, 11, 2056}}));
   const bool with_addend = GENERATE(true, false);
   CAPTURE(T, K, D, with_addend);
   SortCase z(T, K, 5);
@@ -126,6 +127,36 @@ TEST_CASE("gather_rows: any type, one column, strided rows", "[op]") {
     CHECK(b.at(column).get(r) == b.at(x).get(i * 6 + 3));
     CHECK(b.at(picked).get(r) == b.at(numbers).get(i));
   }
+}
+
+TEST_CASE("combine_rows and gather_rows: columns of wider matrices, long and short rows", "[op]") {
+  const auto [T, D, begin] =
+      GENERATE(table<int64_t, int64_t, int64_t>({{9, 2048, 8}, {9, 2047, 1}, {3000, 1, 2}}));
+  CAPTURE(T, D, begin);
+  const int64_t K = 2, end = begin + D;
+  SortCase z(T, K, 3);
+  const Slot y = z.c.normal({T * K, D + 16}), out = z.c.normal({T, D + 16});
+  const Slot sum = z.c.output({T, D}), rows = z.c.output({T * K, D});
+  const Bound b = check_op(z.c,
+                           [&, first = begin](Ops& ops, Stream& s, const Bound& t) {
+                             z.sort(ops, s, t);
+                             const Tensor part = t[out].columns(first, end);
+                             ops.combine_rows(s, t[y].columns(first, end), t[z.row_of_slot], part,
+                                              part);
+                             ops.convert(s, part, t[sum]);
+                             ops.gather_rows(s, part, t[z.token_of_row], t[rows]);
+                           },
+                           {{out, {.sum_length = K + 1, .roundings = 2}},
+                            {sum, {.sum_length = K + 1, .roundings = 2}},
+                            {rows, {.sum_length = K + 1, .roundings = 2}}});
+  bool same = true;
+  for (int64_t r = 0; r < T * K; ++r) {
+    const auto t = static_cast<int64_t>(b.at(z.token_of_row).get(r));
+    for (int64_t d = 0; d < D; ++d) {
+      same = same && b.at(rows).get(r * D + d) == b.at(out).get(t * (D + 16) + begin + d);
+    }
+  }
+  CHECK(same);
 }
 
 TEST_CASE("permutations refuse rows out of range", "[ops]") {

@@ -87,6 +87,9 @@ TEST_CASE("router: f32 agrees with f64 and threads do not matter", "[op]") {
                                                                    {1, 1, 1, 1, 1},
                                                                    {3, 6, 3, 2, 3},
                                                                    {512, 16, 1, 1, 4},
+                                                                   {9, 40, 1, 1, 6},
+                                                                   {17, 160, 8, 3, 6},
+                                                                   {5, 512, 64, 9, 32},
                                                                    {300, 256, 8, 4, 8}}));
   const bool v3 = GENERATE(true, false);
   CAPTURE(T, E, groups, kept, K, v3);
@@ -106,7 +109,7 @@ TEST_CASE("router: f32 agrees with f64 and threads do not matter", "[op]") {
 
 TEST_CASE("router_topk: the choice by sorting, with many ties", "[op]") {
   const auto [E, groups, kept, K] = GENERATE(table<int64_t, int64_t, int64_t, int64_t>(
-      {{8, 1, 1, 3}, {12, 4, 2, 5}, {12, 4, 2, 6}, {16, 8, 3, 4}, {6, 6, 3, 2}}));
+      {{8, 1, 1, 3}, {12, 4, 2, 5}, {12, 4, 2, 6}, {16, 8, 3, 4}, {6, 6, 3, 2}, {99, 33, 5, 7}}));
   const bool v3 = GENERATE(true, false), biased = GENERATE(true, false);
   const DType dtype = GENERATE(DType::f64, DType::f32);
   CAPTURE(E, groups, kept, K, v3, biased, dtype_name(dtype));
@@ -239,6 +242,27 @@ TEST_CASE("balance: statistics of each sequence", "[op]") {
   }
   CHECK(b.at(r.load).values() == load);
   CHECK(compare_within(b.at(r.prob), HostTensor(DType::f64, {S * E}, prob), 1e-13));
+}
+
+TEST_CASE("balance: rows that begin and end inside of sequences", "[op]") {
+  const int64_t S = 3, n = 100, E = 70, T = 90;
+  RouterCase r(T, E, v2_params(1, 1, 32), S);
+  r.rows = {/*first_row=*/130, n};
+  const Bound b =
+      check_op(r.c,
+               [&](Ops& ops, Stream& s, const Bound& t) {
+                 r.forward(ops, s, t);
+                 ops.balance_statistics(s, t[r.scores], t[r.indices], r.rows, t[r.load], t[r.prob]);
+                 r.backward(ops, s, t, true);
+               },
+               {{r.load, {}},
+                {r.prob, {.sum_length = n, .roundings = 4}},
+                {r.dlogits, {.sum_length = E, .roundings = 12}}});
+  std::vector<double> tokens(S);
+  for (int64_t i = 0; i < S * E; ++i) tokens[static_cast<size_t>(i / E)] += b.at(r.prob).get(i);
+  CHECK(tokens[0] == 0);
+  CHECK(tokens[1] == Approx(70));
+  CHECK(tokens[2] == Approx(20));
 }
 
 TEST_CASE("balance_loss: formula, gradient, accumulation", "[op]") {
