@@ -6,8 +6,14 @@ namespace dstrain::test {
 
 TEST_CASE("embedding: f32 agrees with f64, both ways, and threads do not matter", "[op]") {
   // The slice holds tokens [3, 3 + V) of [0, V + 6).
-  const auto [T, V, D] = GENERATE(table<int64_t, int64_t, int64_t>(
-      {{0, 4, 8}, {1, 1, 1}, {50, 7, 65}, {2048, 300, 64}, {513, 5, 200}}));
+  const auto [T, V, D] = GENERATE(table<int64_t, int64_t, int64_t>({{0, 4, 8},
+                                                                    {1, 1, 1},
+                                                                    {50, 7, 65},
+                                                                    {2048, 300, 64},
+                                                                    {513, 5, 200},
+                                                                    {40, 6, 2112},
+                                                                    {3000, 1, 24},
+                                                                    {20000, 40, 8}}));
   const auto accumulate = GENERATE(Accumulate::overwrite, Accumulate::add);
   CAPTURE(T, V, D, accumulate == Accumulate::add);
   OpCase c(61);

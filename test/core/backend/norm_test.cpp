@@ -27,6 +27,10 @@ struct NormCase {
   void forward(Ops& ops, Stream& s, const Bound& b) const {
     ops.add_rms_norm(s, b[x], b[delta], b[weight], kEps, b[sum], b[y], b[rstd]);
   }
+  // From the sum as it is stored: a bf16 reference rounds it after the op that made it.
+  void forward_again(Ops& ops, Stream& s, const Bound& b) const {
+    ops.add_rms_norm(s, b[sum], Tensor(), b[weight], kEps, Tensor(), b[y], b[rstd]);
+  }
   void backward(Ops& ops, Stream& s, const Bound& b) const {
     ops.rms_norm_backward(s, b[dy], b[sum], b[weight], b[rstd], Tensor(), Accumulate::overwrite,
                           b[dx], b[dweight]);
@@ -36,19 +40,31 @@ struct NormCase {
 }  // namespace
 
 TEST_CASE("rms norm: f32 agrees with f64 and threads do not matter", "[op]") {
-  const auto [T, D] = GENERATE(
-      table<int64_t, int64_t>({{0, 64}, {1, 1}, {3, 129}, {70, 256}, {2048, 64}, {5, 7168}}));
+  const auto [T, D] = GENERATE(table<int64_t, int64_t>({{0, 64},
+                                                        {1, 1},
+                                                        {3, 129},
+                                                        {6, 520},
+                                                        {70, 256},
+                                                        {2048, 64},
+                                                        {9000, 24},
+                                                        {3, 2064},
+                                                        {5, 7168},
+                                                        {2, 12296}}));
   CAPTURE(T, D);
   const NormCase n(T, D);
+  check_op(n.c, [&](Ops& ops, Stream& s, const Bound& b) { n.forward(ops, s, b); },
+           {{n.sum, {}},
+            {n.y, {.sum_length = D, .roundings = 3, .bf16_roundings = 1}},  // of the sum
+            {n.rstd, {.sum_length = D, .roundings = 1, .bf16_roundings = 1}}});
   const auto body = [&](Ops& ops, Stream& s, const Bound& b) {
     n.forward(ops, s, b);
+    n.forward_again(ops, s, b);
     n.backward(ops, s, b);
   };
   const Tolerance dweight{.sum_length = T * 4, .roundings = 4, .expect_exact_zero = T == 0};
   check_op(n.c, body,
-           {{n.sum, {}},
-            {n.y, {.sum_length = D, .roundings = 3, .bf16_roundings = 1}},  // of the sum
-            {n.rstd, {.sum_length = D, .roundings = 1, .bf16_roundings = 1}},
+           {{n.y, {.sum_length = D, .roundings = 3}},
+            {n.rstd, {.sum_length = D, .roundings = 1}},
             {n.dweight, dweight}});
   if (D > 1) check_op(n.c, body, {{n.dx, {.sum_length = D, .roundings = 6}}});
 }
@@ -110,7 +126,7 @@ TEST_CASE("rms norm: strided rows, no delta, sum in place of x, accumulation", "
   const Slot wide = c.values({6, 30}, std::vector<double>(180, 5));
   const Slot rstd = c.stat(c.output({6})), rstd2 = c.stat(c.output({6}));
   const Slot delta = c.normal({6, 20}), w20 = c.normal({20}), sum = c.output({6, 20});
-  const Slot y1 = c.output({6, 20}), y2 = c.output({6, 20});
+  const Slot y1 = c.output({6, 20}), y2 = c.output({6, 20}), y3 = c.output({6, 20});
   const Slot dx = c.output({6, 20}), dwide = c.values({6, 30}, std::vector<double>(180, 5));
   const Slot once = c.stat(c.output({20})), twice = c.stat(c.output({20}));
   const Slot narrow = c.stat(c.output({8}));
@@ -122,6 +138,7 @@ TEST_CASE("rms norm: strided rows, no delta, sum in place of x, accumulation", "
                           Accumulate::overwrite, t[dwide].columns(4, 12), t[narrow]);
     ops.add_rms_norm(s, t[x], t[delta], t[w20], kEps, t[sum], t[y1], t[rstd]);
     ops.add_rms_norm(s, t[x], t[delta], t[w20], kEps, t[x], t[y2], t[rstd2]);
+    ops.add_rms_norm(s, t[x], Tensor(), t[w20], kEps, Tensor(), t[y3], t[rstd2]);
     ops.rms_norm_backward(s, t[delta], t[x], t[w20], t[rstd2], Tensor(), Accumulate::overwrite,
                           t[dx], t[once]);
     ops.rms_norm_backward(s, t[delta], t[x], t[w20], t[rstd2], Tensor(), Accumulate::overwrite,
@@ -138,6 +155,7 @@ TEST_CASE("rms norm: strided rows, no delta, sum in place of x, accumulation", "
                             {x, {}},
                             {y1, out},
                             {y2, out},
+                            {y3, {.sum_length = 20, .roundings = 3}},
                             {dwide, gradient},
                             {narrow, gradient},
                             {dx, gradient},
@@ -153,6 +171,32 @@ TEST_CASE("rms norm: strided rows, no delta, sum in place of x, accumulation", "
   CHECK(b.at(y1).same_bits(b.at(y2)));
   CHECK(b.at(sum).same_bits(b.at(x)));
   for (int64_t d = 0; d < 20; ++d) CHECK(b.at(twice).get(d) == 2 * b.at(once).get(d));
+}
+
+TEST_CASE("rms norm: all operands are columns of wider matrices, outputs in place", "[op]") {
+  const auto [begin, D] = GENERATE(table<int64_t, int64_t>({{16, 64}, {5, 67}, {64, 32}}));
+  CAPTURE(begin, D);
+  const int64_t T = 21, wide = 96, end = begin + D;
+  OpCase c(14);
+  const Slot x = c.normal({T, wide}), delta = c.normal({T, wide}), dy = c.normal({T, wide});
+  const Slot weight = c.normal({D}, 0.2, 1), y = c.normal({T, wide}), dx = c.normal({T, wide});
+  const Slot rstd = c.stat(c.output({T})), dweight = c.stat(c.normal({D}));
+  const Tolerance gradient{.sum_length = T + D, .roundings = 6};
+  check_op(c,
+           [&](Ops& ops, Stream& s, const Bound& t) {
+             const Tensor sum = t[x].columns(begin, end), out = t[y].columns(begin, end);
+             const Tensor dsum = t[dx].columns(begin, end);
+             ops.add_rms_norm(s, sum, t[delta].columns(begin, end), t[weight], kEps, sum, out,
+                              t[rstd]);
+             ops.add_rms_norm(s, sum, Tensor(), t[weight], kEps, sum, out, t[rstd]);
+             ops.rms_norm_backward(s, t[dy].columns(begin, end), sum, t[weight], t[rstd], dsum,
+                                   Accumulate::add, dsum, t[dweight]);
+           },
+           {{x, {}},
+            {y, {.sum_length = D, .roundings = 3}},
+            {rstd, {.sum_length = D, .roundings = 1}},
+            {dx, gradient},
+            {dweight, gradient}});
 }
 
 TEST_CASE("rms norm: without delta the sum is a copy of x", "[op]") {

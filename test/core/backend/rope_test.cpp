@@ -85,8 +85,14 @@ struct GqaCase {
 }  // namespace
 
 TEST_CASE("mla_qkv: f32 agrees with f64 and threads do not matter", "[op]") {
-  const auto [T, H, Q, P, W] = GENERATE(table<int64_t, int64_t, int64_t, int64_t, int64_t>(
-      {{0, 2, 6, 4, 3}, {1, 1, 2, 2, 1}, {3, 5, 7, 4, 9}, {300, 4, 48, 16, 32}, {5, 2, 8, 8, 4}}));
+  const auto [T, H, Q, P, W] =
+      GENERATE(table<int64_t, int64_t, int64_t, int64_t, int64_t>({{0, 2, 6, 4, 3},
+                                                                   {1, 1, 2, 2, 1},
+                                                                   {3, 5, 7, 4, 9},
+                                                                   {300, 4, 48, 16, 32},
+                                                                   {5, 2, 8, 8, 4},
+                                                                   {3, 16, 192, 64, 128},
+                                                                   {2, 33, 80, 64, 16}}));
   const bool interleaved = GENERATE(true, false);
   CAPTURE(T, H, Q, P, W, interleaved);
   const MlaCase m(T, H, Q, P, W, interleaved);
@@ -154,11 +160,17 @@ TEST_CASE("mla_qkv: gradients, and a fault turns the check red", "[ops]") {
 }
 
 TEST_CASE("mla_qkv: k_rope and dk_rope are columns of wider matrices", "[op]") {
-  const MlaCase m(9, 2, 6, 4, 3, true);
+  const auto [Q, P, W, begin] =
+      GENERATE(table<int64_t, int64_t, int64_t, int64_t>({{6, 4, 3, 7}, {24, 8, 16, 16}}));
+  const bool interleaved = GENERATE(true, false);
+  CAPTURE(Q, P, W, begin, interleaved);
+  const MlaCase m(9, 2, Q, P, W, interleaved);
   OpCase c = m.c;
-  const Slot wide = c.normal({9, 11}), dwide = c.values({9, 11}, std::vector<double>(99, 5));
+  const int64_t end = begin + P;
+  const Slot wide = c.normal({9, end});
+  const Slot dwide = c.values({9, end}, std::vector<double>(static_cast<size_t>(9 * end), 5));
   const auto body = [&](Ops& ops, Stream& s, const Bound& t) {
-    const Tensor columns = t[wide].columns(7, 11), dcolumns = t[dwide].columns(7, 11);
+    const Tensor columns = t[wide].columns(begin, end), dcolumns = t[dwide].columns(begin, end);
     ops.convert(s, t[m.k_rope], columns);
     m.backward(ops, s, t);
     ops.mla_qkv(s, t[m.dq], columns, t[m.kv_b], m.table.of(t), t[m.positions], t[m.k], t[m.v]);
@@ -176,16 +188,31 @@ TEST_CASE("mla_qkv: k_rope and dk_rope are columns of wider matrices", "[op]") {
   });
   CHECK(b.at(m.k).same_bits(plain.at(m.k)));
   for (int64_t i = 0; i < 9; ++i) {
-    CHECK(b.at(dwide).get(i * 11 + 6) == 5);
-    for (int64_t p = 0; p < 4; ++p) {
-      CHECK(b.at(dwide).get(i * 11 + 7 + p) == plain.at(m.dk_rope).get(i * 4 + p));
+    CHECK(b.at(dwide).get(i * end + begin - 1) == 5);
+    for (int64_t p = 0; p < P; ++p) {
+      CHECK(b.at(dwide).get(i * end + begin + p) == plain.at(m.dk_rope).get(i * P + p));
     }
   }
 }
 
+TEST_CASE("mla_qkv: without queries, keys and values are the same", "[op]") {
+  const MlaCase m(5, 3, 24, 8, 16, true);
+  const Tolerance turned{.sum_length = 2, .roundings = 1};
+  const Bound b = check_op(m.c,
+                           [&](Ops& ops, Stream& s, const Bound& t) {
+                             ops.mla_qkv(s, Tensor(), t[m.k_rope], t[m.kv_b], m.table.of(t),
+                                         t[m.positions], t[m.k], t[m.v]);
+                           },
+                           {{m.k, turned}, {m.v, {}}});
+  const Bound with = run_op(m.c, DType::f64, 1,
+                            [&](Ops& ops, Stream& s, const Bound& t) { m.forward(ops, s, t); });
+  CHECK(b.at(m.k).same_bits(with.at(m.k)));
+  CHECK(b.at(m.v).same_bits(with.at(m.v)));
+}
+
 TEST_CASE("gqa_qkv: f32 agrees with f64 and threads do not matter", "[op]") {
   const auto [T, H, G, Q] = GENERATE(table<int64_t, int64_t, int64_t, int64_t>(
-      {{0, 2, 1, 4}, {1, 1, 1, 2}, {3, 6, 3, 10}, {200, 8, 2, 64}}));
+      {{0, 2, 1, 4}, {1, 1, 1, 2}, {3, 6, 3, 10}, {200, 8, 2, 64}, {3, 12, 2, 128}}));
   const bool interleaved = GENERATE(true, false);
   CAPTURE(T, H, G, Q, interleaved);
   const GqaCase g(T, H, G, Q, interleaved);
