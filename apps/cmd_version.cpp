@@ -2,6 +2,7 @@
 #include <cstdio>
 #include <nlohmann/json.hpp>
 
+#include "apps/assemble.h"
 #include "apps/commands.h"
 #include "build_info.h"
 #include "core/backend/cpu_gemm.h"
@@ -11,8 +12,10 @@ namespace {
 
 using Json = nlohmann::ordered_json;
 
-constexpr const char* kRecommendedGpu =
-    "NVIDIA H100 (80 GB, compute capability 9.0); this version trains on a CPU";
+std::string recommended_gpu() {
+  const std::string gpu = "NVIDIA H100 (80 GB, compute capability 9.0)";
+  return build_capabilities().cuda ? gpu : gpu + "; this build has no CUDA back end";
+}
 
 Json text_or_null(const std::string& text) {
   return text.empty() ? Json(nullptr) : Json(text);
@@ -34,7 +37,7 @@ Json describe_build() {
   json["march"] = DSTRAIN_MARCH;
   json["sanitizers"] = text_or_null(DSTRAIN_SANITIZERS);
   json["cuda_version"] = text_or_null(DSTRAIN_CUDA_VERSION);
-  json["recommended_gpu"] = kRecommendedGpu;
+  json["recommended_gpu"] = recommended_gpu();
   json["new_features"] = {"training of DeepSeek-style mixture-of-experts and dense models on a CPU",
                           "exact resume from verified checkpoints",
                           "import from and export to Hugging Face folders"};
