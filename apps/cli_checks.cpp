@@ -54,7 +54,11 @@ void declare_checks(Command root, CommandOptions& options) {
   step.add_integer("--batch", options.bench.batch, in_range(1, 1 << 30), "train.global_batch");
   step.add_integer("--micro-batch", options.bench.micro_batch, in_range(1, 1 << 24),
                    "train.micro_batch");
+  step.add_integer("--accumulation", options.bench.accumulation, in_range(1, 1 << 20),
+                   "micro-batches of a step, instead of --batch");
   step.add_integer("--seq", options.bench.seq, in_range(1, 1 << 20), "data.seq_len");
+  step.add_integer("--warm-up", options.bench.warm_up, in_range(0, 1000), "steps before (default 2)");
+  step.add_flag("--profile", options.bench.profile, "time of each operation in a step");
   step.on_given([&options](const ScannedLine& line) {
     options.bench.config = config_source(line);
     if (!options.bench.config.path && options.bench.model_config.empty() &&

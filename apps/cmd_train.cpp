@@ -26,15 +26,18 @@ std::string machine_name() {
   return name;
 }
 
-// One rank of several, started by mpirun or srun. Signals are handled already: MPI's threads inherit the mask.
-int train_as_rank(Config config, const TrainerOptions& options, MetricsHub& hub, const RankEnvironment& ranks) {
+// One rank of several, started by mpirun or srun. Signals are handled already: MPI's threads
+// inherit the mask.
+int train_as_rank(Config config, const TrainerOptions& options, MetricsHub& hub,
+                  const RankEnvironment& ranks) {
   config.run.threads = threads_per_rank(config.run.threads, ranks, available_cores());
   RankProcess process(ranks, static_cast<double>(config.launch.hang_timeout), std::getenv);
   MpiOptions mpi;
   mpi.expected_ranks = static_cast<int>(ranks.size);
   // The watchdog notices a hang first, and says where.
-  mpi.timeout = config.launch.hang_timeout > 0 ? std::chrono::seconds(2 * config.launch.hang_timeout)
-                                               : std::chrono::hours(24 * 365);
+  mpi.timeout = config.launch.hang_timeout > 0
+                    ? std::chrono::seconds(2 * config.launch.hang_timeout)
+                    : std::chrono::hours(24 * 365);
   MpiSession session(mpi);
   ExitCode code = ExitCode::ok;
   session.run([&](Communicator& world) {
@@ -87,7 +90,8 @@ int cmd_train(const TrainOptions& options) {
     hub.add(std::make_unique<ConsoleSink>(
         line,
         ConsoleOptions{.mode = mode, .color = color, .log_every = loaded.config.train.log_every}));
-  const TrainerOptions start{options.resume.value_or(""), options.overwrite};
+  const TrainerOptions start{
+      .resume = options.resume.value_or(""), .overwrite = options.overwrite, .make_backend = {}};
   if (launched) return train_as_rank(loaded.config, start, hub, *launched);
   Trainer trainer(loaded.config, start, hub);
   return static_cast<int>(trainer.run());

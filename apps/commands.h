@@ -167,8 +167,10 @@ struct BenchOptions {
   bool synthetic = false;              // random tokens instead of data.train
   std::optional<int64_t> batch;        // train.global_batch
   std::optional<int64_t> micro_batch;  // train.micro_batch
+  std::optional<int64_t> accumulation; // micro-batches of a step, instead of batch
   std::optional<int64_t> seq;          // data.seq_len
-  int64_t steps = 10;
+  int64_t steps = 10, warm_up = 2;
+  bool profile = false;                // time of each operation
   std::optional<int64_t> threads;  // run.threads
   std::string filter;              // ops only: names that contain this
   bool json = false;

@@ -1,23 +1,26 @@
 #!/usr/bin/env bash
 # Configures and builds with Ninja. Does nothing, in about a second, when all is up to date.
 #
-#   scripts/build.sh [--build-dir DIR] [--debug] [--no-tests] [--failpoints] [--sanitize LIST] [--jobs N]
+#   scripts/build.sh [--build-dir DIR] [--debug] [--no-tests] [--failpoints] [--sanitize LIST] [--cuda auto|off]
+#                    [--jobs N]
 #
 #   --build-dir DIR   where to build (build)
 #   --debug           no optimisation, checks for inner loops
 #   --no-tests        only the program
 #   --failpoints      with the named failpoints that the fault tests use, and warnings as errors
 #   --sanitize LIST   for example address,undefined or thread
+#   --cuda auto|off   the CUDA back end where there is an nvcc (auto), or not at all
 #   --jobs N          compile jobs (one per core, limited by free memory)
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-build_dir=build type=Release tests=ON failpoints=OFF sanitize='' jobs=$(compile_jobs)
+build_dir=build type=Release tests=ON failpoints=OFF sanitize='' cuda=auto jobs=$(compile_jobs)
 while (($# > 0)); do
   case $1 in
     --build-dir) build_dir=${2:?--build-dir needs a folder} && shift ;;
     --sanitize) sanitize=${2:?--sanitize needs a list such as address,undefined} && shift ;;
     --jobs) jobs=${2:?--jobs needs a number} && shift ;;
+    --cuda) cuda=${2:?--cuda needs auto or off} && shift ;;
     --debug) type=Debug ;;
     --no-tests) tests=OFF ;;
     --failpoints) failpoints=ON ;;
@@ -38,6 +41,15 @@ fi
 if command -v ccache >/dev/null; then
   options+=(-DCMAKE_CXX_COMPILER_LAUNCHER=ccache)
 fi
+
+case $cuda in
+  auto)
+    options+=(-DDSTRAIN_CUDA=ON)
+    if command -v nvcc >/dev/null || [[ -x /usr/local/cuda/bin/nvcc ]]; then scripts/cuda_headers.sh || true; fi
+    ;;
+  off) options+=(-DDSTRAIN_CUDA=OFF) ;;
+  *) die "--cuda takes auto or off, not '$cuda'" ;;
+esac
 
 # A configuration for another place or with another generator cannot be built upon.
 cache=$build_dir/CMakeCache.txt

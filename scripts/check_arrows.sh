@@ -43,7 +43,7 @@ openmp   | omp\.h
 simd     | (imm|x86|arm_neon|cpuid|nmmin|smmin|emmin).*\.h
 mpi      | mpi\.h
 nccl     | nccl.*\.h
-cuda     | (cuda.*|cublas.*|driver_types|nvtx3/.*|cooperative_groups.*|mma)(\.h|\.hpp)?
+cuda     | (cub/.*|cuda.*|cublas.*|driver_types|nvtx3/.*|cooperative_groups.*|mma)(\.h|\.hpp)?
 cudnn    | cudnn.*
 cutlass  | (cutlass|cute)/.*
 system   | [a-z_0-9]+|(sys|net|netinet|arpa|linux)/[a-z_0-9]+\.h|(c?xxabi|dirent|dlfcn|errno|execinfo|fcntl|ftw|glob|grp|limits|link|malloc|math|netdb|poll|pthread|pwd|sched|semaphore|signal|spawn|stdint|stdio|stdlib|string|syslog|termios|time|ucontext|unistd|utime|wait|getopt|libgen|fnmatch|inttypes|float|stdarg|stddef|assert)\.h

@@ -118,7 +118,9 @@ compare_with_simple_models() {
 step "1/6 packages"
 if ((install)); then install_groups build corpus; fi
 step "2/6 build"
-scripts/build.sh --no-tests
+cuda=off  # compiling kernels takes minutes, which only a machine with a GPU gets back
+if compgen -G "/dev/nvidia[0-9]*" >/dev/null || nvidia-smi -L >/dev/null 2>&1; then cuda=auto; fi
+scripts/build.sh --no-tests --cuda "$cuda"
 step "3/6 corpus, tokenizer, token datasets"
 scripts/corpus.sh kjv "$corpus"
 make_datasets

@@ -48,9 +48,13 @@ class Backend {
   virtual void* allocate(int64_t bytes, MemoryKind kind) = 0;
   virtual void deallocate(void* memory, int64_t bytes, MemoryKind kind) noexcept = 0;
 
-  // What its operations keep for themselves, allocated when it was made; scratch of concurrent streams lies
-  // apart.
+  // What its operations keep for themselves; scratch of concurrent streams lies apart. Known for a run when its
+  // calls have been made once on planning_ops().
   virtual int64_t workspace_bytes() const = 0;
+  // Operations that compute nothing and note what the real ones need on their shapes.
+  virtual Ops& planning_ops() = 0;
+  // Before memory is allocated: what the first step would otherwise do for what planning_ops() saw. Waits.
+  virtual void prepare(Stream&) {}
 
   virtual std::unique_ptr<Stream> make_stream() = 0;
   virtual std::unique_ptr<Event> make_event() = 0;

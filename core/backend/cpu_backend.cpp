@@ -9,6 +9,7 @@
 #include "core/backend/cpu_info.h"
 #include "core/backend/cpu_memory.h"
 #include "core/backend/cpu_ops.h"
+#include "core/backend/null_ops.h"
 #include "core/backend/thread_pool.h"
 #include "core/base/error.h"
 
@@ -49,6 +50,8 @@ class CpuBackend : public Backend {
     return pool_.threads() * kScratchBytes + Workspace::kBytes;
   }
 
+  Ops& planning_ops() override { return null_ops_; }
+
   std::unique_ptr<Stream> make_stream() override { return std::make_unique<CpuStream>(); }
   std::unique_ptr<Event> make_event() override { return std::make_unique<CpuEvent>(); }
 
@@ -62,6 +65,7 @@ class CpuBackend : public Backend {
  private:
   ThreadPool pool_;
   CpuOps ops_;
+  NullOps null_ops_;
 };
 
 const char* compiled_instruction_set() {

@@ -111,6 +111,10 @@ class CpuOps : public Ops {
   void fill(Stream&, const Tensor& x, double value) override;
   void add(Stream&, const Tensor& a, const Tensor& b, const Tensor& out) override;
   void convert(Stream&, const Tensor& source, const Tensor& destination) override;
+  void split_master(Stream&, const Tensor& master, const Tensor& param,
+                    const Tensor& param_low) override;
+  void join_master(Stream&, const Tensor& param, const Tensor& param_low,
+                   const Tensor& master) override;
   void fill_normal(Stream&, const Tensor& x, uint64_t seed, uint64_t stream, double std,
                    const SliceOf& slice) override;
   void topk_compress(Stream&, const Tensor& grad_PN, const TopkFormat& format,

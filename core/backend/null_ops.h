@@ -73,6 +73,8 @@ class NullOps : public Ops {
   void fill(Stream&, const Tensor&, double) override {}
   void add(Stream&, const Tensor&, const Tensor&, const Tensor&) override {}
   void convert(Stream&, const Tensor&, const Tensor&) override {}
+  void split_master(Stream&, const Tensor&, const Tensor&, const Tensor&) override {}
+  void join_master(Stream&, const Tensor&, const Tensor&, const Tensor&) override {}
   void fill_normal(Stream&, const Tensor&, uint64_t, uint64_t, double, const SliceOf&) override {}
   void topk_compress(Stream&, const Tensor&, const TopkFormat&, const Tensor&,
                      const Tensor&) override {}

@@ -47,6 +47,10 @@ struct AttentionSegments {
   Tensor count_1;           // i32
   int64_t max_queries = 0;  // upper bounds over segments, for launch shapes
   int64_t max_keys = 0;
+  int64_t max_count = 0;    // upper bound of count_1; 0: the table's rows
+  // All rows of the table are used, each with max_queries queries and max_keys keys, one after the other:
+  // the tensors are batches of sequences of one length.
+  bool uniform = false;
 };
 
 enum class RouterScoring { softmax, sigmoid };
@@ -289,6 +293,11 @@ class Ops {
   virtual void fill(Stream&, const Tensor& x, double value) = 0;
   virtual void add(Stream&, const Tensor& a, const Tensor& b, const Tensor& out) = 0;  // may alias
   virtual void convert(Stream&, const Tensor& source, const Tensor& destination) = 0;  // f32 f64 bf16
+  // f32 values as a bf16 parameter and its lower 16 bits (see adamw), and back.
+  virtual void split_master(Stream&, const Tensor& master, const Tensor& param,
+                            const Tensor& param_low) = 0;
+  virtual void join_master(Stream&, const Tensor& param, const Tensor& param_low,
+                           const Tensor& master) = 0;
   // x[i] = std * normal(seed, stream, index of element i in the global tensor). x is a run, from element
   // `first` on, of the slice [begin, begin + extent) of the middle dim of a tensor [outer, global, inner].
   struct SliceOf {

@@ -58,6 +58,12 @@ void BatchSlot::load(Backend& backend, Stream& stream, const HostBatch& batch) {
   staging_in_use_ = true;
 }
 
+void BatchSlot::assume_largest() {
+  batch_.targets = targets_;
+  batch_.segments.max_queries = batch_.tokens_per_sequence;
+  batch_.segments.max_keys = batch_.sequence_length;
+}
+
 void BatchSlot::stage_rows(const int32_t* source_T, int32_t* rows) const {
   for (int64_t s = 0; s < batch_.sequences; ++s)
     for (const SequencePiece& piece : pieces_) {
@@ -90,6 +96,9 @@ void BatchSlot::stage_segments(const HostBatch& batch) {
     }
   }
   table[4 * batch_.num_tokens()] = static_cast<int32_t>(count);
+  AttentionSegments& segments = batch_.segments;
+  segments.max_count = count;
+  segments.uniform = pieces_.size() == 1 && count * queries == batch_.num_tokens();
   batch_.segments.max_queries = queries;
   batch_.segments.max_keys = keys;
 }

@@ -34,8 +34,8 @@ class BatchSlot {
   // Copies what it needs before it returns, and waits only if the staging is still on its way to the device.
   void load(Backend& backend, Stream& stream, const HostBatch& batch);
   const Batch& batch() const { return batch_; }
-  // For planning: a batch with targets.
-  void assume_targets() { batch_.targets = targets_; }
+  // For planning: a batch with targets, and the largest segments.
+  void assume_largest();
 
  private:
   void stage_rows(const int32_t* source_T, int32_t* rows) const;

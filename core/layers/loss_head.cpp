@@ -7,10 +7,11 @@
 namespace dstrain {
 namespace {
 
-// Logits of one chunk take about 8 MiB; at least 64 rows keep the products efficient.
-int64_t chunk_rows(int64_t vocab, DType logits) {
-  const int64_t rows = (int64_t{8} << 20) / (vocab * dtype_bytes(logits));
-  return std::max<int64_t>(64, rows / 64 * 64);
+// Chunks of nearly equal size; at least 64 rows keep the products efficient.
+int64_t chunk_rows(int64_t tokens, int64_t bytes, int64_t vocab, DType logits) {
+  const int64_t most = std::max<int64_t>(64, bytes / (vocab * dtype_bytes(logits)) / 64 * 64);
+  const int64_t chunks = std::max<int64_t>(1, (tokens + most - 1) / most);
+  return std::max<int64_t>(64, ((tokens + chunks - 1) / chunks + 63) / 64 * 64);
 }
 
 Tensor rows_of(const Tensor& x, int64_t begin, int64_t end) {
@@ -44,7 +45,7 @@ void LossHead::forward(StepContext& ctx, const Tensor& x_tD, const Tensor& delta
   ArenaScope scope(ctx.arena.scratch);
   const Tensor y_TD = gather_tokens(ctx, saved.dy_tD, ctx.arena.scratch, "last norm of all tokens");
   // Of the largest slice, so that all ranks cut alike.
-  const int64_t C = chunk_rows((weight_.spec.shape[0] + ranks - 1) / ranks, ctx.stat());
+  const int64_t C = chunk_rows(T, ctx.logits_bytes, (weight_.spec.shape[0] + ranks - 1) / ranks, ctx.stat());
   for (int64_t begin = 0; begin < T; begin += C) {
     const int64_t end = std::min(T, begin + C);
     const CrossEntropyTargets part = {rows_of(targets.hard_T, begin, end),

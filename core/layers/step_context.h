@@ -83,6 +83,7 @@ struct StepContext {
   Recompute recompute = Recompute::none;
   bool recomputing = false;  // routing, statistics and counts exist already
   Tensor token_loss_T;       // S; each token's loss, where wanted
+  int64_t logits_bytes = int64_t{8} << 20;  // of logits that exist at once, about
 
   bool dry = false;                      // plans memory: nothing is computed or sent
 

@@ -104,6 +104,7 @@ class LateBackend : public Backend {
     inner_.deallocate(memory, bytes, kind);
   }
   int64_t workspace_bytes() const override { return 0; }
+  Ops& planning_ops() override { return inner_.planning_ops(); }
   std::unique_ptr<Stream> make_stream() override { return std::make_unique<LateStream>(); }
   std::unique_ptr<Event> make_event() override { return std::make_unique<LateEvent>(); }
   void copy(Stream& stream, void* destination, const void* source, int64_t bytes) override {

@@ -39,6 +39,7 @@ class CheckedBackend : public Backend {
   void* allocate(int64_t bytes, MemoryKind kind) override;
   void deallocate(void* memory, int64_t bytes, MemoryKind kind) noexcept override;
   int64_t workspace_bytes() const override { return cpu_->workspace_bytes(); }
+  Ops& planning_ops() override { return cpu_->planning_ops(); }
   std::unique_ptr<Stream> make_stream() override { return cpu_->make_stream(); }
   std::unique_ptr<Event> make_event() override { return cpu_->make_event(); }
   void copy(Stream& stream, void* destination, const void* source, int64_t bytes) override {

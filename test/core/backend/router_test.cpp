@@ -28,7 +28,8 @@ std::vector<int64_t> best_indices(const std::vector<double>& values, int64_t cou
   return order;
 }
 
-// The choice for one token, by sorting everything.
+// The choice for one token, by sorting everything. Sums are those of type F: ties depend on their rounding.
+template <class F>
 std::vector<int64_t> choose(std::vector<double> choice, const RouterParams& p) {
   const size_t size = choice.size() / static_cast<size_t>(p.groups);
   std::vector<double> group_scores;
@@ -37,7 +38,7 @@ std::vector<int64_t> choose(std::vector<double> choice, const RouterParams& p) {
                              choice.begin() + static_cast<int64_t>((g + 1) * size));
     std::sort(part.rbegin(), part.rend());
     const bool two = p.group_score == GroupScore::best_two && size > 1;
-    group_scores.push_back(two ? part[0] + part[1] : part[0]);
+    group_scores.push_back(two ? static_cast<F>(part[0]) + static_cast<F>(part[1]) : part[0]);
   }
   const std::vector<int64_t> kept = best_indices(group_scores, p.groups_per_token);
   for (size_t e = 0; e < choice.size(); ++e) {
@@ -130,16 +131,18 @@ TEST_CASE("router_topk: the choice by sorting, with many ties", "[op]") {
   for (int64_t t = 0; t < T; ++t) {
     std::vector<double> choice;
     for (int64_t e = 0; e < E; ++e) {
-      choice.push_back(b.at(r.scores).get(t * E + e) + (biased ? bias[static_cast<size_t>(e)] : 0));
+      const double sum = b.at(r.scores).get(t * E + e) + (biased ? bias[static_cast<size_t>(e)] : 0);
+      choice.push_back(dtype == DType::f32 ? static_cast<double>(static_cast<float>(sum)) : sum);
     }
-    const std::vector<int64_t> chosen = choose(choice, params);
-    double sum = 0;
-    for (const int64_t e : chosen) sum += b.at(r.scores).get(t * E + e);
+    const std::vector<int64_t> chosen =
+        dtype == DType::f32 ? choose<float>(choice, params) : choose<double>(choice, params);
+    double total = 0;
+    for (const int64_t e : chosen) total += b.at(r.scores).get(t * E + e);
     for (int64_t k = 0; k < K; ++k) {
       const int64_t e = chosen[static_cast<size_t>(k)];
       REQUIRE(b.at(r.indices).get(t * K + k) == static_cast<double>(e));
       const double score = b.at(r.scores).get(t * E + e);
-      REQUIRE(b.at(r.weights).get(t * K + k) == Approx(v3 ? score / sum * 2.5 : score * 1.5));
+      REQUIRE(b.at(r.weights).get(t * K + k) == Approx(v3 ? score / total * 2.5 : score * 1.5));
     }
   }
 }

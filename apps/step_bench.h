@@ -1,0 +1,41 @@
+// Times whole training steps on random tokens: what `bench step` prints.
+#pragma once
+
+#include <map>
+#include <string>
+#include <vector>
+
+#include "core/backend/timed_ops.h"
+#include "core/config/config.h"
+#include "core/engine/batch_slot.h"
+
+namespace dstrain {
+
+struct StepBenchOptions {
+  int64_t steps = 10, warm_up = 2;
+  bool profile = false;  // a further step whose operations are timed one by one
+};
+
+struct StepBenchResult {
+  std::vector<double> step_seconds;  // sorted
+  double startup_seconds = 0;        // from the start of the process to the first step's result
+  double host_seconds = 0;           // that a step keeps the host busy; on a CPU the whole step
+  double flops = 0;                  // of a step
+  double loss = 0;                   // of the last step
+  int64_t plan_bytes = 0;            // all that the run allocates
+  int64_t private_before = 0, private_after = 0;  // memory of this process, in bytes
+  bool on_gpu = false;
+  std::string device, precision, recompute;
+  std::map<std::string, OpTotal> profile;
+};
+
+StepBenchResult bench_step(const Config& config, const StepBenchOptions& options);
+
+// A sequence of random tokens per document; the same for the same index.
+struct SyntheticBatch {
+  SyntheticBatch(const Config& config, uint64_t index);
+  std::vector<int32_t> tokens, targets, positions, offsets;
+  HostBatch batch;
+};
+
+}  // namespace dstrain

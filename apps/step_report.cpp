@@ -1,0 +1,129 @@
+#include "apps/step_report.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cmath>
+#include <filesystem>
+#include <nlohmann/json.hpp>
+#include <utility>
+#include <vector>
+
+#include "core/backend/cpu_backend.h"
+#include "core/base/format_units.h"
+#include "core/model/cost.h"
+
+namespace dstrain {
+namespace {
+
+// What the vendor states for an H100 SXM: dense bf16 products, and memory.
+constexpr double kPeakFlops = 989.4e12;
+constexpr double kPeakBytes = 3.35e12;
+
+double rounded(double x, int digits) {
+  const double scale = std::pow(10.0, digits);
+  return std::round(x * scale) / scale;
+}
+
+}  // namespace
+
+StepReport::StepReport(const Config& config, const StepBenchResult& result)
+    : config_(config),
+      result_(result),
+      gpu_(result.on_gpu),
+      step_(result.step_seconds[result.step_seconds.size() / 2]),
+      tokens_(static_cast<double>(config.train.global_batch * config.data.seq_len)),
+      parameters_(
+          static_cast<double>(model_cost(config.model, config.data.seq_len).parameters_total)) {}
+
+std::string StepReport::text() const {
+  const StepBenchResult& r = result_;
+  std::string out =
+      fmt::format("{} parameters, {} x {} tokens in micro-batches of {}, {}, {}\n",
+                  format_count(parameters_), config_.train.global_batch, config_.data.seq_len,
+                  config_.train.micro_batch, r.precision, r.device);
+  out += fmt::format(
+      "step            {:8.1f} ms   median of {} (fastest {:.1f})   {} tokens/s   {}/s{}\n",
+      1e3 * step_, r.step_seconds.size(), 1e3 * r.step_seconds.front(),
+      format_count(tokens_ / step_), format_flops(r.flops / step_),
+      gpu_ ? fmt::format("   {:.1f} % of 989 TFLOP/s", 100 * r.flops / step_ / kPeakFlops) : "");
+  if (products_)
+    out += fmt::format(
+        "its products    {:8.1f} ms   {} calls of the library alone; the step takes {:.2f} x "
+        "that\n",
+        1e3 * products_->seconds, products_->calls, step_ / products_->seconds);
+  if (gpu_)
+    out += fmt::format(
+        "host            {:8.1f} ms   {:.1f} % of the step; first step done {:.1f} s after the "
+        "start\n",
+        1e3 * r.host_seconds, 100 * r.host_seconds / step_, r.startup_seconds);
+  out += gpu_ ? fmt::format("memory          {} planned\n", format_bytes(r.plan_bytes))
+              : fmt::format("memory          {} planned, {} private after the steps\n",
+                            format_bytes(r.plan_bytes),
+                            format_bytes(r.private_after - r.private_before));
+  return out + profile_table();
+}
+
+std::string StepReport::profile_table() const {
+  if (result_.profile.empty()) return "";
+  std::vector<std::pair<std::string, OpTotal>> rows(result_.profile.begin(), result_.profile.end());
+  std::sort(rows.begin(), rows.end(),
+            [](const auto& a, const auto& b) { return a.second.seconds > b.second.seconds; });
+  double sum = 0;
+  for (const auto& [name, total] : rows) sum += total.seconds;
+  std::string out = fmt::format("\n{:<38} {:>6} {:>9} {:>6} {:>9} {:>7}\n", "operation", "calls",
+                                "ms", "%", "TFLOP/s", "TB/s");
+  for (const auto& [name, total] : rows)
+    out += fmt::format(
+        "{:<38} {:>6} {:>9.3f} {:>6.1f} {:>9} {:>7.2f}\n", name, total.calls, 1e3 * total.seconds,
+        100 * total.seconds / sum,
+        total.flops > 0 ? fmt::format("{:.1f}", 1e-12 * total.flops / total.seconds) : "",
+        1e-12 * total.bytes / total.seconds);
+  out += fmt::format("{:<38} {:>6} {:>9.3f}\n", "sum", "", 1e3 * sum);
+  if (gpu_)
+    out += fmt::format("an H100 is sold as {:.0f} TFLOP/s and {:.2f} TB/s\n", 1e-12 * kPeakFlops,
+                       1e-12 * kPeakBytes);
+  return out;
+}
+
+std::string StepReport::json() const {
+  const StepBenchResult& r = result_;
+  const double gib = static_cast<double>(int64_t{1} << 30);
+  nlohmann::ordered_json json = {
+      {"peer", gpu_ ? "deepseek-train" : "deepseek-train cpu"},
+      {"precision", r.precision},
+      {"recompute", r.recompute},
+      {"zero", 0},
+      {"layers", config_.model.num_hidden_layers},
+      {"params_b", rounded(parameters_ / 1e9, 3)},
+      {"world", 1},
+      {"micro_batch", config_.train.micro_batch},
+      {"accumulation", config_.train.global_batch / config_.train.micro_batch},
+      {"seq", config_.data.seq_len},
+      {"step_ms", rounded(1e3 * step_, 2)},
+      {"tokens_per_s_per_gpu", rounded(tokens_ / step_, gpu_ ? 0 : 2)},
+      {"model_tflops_per_gpu", rounded(1e-12 * r.flops / step_, gpu_ ? 1 : 4)},
+      {"mfu_989", rounded(r.flops / step_ / kPeakFlops, 4)},
+      {"peak_gib", rounded(static_cast<double>(r.plan_bytes) / gib, 2)},
+      {"loss", r.loss},
+      {"step_ms_fastest", 1e3 * r.step_seconds.front()},
+      {"device", r.device}};
+  if (products_) {
+    json["threads"] = config_.run.threads > 0 ? config_.run.threads : available_cores();
+    json["products_ms"] = 1e3 * products_->seconds;
+    json["step_over_products"] = step_ / products_->seconds;
+    json["private_bytes"] = r.private_after - r.private_before;
+  }
+  if (gpu_) {
+    json["host_ms"] = rounded(1e3 * r.host_seconds, 2);
+    json["startup_s"] = rounded(r.startup_seconds, 2);
+  }
+  for (const auto& [name, total] : r.profile)
+    json["profile"][name] = {{"calls", total.calls},
+                             {"ms", 1e3 * total.seconds},
+                             {"flops", total.flops},
+                             {"bytes", total.bytes}};
+  return json.dump();
+}
+
+}  // namespace dstrain

@@ -1,0 +1,37 @@
+// The result of `bench step` as text, and as JSON with the keys that other trainers' benchmarks
+// use.
+#pragma once
+
+#include <optional>
+#include <string>
+
+#include "apps/step_bench.h"
+
+namespace dstrain {
+
+struct ProductsTime {
+  double seconds = 0;
+  int64_t calls = 0;
+};
+
+class StepReport {
+ public:
+  StepReport(const Config& config, const StepBenchResult& result);
+  bool on_gpu() const { return gpu_; }
+  // On a CPU: the products of a step by themselves.
+  void add_products(const ProductsTime& products) { products_ = products; }
+
+  std::string text() const;
+  std::string json() const;  // one line
+
+ private:
+  std::string profile_table() const;
+
+  const Config& config_;
+  const StepBenchResult& result_;
+  bool gpu_ = false;
+  double step_ = 0, tokens_ = 0, parameters_ = 0;
+  std::optional<ProductsTime> products_;
+};
+
+}  // namespace dstrain

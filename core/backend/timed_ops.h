@@ -1,0 +1,196 @@
+// How long each operation takes on its device, beside the arithmetic and the bytes that it cannot
+// do without. A decorator around any Ops; `bench step --profile` prints what it finds.
+#pragma once
+
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "core/backend/ops.h"
+
+namespace dstrain {
+
+// Marks points of a stream and tells how far apart the device passed them.
+class OpClock {
+ public:
+  virtual ~OpClock() = default;
+  // The number of the mark. Asynchronous.
+  virtual int mark(Stream& stream) = 0;
+  // Seconds between two marks; waits for the device.
+  virtual double seconds_between(int first, int second) = 0;
+  // Forgets all marks.
+  virtual void clear() = 0;
+};
+std::unique_ptr<OpClock> make_cpu_clock();
+
+struct OpTotal {
+  int64_t calls = 0;
+  double seconds = 0;
+  double flops = 0;  // of matrix products and attention, exact for causal masks of whole segments
+  double bytes = 0;  // every operand read once and every result written once
+};
+
+class TimedOps : public Ops {
+ public:
+  // Both outlive this object.
+  TimedOps(Ops& inner, OpClock& clock) : inner_(inner), clock_(clock) {}
+  // By operation, since the last call; waits for the device. Products are named with their shape.
+  std::map<std::string, OpTotal> take_totals();
+
+  void matmul(Stream&, Trans ta, Trans tb, double alpha, const Tensor& a, const Tensor& b,
+              double beta, const Tensor& c) override;
+  void grouped_matmul(Stream&, const Tensor& x_XI, const Tensor& row_index_R,
+                      const Tensor& weight_EOI, const Tensor& offsets_E1,
+                      const Tensor& y_RO) override;
+  void grouped_matmul_backward_input(Stream&, const Tensor& dy_XO, const Tensor& row_index_R,
+                                     const Tensor& weight_EOI, const Tensor& offsets_E1,
+                                     const Tensor& dx_RI) override;
+  void grouped_matmul_backward_weight(Stream&, const Tensor& dy_XO, const Tensor& dy_index_R,
+                                      const Tensor& x_XI, const Tensor& x_index_R,
+                                      const Tensor& offsets_E1, Accumulate accumulate,
+                                      const Tensor& dweight_EOI) override;
+  void ffn_up(Stream&, const Tensor& x_XD, const Tensor& row_index_R, const Tensor& weight_E2ID,
+              const Tensor& offsets_E1, const Tensor& row_weight_R, const Tensor& gate_up_R2I,
+              const Tensor& h_RI) override;
+  void ffn_down_backward_input(Stream&, const Tensor& dy_XD, const Tensor& row_index_R,
+                               const Tensor& weight_EDI, const Tensor& offsets_E1,
+                               const Tensor& gate_up_R2I, const Tensor& row_weight_R,
+                               const Tensor& dgate_up_R2I, const Tensor& h_RI,
+                               const Tensor& drow_weight_R) override;
+  void add_rms_norm(Stream&, const Tensor& x_TD, const Tensor& delta_TD, const Tensor& weight_D,
+                    double eps, const Tensor& sum_TD, const Tensor& y_TD,
+                    const Tensor& rstd_T) override;
+  void rms_norm_backward(Stream&, const Tensor& dy_TD, const Tensor& x_TD, const Tensor& weight_D,
+                         const Tensor& rstd_T, const Tensor& dresidual_TD, Accumulate accumulate,
+                         const Tensor& dx_TD, const Tensor& dweight_D) override;
+  void mla_qkv(Stream&, const Tensor& q_THQ, const Tensor& k_rope_TP, const Tensor& kv_b_THX,
+               const RopeTable& rope, const Tensor& positions_T, const Tensor& k_THQ,
+               const Tensor& v_THW) override;
+  void mla_qkv_backward(Stream&, const Tensor& dq_THQ, const Tensor& dk_THQ, const Tensor& dv_THW,
+                        const RopeTable& rope, const Tensor& positions_T, const Tensor& dk_rope_TP,
+                        const Tensor& dkv_b_THX) override;
+  void gqa_qkv(Stream&, const Tensor& qkv_TX, const RopeTable& rope, const Tensor& positions_T,
+               const Tensor& q_THQ, const Tensor& k_TGQ, const Tensor& v_TGW) override;
+  void gqa_qkv_backward(Stream&, const Tensor& dq_THQ, const Tensor& dk_TGQ, const Tensor& dv_TGW,
+                        const RopeTable& rope, const Tensor& positions_T,
+                        const Tensor& dqkv_TX) override;
+  void attention(Stream&, const Tensor& q_THQ, const Tensor& k_UGQ, const Tensor& v_UGW,
+                 const AttentionSegments& segments, double scale, const Tensor& o_THW,
+                 const Tensor& lse_TH) override;
+  void attention_backward(Stream&, const Tensor& do_THW, const Tensor& q_THQ, const Tensor& k_UGQ,
+                          const Tensor& v_UGW, const Tensor& o_THW, const Tensor& lse_TH,
+                          const AttentionSegments& segments, double scale, const Tensor& dq_THQ,
+                          const Tensor& dk_UGQ, const Tensor& dv_UGW) override;
+  void add_bias(Stream&, const Tensor& x_TD, const Tensor& bias_D) override;
+  void bias_backward(Stream&, const Tensor& dy_TD, Accumulate accumulate,
+                     const Tensor& dbias_D) override;
+  void router_topk(Stream&, const Tensor& logits_TE, const Tensor& bias_E,
+                   const RouterParams& params, const Tensor& scores_TE, const Tensor& indices_TK,
+                   const Tensor& weights_TK) override;
+  void router_weights(Stream&, const Tensor& logits_TE, const RouterParams& params,
+                      const Tensor& indices_TK, const Tensor& scores_TE,
+                      const Tensor& weights_TK) override;
+  void router_backward(Stream&, const Tensor& dweights_TK, const Tensor& scores_TE,
+                       const Tensor& indices_TK, const RouterParams& params,
+                       const Tensor& balance_coeff_SE, const RowsOfSequences& rows,
+                       const Tensor& dlogits_TE) override;
+  void balance_statistics(Stream&, const Tensor& scores_TE, const Tensor& indices_TK,
+                          const RowsOfSequences& rows, const Tensor& load_SE,
+                          const Tensor& prob_SE) override;
+  void balance_loss(Stream&, const Tensor& load_SE, const Tensor& prob_SE,
+                    int64_t tokens_per_sequence, int64_t experts_per_token, double alpha,
+                    const Tensor& loss_1, const Tensor& coeff_SE) override;
+  void count_experts(Stream&, const Tensor& indices_TK, const Tensor& counts_E) override;
+  void router_bias_update(Stream&, const Tensor& counts_E, double speed, const StepScalars* scalars,
+                          const Tensor& bias_E) override;
+  void sort_by_expert(Stream&, const Tensor& indices_TK, const Tensor& weights_TK,
+                      const Tensor& offsets_E1, const Tensor& token_of_row_R,
+                      const Tensor& row_of_slot_TK, const Tensor& row_weight_R) override;
+  void combine_rows(Stream&, const Tensor& y_RD, const Tensor& row_of_slot_TK,
+                    const Tensor& addend_TD, const Tensor& out_TD) override;
+  void gather_rows(Stream&, const Tensor& x_XD, const Tensor& index_R, const Tensor& y_RD) override;
+  void embedding(Stream&, const Tensor& tokens_T, const Tensor& weight_VD, int64_t vocab_begin,
+                 const Tensor& x_TD) override;
+  void embedding_backward(Stream&, const Tensor& tokens_T, const Tensor& dx_TD, int64_t vocab_begin,
+                          Accumulate accumulate, const Tensor& dweight_VD) override;
+  void cross_entropy_stats(Stream&, const Tensor& logits_TV, const CrossEntropyTargets& targets,
+                           int64_t vocab_begin, const Tensor& max_T, const Tensor& sum_exp_T,
+                           const Tensor& target_T) override;
+  void rescale_sum_exp(Stream&, const Tensor& local_max_T, const Tensor& max_T,
+                       const Tensor& sum_exp_T) override;
+  void cross_entropy_loss(Stream&, const CrossEntropyTargets& targets, const Tensor& max_T,
+                          const Tensor& sum_exp_T, const Tensor& target_T, const Tensor& lse_T,
+                          const Tensor& loss_sum_1, const Tensor& token_loss_T) override;
+  void cross_entropy_backward(Stream&, const Tensor& logits_TV, const CrossEntropyTargets& targets,
+                              int64_t vocab_begin, const Tensor& lse_T, const StepScalars* scalars,
+                              double factor) override;
+  void add_sum_squares(Stream&, const Tensor& x, const Tensor& sum_1) override;
+  void clip_scale(Stream&, const Tensor& sum_1, double max_norm, double beta1, double beta2,
+                  StepScalars* scalars) override;
+  void adamw(Stream&, const AdamWParams& params, const StepScalars* scalars, const Tensor& grad,
+             const Tensor& param, const Tensor& param_low, const Tensor& exp_avg,
+             const Tensor& exp_avg_sq) override;
+  void fill(Stream&, const Tensor& x, double value) override;
+  void add(Stream&, const Tensor& a, const Tensor& b, const Tensor& out) override;
+  void convert(Stream&, const Tensor& source, const Tensor& destination) override;
+  void split_master(Stream&, const Tensor& master, const Tensor& param,
+                    const Tensor& param_low) override;
+  void join_master(Stream&, const Tensor& param, const Tensor& param_low,
+                   const Tensor& master) override;
+  void fill_normal(Stream&, const Tensor& x, uint64_t seed, uint64_t stream, double std,
+                   const SliceOf& slice) override;
+  void topk_compress(Stream&, const Tensor& grad_PN, const TopkFormat& format,
+                     const Tensor& residual_PN, const Tensor& payload_PB) override;
+  void topk_sum(Stream&, const Tensor& payload_PB, const TopkFormat& format,
+                const Tensor& sum_N) override;
+  void int8_compress(Stream&, const Tensor& grad_PN, const Int8Format& format,
+                     const Tensor& residual_PN, const Tensor& payload_PB) override;
+  void int8_sum(Stream&, const Tensor& payload_PB, const Int8Format& format,
+                const Tensor& sum_N) override;
+  void clear_if_skipped(Stream&, const StepScalars* scalars, const Tensor& x) override;
+
+ private:
+  struct Call {
+    std::string name;
+    double flops, bytes;
+    int begin, end;
+  };
+  template <class Run>
+  void timed(Stream& stream, std::string name, double flops, double bytes, const Run& run);
+
+  Ops& inner_;
+  OpClock& clock_;
+  std::vector<Call> calls_;
+};
+
+// A back end whose operations are timed; everything else is the inner one's.
+class TimedBackend : public Backend {
+ public:
+  TimedBackend(std::unique_ptr<Backend> inner, std::unique_ptr<OpClock> clock)
+      : inner_(std::move(inner)), clock_(std::move(clock)), ops_(inner_->ops(), *clock_) {}
+  TimedOps& timed_ops() { return ops_; }
+
+  std::string describe() const override { return inner_->describe(); }
+  bool is_cpu() const override { return inner_->is_cpu(); }
+  void* allocate(int64_t bytes, MemoryKind kind) override { return inner_->allocate(bytes, kind); }
+  void deallocate(void* memory, int64_t bytes, MemoryKind kind) noexcept override {
+    inner_->deallocate(memory, bytes, kind);
+  }
+  int64_t workspace_bytes() const override { return inner_->workspace_bytes(); }
+  Ops& planning_ops() override { return inner_->planning_ops(); }
+  void prepare(Stream& stream) override { inner_->prepare(stream); }
+  std::unique_ptr<Stream> make_stream() override { return inner_->make_stream(); }
+  std::unique_ptr<Event> make_event() override { return inner_->make_event(); }
+  void copy(Stream& stream, void* destination, const void* source, int64_t bytes) override {
+    inner_->copy(stream, destination, source, bytes);
+  }
+  Ops& ops() override { return ops_; }
+
+ private:
+  std::unique_ptr<Backend> inner_;
+  std::unique_ptr<OpClock> clock_;
+  TimedOps ops_;
+};
+
+}  // namespace dstrain

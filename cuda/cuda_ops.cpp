@@ -1,0 +1,22 @@
+#include "cuda/cuda_ops.h"
+
+#include "cuda/cuda_matmul.h"
+#include "cuda/cudnn_attention.h"
+#include "cuda/grouped_gemm.h"
+
+namespace dstrain {
+static constexpr double kTuningSeconds = 2;
+
+CudaOps::CudaOps(const CudaDevice& device)
+    : device_(device),
+      matmul_(std::make_unique<CudaMatmul>(device)),
+      cudnn_attention_(std::make_unique<CudnnAttention>(device)),
+      grouped_gemm_(std::make_unique<GroupedGemm>(device)) {}
+
+CudaOps::~CudaOps() = default;
+
+void CudaOps::tune(Stream& stream, const std::string& cache_folder) {
+  matmul_->tune(stream, {cache_folder, kTuningSeconds});
+}
+
+}  // namespace dstrain
