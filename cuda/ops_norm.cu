@@ -121,8 +121,8 @@ struct NormBackward {
   int64_t tokens, columns, rows_of_part;
 
   // What the mean takes off g, as a factor of x.
-  __device__ float shift_of(float dot, float rstd) const {
-    return dot * rstd * rstd / static_cast<float>(columns);
+  __device__ float shift_of(float dot, float rstd_t) const {
+    return dot * rstd_t * rstd_t / static_cast<float>(columns);
   }
 };
 
