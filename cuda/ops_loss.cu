@@ -5,6 +5,7 @@
 // exponentials relative to it. Rows are read in vectors of 16 bytes wherever they begin; what stands before the
 // first whole vector and after the last is read one by one.
 #include "core/backend/expect.h"
+#include "cuda/add_partials.cuh"
 #include "cuda/cuda_ops.h"
 #include "cuda/kernel.cuh"
 #include "cuda/rows.cuh"
@@ -192,15 +193,6 @@ __global__ void __launch_bounds__(kTokens)
   if (threadIdx.x == 0) partials[blockIdx.x] = sum;
 }
 
-// One block.
-__global__ void __launch_bounds__(1024) add_partials_kernel(const double* partials, int64_t count, double* sum_1) {
-  __shared__ double shared[32];
-  double sum = 0;
-  for (int64_t i = threadIdx.x; i < count; i += blockDim.x) sum += partials[i];
-  sum = block_sum(sum, shared);
-  if (threadIdx.x == 0) *sum_1 += sum;
-}
-
 template <class F>
 __global__ void __launch_bounds__(kThreads)
     cross_entropy_backward_kernel(Rows<F> logits_TV, int V, Targets targets, int64_t vocab_begin, const float* lse_T,
@@ -298,8 +290,7 @@ void CudaOps::cross_entropy_loss(Stream& stream, const CrossEntropyTargets& targ
       device_targets, pointer<const float>(max_T), pointer<const float>(sum_exp_T), pointer<const float>(target_T), T,
       pointer<float>(lse_T), pointer<float>(token_loss_T), partials);
   check_launch("cross_entropy_loss");
-  add_partials_kernel<<<1, 1024, 0, cuda(stream)>>>(partials, blocks, pointer<double>(loss_sum_1));
-  check_launch("cross_entropy_loss");
+  add_partials(cuda(stream), partials, blocks, pointer<double>(loss_sum_1), "cross_entropy_loss");
 }
 
 void CudaOps::cross_entropy_backward(Stream& stream, const Tensor& logits_TV, const CrossEntropyTargets& targets,

@@ -6,6 +6,7 @@
 // step to the next, and would stand still if it were rounded to the nearest. The random bits are a function of
 // element and update, so that a step repeated gives the same.
 #include "core/backend/expect.h"
+#include "cuda/add_partials.cuh"
 #include "cuda/cuda_ops.h"
 #include "cuda/kernel.cuh"
 
@@ -62,16 +63,6 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) partials[blockIdx.x] = sum;
 }
 
-// One block.
-__global__ void __launch_bounds__(1024) add_partials_kernel(const double* partials, int64_t count, double* sum_1) {
-  __shared__ double shared[32];
-  double sum = 0;
-#pragma unroll 8
-  for (int64_t i = threadIdx.x; i < count; i += 1024) sum += partials[i];
-  sum = block_sum(sum, shared);
-  if (threadIdx.x == 0) *sum_1 += sum;
-}
-
 // --- clipping ----------------------------------------------------------------------------------------------
 
 __global__ void clip_scale_kernel(const double* sum_1, double max_norm, double beta1, double beta2,
@@ -105,12 +96,13 @@ struct Update {
         inverse_root_c2(static_cast<float>(1 / sqrt(scalars.bias_correction2))),
         eps(static_cast<float>(params.eps)) {}
 
+  // Which products are fused is written out, so that it is the same for all types.
   __device__ __forceinline__ void apply(float grad, float& param, float& exp_avg, float& exp_avg_sq) const {
     const float g = grad * grad_scale;
-    exp_avg += one_minus_beta1 * (g - exp_avg);
-    exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * (g * g);
-    const float divisor = sqrtf(exp_avg_sq) * inverse_root_c2 + eps;
-    param = param * keep - step * (exp_avg / divisor);
+    exp_avg = fmaf(one_minus_beta1, g - exp_avg, exp_avg);
+    exp_avg_sq = fmaf(one_minus_beta2, g * g, beta2 * exp_avg_sq);
+    const float divisor = fmaf(sqrtf(exp_avg_sq), inverse_root_c2, eps);
+    param = fmaf(-step, exp_avg / divisor, param * keep);
   }
 };
 
@@ -121,7 +113,7 @@ __device__ __forceinline__ uint32_t mix_bits(uint32_t x) {
   return x ^ (x >> 16);
 }
 
-// Eight elements of type T at once; `random` holds 16 bits for each in its lower half.
+// Eight neighbours of type T.
 constexpr int kElements = 8;
 template <class T>
 struct Eight {
@@ -141,7 +133,7 @@ struct Eight {
 };
 
 __device__ __forceinline__ void set_moment(float value, uint32_t, float& moment) { moment = value; }
-// Up with the odds of the bits that are cut off.
+// Up with the odds of the bits that are cut off; the lower 16 bits of `random` are used.
 __device__ __forceinline__ void set_moment(float value, uint32_t random, bf16& moment) {
   const uint32_t bits = __float_as_uint(value);
   const uint32_t rounded = value == value ? bits + (random & 0xffffu) : bits | 0x400000u;
@@ -227,8 +219,7 @@ void CudaOps::add_sum_squares(Stream& stream, const Tensor& x, const Tensor& sum
     sum_squares_kernel<F><<<static_cast<unsigned>(blocks), kThreads, 0, cuda(stream)>>>(
         pointer<const F>(x), n, fits_vectors<F>(x.raw(), 0, 0), partials);
     check_launch("add_sum_squares");
-    add_partials_kernel<<<1, 1024, 0, cuda(stream)>>>(partials, blocks, pointer<double>(sum_1));
-    check_launch("add_sum_squares");
+    add_partials(cuda(stream), partials, blocks, pointer<double>(sum_1), "add_sum_squares");
   });
 }
 
