@@ -133,7 +133,7 @@ TEST_CASE("bf16 state: a checkpoint holds f32 master values, and moments in thei
   }
 }
 
-TEST_CASE("bf16 state: a run goes on at other types; master values stay exact", "[checkpoint]") {
+TEST_CASE("bf16 state: a run goes on at other types, master values stay exact", "[checkpoint]") {
   const TempFolder folder;
   Run wide(kWide), narrow(kNarrow), narrowest(kNarrowest);
   wide.train(2);
