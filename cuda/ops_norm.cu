@@ -1,7 +1,7 @@
 // Root-mean-square normalisation fused with the residual addition before it, and its gradient
 // (formulas: core/backend/cpu_ops_norm.cpp). T tokens, D columns. sum is rounded to F before its
-// statistics are taken; all arithmetic is f32. A row of up to 2048 vectors of 16 bytes stays in
-// registers, so that each operand is moved once; longer or unaligned rows are read twice.
+// statistics are taken; all arithmetic is f32. A row of up to 2048 vectors stays in registers, so
+// that each operand is moved once; longer or unaligned rows are read twice.
 #include "core/backend/expect.h"
 #include "cuda/cuda_ops.h"
 #include "cuda/pack.cuh"
@@ -11,31 +11,18 @@
 namespace dstrain {
 namespace {
 
+constexpr int kMostThreads = 512;  // of a row in registers
 constexpr int kLoopThreads = 256;
-constexpr int64_t kMostVectors = 2048;      // of a row in registers
-constexpr int64_t kVectorsOfOneWarp = 256;  // of a row
-constexpr int kForwardRows = 4;             // rows of a block where a row has one warp
-constexpr int64_t kMultiprocessors = 132;   // of an H100; a constant, for results by shape only
+constexpr int kRowsOfWarps = 4;  // rows of a block where a row has one warp
 
-// A thread with `packs` vectors of each operand may have 32 * packs registers, so that this many
-// threads share a multiprocessor.
-constexpr int threads_together(int packs) {
-  return 2048 / packs;
-}
-
-// Rows of a block of the backward pass where a row has one warp: two blocks share a multiprocessor.
-constexpr int backward_rows(int packs) {
-  return threads_together(packs) / 32 / 2;
-}
-
-// The sum over the threads of a row: whole warps. Several have one barrier, so that `shared` may be
-// used again only after another one.
-__device__ __forceinline__ float row_sum(float x, int threads, float* shared) {
+// The sum over the threads of a row: blockDim.x, whole warps. One barrier, so `shared` may be used
+// again only after another one.
+__device__ __forceinline__ float row_sum(float x, float* shared) {
   x = warp_sum(x);
-  if (threads == 32) return x;
+  if (blockDim.x == 32) return x;
   if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
   __syncthreads();
-  return warp_sum(threadIdx.x % 32 < threads / 32 ? shared[threadIdx.x % 32] : 0.0f);
+  return warp_sum(threadIdx.x % 32 < blockDim.x / 32 ? shared[threadIdx.x % 32] : 0.0f);
 }
 
 // x may be sum, and dresidual dx: nothing here is __restrict__, and a thread reads what it then
@@ -57,98 +44,48 @@ struct Norm {
   }
 };
 
-// The vectors of one row that a thread has, threads() apart; zero where the row has ended. They
-// stay as they were loaded, and elements are taken out where they are used: kept as elements, each
-// bf16 would have a register, and loads would be waited for early.
+// blockDim.x threads for a row, blockDim.y rows (1 unless a row has one warp); kPacks vectors of
+// the row a thread.
 template <class F, int kPacks>
-struct RowPacks {
-  static constexpr int kOfWord = 4 / sizeof(F);  // elements
-  static constexpr int kWords = 4 * kPacks;
-  static constexpr int kSize = kVector<F>;
-
-  Pack<uint32_t, 4> pack[kPacks];
-
-  // Of a row. RowShape gives 4 packs alone to several warps: the others compile to fixed offsets.
-  __device__ static int threads() { return kPacks == 4 ? static_cast<int>(blockDim.x) : 32; }
-  __device__ static int column(int p) {
-    return (static_cast<int>(threadIdx.x) + p * threads()) * kSize;
-  }
-
-  __device__ __forceinline__ static RowPacks load(const F* row, int columns) {
-    RowPacks out = {};
-#pragma unroll
-    for (int p = 0; p < kPacks; ++p)
-      if (column(p) < columns)
-        out.pack[p] = Pack<uint32_t, 4>::load(reinterpret_cast<const uint32_t*>(row + column(p)));
-    return out;
-  }
-  // Leaves the first-level cache to the weight.
-  __device__ __forceinline__ static RowPacks stream(const F* row, int columns) {
-    RowPacks out = {};
-#pragma unroll
-    for (int p = 0; p < kPacks; ++p)
-      if (column(p) < columns)
-        out.pack[p] = Pack<uint32_t, 4>::stream(reinterpret_cast<const uint32_t*>(row + column(p)));
-    return out;
-  }
-  __device__ __forceinline__ void store(F* row, int columns) const {
-#pragma unroll
-    for (int p = 0; p < kPacks; ++p)
-      if (column(p) < columns) pack[p].store(reinterpret_cast<uint32_t*>(row + column(p)));
-  }
-  __device__ __forceinline__ uint32_t& word(int w) {
-    return pack[w / 4].at[w % 4];
-  }
-  __device__ __forceinline__ Pack<float, kOfWord> get(int w) const {
-    return unpacked<F>(pack[w / 4].at[w % 4]);
-  }
-  // Elements that were taken out before are not kept for later uses.
-  __device__ __forceinline__ void forget_elements() {
-#pragma unroll
-    for (int w = 0; w < kWords; ++w) asm volatile("" : "+r"(word(w)));
-  }
-};
-
-// blockDim.x threads for a row, blockDim.y rows (1 unless a row has one warp). The weight is read
-// late: its place in registers is that of delta.
-template <class F, int kPacks>
-__global__ void __launch_bounds__(threads_together(kPacks)) add_rms_norm_kernel(const Norm<F> a) {
-  using Row = RowPacks<F, kPacks>;
-  using Elements = Pack<float, Row::kOfWord>;
+__global__ void __launch_bounds__(kMostThreads) add_rms_norm_kernel(const Norm<F> a) {
+  constexpr int kSize = kVector<F>;
+  using P = Pack<F, kSize>;
   __shared__ float shared[32];
-  const int columns = static_cast<int>(a.columns);
   const int64_t t = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
   if (t >= a.tokens) return;
-  Row x = Row::stream(a.x + t * a.x_stride, columns);
-  // Without a branch, so that all loads are on their way together.
-  const Row delta = Row::stream(a.delta + t * a.delta_stride, a.delta ? columns : 0);
-  if (a.delta) {
+  P x[kPacks] = {}, delta[kPacks] = {}, weight[kPacks] = {};
 #pragma unroll
-    for (int w = 0; w < Row::kWords; ++w) {
-      Elements sum = x.get(w);
-#pragma unroll
-      for (int j = 0; j < Row::kOfWord; ++j) sum.at[j] += delta.get(w).at[j];
-      x.word(w) = packed<F>(sum);
-    }
+  for (int p = 0; p < kPacks; ++p) {
+    const int64_t d = int64_t{threadIdx.x + p * blockDim.x} * kSize;
+    if (d >= a.columns) break;
+    x[p] = P::load(a.x + t * a.x_stride + d);
+    if (a.delta) delta[p] = P::load(a.delta + t * a.delta_stride + d);
+    weight[p] = P::load(a.weight + d);
   }
-  if (a.sum) x.store(a.sum + t * a.sum_stride, columns);
-  const Row weight = Row::load(a.weight, columns);
   float squares = 0;
 #pragma unroll
-  for (int w = 0; w < Row::kWords; ++w)
+  for (int p = 0; p < kPacks; ++p) {
+    const int64_t d = int64_t{threadIdx.x + p * blockDim.x} * kSize;
+    if (d >= a.columns) break;
 #pragma unroll
-    for (int j = 0; j < Row::kOfWord; ++j) squares += x.get(w).at[j] * x.get(w).at[j];
-  const float rstd = a.rstd_of(row_sum(squares, Row::threads(), shared));
-  if (threadIdx.x == 0) a.rstd[t] = rstd;
-  x.forget_elements();
-#pragma unroll
-  for (int w = 0; w < Row::kWords; ++w) {
-    Elements y = x.get(w);
-#pragma unroll
-    for (int j = 0; j < Row::kOfWord; ++j) y.at[j] = y.at[j] * rstd * weight.get(w).at[j];
-    x.word(w) = packed<F>(y);
+    for (int j = 0; j < kSize; ++j) {
+      if (a.delta) x[p].at[j] = from_float<F>(to_float(x[p].at[j]) + to_float(delta[p].at[j]));
+      squares += to_float(x[p].at[j]) * to_float(x[p].at[j]);
+    }
+    if (a.sum) x[p].store(a.sum + t * a.sum_stride + d);
   }
-  x.store(a.y + t * a.y_stride, columns);
+  const float rstd = a.rstd_of(row_sum(squares, shared));
+  if (threadIdx.x == 0) a.rstd[t] = rstd;
+#pragma unroll
+  for (int p = 0; p < kPacks; ++p) {
+    const int64_t d = int64_t{threadIdx.x + p * blockDim.x} * kSize;
+    if (d >= a.columns) break;
+    P y;
+#pragma unroll
+    for (int j = 0; j < kSize; ++j)
+      y.at[j] = from_float<F>(to_float(x[p].at[j]) * rstd * to_float(weight[p].at[j]));
+    y.store(a.y + t * a.y_stride + d);
+  }
 }
 
 template <class F>
@@ -164,7 +101,7 @@ __global__ void __launch_bounds__(kLoopThreads) add_rms_norm_loop_kernel(const N
     if (sum) sum[d] = value;
     squares += to_float(value) * to_float(value);
   }
-  const float rstd = a.rstd_of(row_sum(squares, kLoopThreads, shared));
+  const float rstd = a.rstd_of(row_sum(squares, shared));
   if (threadIdx.x == 0) a.rstd[t] = rstd;
   if (sum) x = sum;  // each thread reads what it wrote
   for (int64_t d = threadIdx.x; d < a.columns; d += kLoopThreads)
@@ -179,9 +116,9 @@ struct NormBackward {
   const float* rstd;
   const F* dresidual;
   F* dx;
-  float* dweight_PD;  // the sum of each block's rows
+  float* dweight_PD;  // one partial sum for each part of the rows
   int64_t dy_stride, x_stride, dresidual_stride, dx_stride;
-  int64_t tokens, columns;
+  int64_t tokens, columns, rows_of_part;
 
   // What the mean takes off g, as a factor of x.
   __device__ float shift_of(float dot, float rstd_t) const {
@@ -189,92 +126,97 @@ struct NormBackward {
   }
 };
 
-// The sum of a block's dweight over its rows, in their order.
+// The vectors of one row that a thread has.
 template <class F, int kPacks>
-__device__ __forceinline__ void store_dweight(const Pack<float, kVector<F>> (&dweight)[kPacks],
-                                              float* out_D, int columns) {
-  using Row = RowPacks<F, kPacks>;
-  __shared__ float sums[backward_rows(kPacks)][kPacks * 32 * Row::kSize];
-  if (blockDim.y == 1) {
-#pragma unroll
-    for (int p = 0; p < kPacks; ++p)
-      if (Row::column(p) < columns) dweight[p].store(out_D + Row::column(p));
-    return;
-  }
-#pragma unroll
-  for (int p = 0; p < kPacks; ++p)
-#pragma unroll
-    for (int j = 0; j < Row::kSize; ++j) sums[threadIdx.y][Row::column(p) + j] = dweight[p].at[j];
-  __syncthreads();
-  for (int d = threadIdx.y * 32 + threadIdx.x; d < columns; d += backward_rows(kPacks) * 32) {
-    float sum = 0;
-#pragma unroll
-    for (int row = 0; row < backward_rows(kPacks); ++row) sum += sums[row][d];
-    out_D[d] = sum;
-  }
-}
+struct BackwardRow {
+  using P = Pack<F, kVector<F>>;
+  P dy[kPacks], x[kPacks], dresidual[kPacks];
+  float rstd;
 
-// As above, but the blocks go over the rows together, so that what is under way lies close together
-// in memory. A warp keeps dweight in registers over its rows.
+  __device__ __forceinline__ void load(const NormBackward<F>& a, int64_t t) {
+    rstd = a.rstd[t];
+#pragma unroll
+    for (int p = 0; p < kPacks; ++p) {
+      const int64_t d = int64_t{threadIdx.x + p * blockDim.x} * kVector<F>;
+      if (d >= a.columns) break;
+      dy[p] = P::load(a.dy + t * a.dy_stride + d);
+      x[p] = P::load(a.x + t * a.x_stride + d);
+      if (a.dresidual) dresidual[p] = P::load(a.dresidual + t * a.dresidual_stride + d);
+    }
+  }
+};
+
+// A block takes one part of the rows, with the next row on its way while it computes one.
 template <class F, int kPacks>
-__global__ void __launch_bounds__(threads_together(kPacks))
+__global__ void __launch_bounds__(kMostThreads, kPacks == 1 ? 2 : 1)
     rms_norm_backward_kernel(const NormBackward<F> a) {
-  using Row = RowPacks<F, kPacks>;
-  using Elements = Pack<float, Row::kOfWord>;
+  constexpr int kSize = kVector<F>;
+  constexpr bool kAhead = kPacks <= 2;  // more would not fit into registers
+  using P = Pack<F, kSize>;
   __shared__ float shared[2][32];
-  const int columns = static_cast<int>(a.columns);
-  Row weight = Row::load(a.weight, columns);
-  Pack<float, Row::kSize> dweight[kPacks] = {};
-  bool odd = false;
-  for (int64_t t = int64_t{blockIdx.x} * blockDim.y + threadIdx.y; t < a.tokens;
-       t += int64_t{gridDim.x} * blockDim.y, odd = !odd) {
-    Row dy = Row::stream(a.dy + t * a.dy_stride, columns);
-    Row x = Row::stream(a.x + t * a.x_stride, columns);
-    Row dx = Row::stream(a.dresidual + t * a.dresidual_stride, a.dresidual ? columns : 0);
-    const float rstd = a.rstd[t];
+  const int64_t begin = blockIdx.x * a.rows_of_part, end = min(a.tokens, begin + a.rows_of_part);
+  P weight[kPacks] = {};
+  Pack<float, kSize> dweight[kPacks] = {};
+#pragma unroll
+  for (int p = 0; p < kPacks; ++p) {
+    const int64_t d = int64_t{threadIdx.x + p * blockDim.x} * kSize;
+    if (d < a.columns) weight[p] = P::load(a.weight + d);
+  }
+  BackwardRow<F, kPacks> row = {}, next = {};
+  if constexpr (kAhead) next.load(a, begin);
+  for (int64_t t = begin; t < end; ++t) {
+    if constexpr (kAhead) {
+      row = next;
+      if (t + 1 < end) next.load(a, t + 1);
+    } else {
+      row.load(a, t);
+    }
     float dot = 0;
 #pragma unroll
-    for (int w = 0; w < Row::kWords; ++w)
+    for (int p = 0; p < kPacks; ++p) {
 #pragma unroll
-      for (int j = 0; j < Row::kOfWord; ++j)
-        dot += dy.get(w).at[j] * weight.get(w).at[j] * x.get(w).at[j];
-    const float shift = a.shift_of(row_sum(dot, Row::threads(), shared[odd]), rstd);
-    dy.forget_elements();
-    x.forget_elements();
-    weight.forget_elements();
-#pragma unroll
-    for (int w = 0; w < Row::kWords; ++w) {
-      const Elements dy_w = dy.get(w), x_w = x.get(w), weight_w = weight.get(w);
-      Elements dx_w = dx.get(w);
-#pragma unroll
-      for (int j = 0; j < Row::kOfWord; ++j) {
-        dweight[w / 4].at[w % 4 * Row::kOfWord + j] += dy_w.at[j] * (x_w.at[j] * rstd);
-        dx_w.at[j] += rstd * (dy_w.at[j] * weight_w.at[j] - x_w.at[j] * shift);
-      }
-      dx.word(w) = packed<F>(dx_w);
+      for (int j = 0; j < kSize; ++j)
+        dot += to_float(row.dy[p].at[j]) * to_float(weight[p].at[j]) * to_float(row.x[p].at[j]);
     }
-    dx.store(a.dx + t * a.dx_stride, columns);
+    const float shift = a.shift_of(row_sum(dot, shared[t % 2]), row.rstd);
+#pragma unroll
+    for (int p = 0; p < kPacks; ++p) {
+      const int64_t d = int64_t{threadIdx.x + p * blockDim.x} * kSize;
+      if (d >= a.columns) break;
+      P dx;
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) {
+        const float dy = to_float(row.dy[p].at[j]), x = to_float(row.x[p].at[j]);
+        dweight[p].at[j] += dy * (x * row.rstd);
+        const float dsum = row.rstd * (dy * to_float(weight[p].at[j]) - x * shift);
+        dx.at[j] = from_float<F>(a.dresidual ? to_float(row.dresidual[p].at[j]) + dsum : dsum);
+      }
+      dx.store(a.dx + t * a.dx_stride + d);
+    }
   }
-  store_dweight<F, kPacks>(dweight, a.dweight_PD + blockIdx.x * a.columns, columns);
+#pragma unroll
+  for (int p = 0; p < kPacks; ++p) {
+    const int64_t d = int64_t{threadIdx.x + p * blockDim.x} * kSize;
+    if (d < a.columns) dweight[p].store(a.dweight_PD + blockIdx.x * a.columns + d);
+  }
 }
 
 template <class F>
 __global__ void __launch_bounds__(kLoopThreads)
     rms_norm_backward_loop_kernel(const NormBackward<F> a) {
   __shared__ float shared[2][32];
+  const int64_t begin = blockIdx.x * a.rows_of_part, end = min(a.tokens, begin + a.rows_of_part);
   float* const dweight = a.dweight_PD + blockIdx.x * a.columns;
-  bool odd = false;
-  for (int64_t t = blockIdx.x; t < a.tokens; t += gridDim.x, odd = !odd) {
+  for (int64_t t = begin; t < end; ++t) {
     const F* const dy = a.dy + t * a.dy_stride;
     const F* const x = a.x + t * a.x_stride;
     float dot = 0;
     for (int64_t d = threadIdx.x; d < a.columns; d += kLoopThreads)
       dot += to_float(dy[d]) * to_float(a.weight[d]) * to_float(x[d]);
-    const float rstd = a.rstd[t];
-    const float shift = a.shift_of(row_sum(dot, kLoopThreads, shared[odd]), rstd);
+    const float rstd = a.rstd[t], shift = a.shift_of(row_sum(dot, shared[t % 2]), rstd);
     for (int64_t d = threadIdx.x; d < a.columns; d += kLoopThreads) {
       const float g = to_float(dy[d]) * to_float(a.weight[d]), s = to_float(x[d]) * rstd;
-      dweight[d] = (t == blockIdx.x ? 0.0f : dweight[d]) + to_float(dy[d]) * s;
+      dweight[d] = (t == begin ? 0.0f : dweight[d]) + to_float(dy[d]) * s;
       float dx = rstd * (g - to_float(x[d]) * shift);
       if (a.dresidual) dx += to_float(a.dresidual[t * a.dresidual_stride + d]);
       a.dx[t * a.dx_stride + d] = from_float<F>(dx);
@@ -282,26 +224,18 @@ __global__ void __launch_bounds__(kLoopThreads)
   }
 }
 
-// Threads of a row, and vectors of a thread, for rows of n vectors.
-struct RowShape {
-  int packs;
-  int64_t threads;
-  bool one_warp;
-
-  explicit RowShape(int64_t n)
-      : packs(n <= 64                             ? 2
-              : n <= 128 || n > kVectorsOfOneWarp ? 4
-                                                  : 8),
-        threads(n <= kVectorsOfOneWarp ? 32 : ceil_div(n, 4 * 32) * 32),
-        one_warp(threads == 32) {}
-};
-
-// Calls f.operator()<kPacks>().
-template <class Function>
-void dispatch_packs(const RowShape& row, const Function& f) {
-  if (row.packs == 2) return f.template operator()<2>();
-  if (row.packs == 4) return f.template operator()<4>();
-  f.template operator()<8>();
+// Calls with_packs.operator()<kPacks>(threads) for rows of n vectors, or `loop` where they do not
+// fit.
+template <class WithPacks, class Loop>
+void dispatch_packs(int64_t n, int64_t most_of_one, int64_t most_of_two,
+                    const WithPacks& with_packs, const Loop& loop) {
+  const auto threads = [n](int64_t packs) {
+    return static_cast<unsigned>(ceil_div(ceil_div(n, packs), 32) * 32);
+  };
+  if (n > 4 * kMostThreads) return loop();
+  if (n <= most_of_one) return with_packs.template operator()<1>(threads(1));
+  if (n <= most_of_two) return with_packs.template operator()<2>(threads(2));
+  with_packs.template operator()<4>(threads(4));
 }
 
 template <class F>
@@ -309,56 +243,52 @@ bool rows_fit_vectors(const Tensor& x) {
   return !x.defined() || fits_vectors<F>(x.raw(), x.size(x.dims() - 1), x.row_stride());
 }
 
-int64_t vectors_of_row(DType dtype, int64_t columns) {
-  return ceil_div(columns * dtype_bytes(dtype), 16);
-}
+// The cut of the rows for dweight. 512 parts are all under way at once on an H100, and their sums
+// are a fiftieth of the traffic at 16384 rows. Short rows need more of them.
+struct Parts {
+  int64_t rows, count;
 
-// Blocks of the backward pass, each with one part of dweight: as many as an H100 runs at a time,
-// so that all rows are one wave and the parts are few.
-int64_t backward_blocks(const Tensor& x_TD) {
-  const RowShape row(vectors_of_row(x_TD.dtype(), x_TD.size(1)));
-  const int64_t rows = row.one_warp ? backward_rows(row.packs) : 1;
-  const int64_t together = threads_together(row.packs) / (row.threads * rows);
-  return std::min(ceil_div(x_TD.size(0), rows), kMultiprocessors * std::max<int64_t>(1, together));
-}
+  Parts(int64_t tokens, int64_t columns)
+      : rows(std::max<int64_t>(8, ceil_div(tokens, columns < 1024 ? 1024 : 512))),
+        count(ceil_div(tokens, rows)) {}
+};
 
 int64_t backward_scratch(const Tensor& x_TD) {
-  return ScratchPieces::padded(backward_blocks(x_TD) * x_TD.size(1) *
-                               static_cast<int64_t>(sizeof(float)));
+  const int64_t T = x_TD.size(0), D = x_TD.size(1);
+  return ScratchPieces::padded(Parts(T, D).count * D * static_cast<int64_t>(sizeof(float)));
 }
 
 template <class F>
 void launch_norm(const Norm<F>& norm, bool vectors, cudaStream_t stream) {
-  const int64_t n = norm.columns / kVector<F>;
-  if (!vectors || n > kMostVectors) {
+  const auto loop = [&] {
     add_rms_norm_loop_kernel<F>
         <<<static_cast<unsigned>(norm.tokens), kLoopThreads, 0, stream>>>(norm);
-    return;
-  }
-  const RowShape row(n);
-  const int64_t rows = row.one_warp ? kForwardRows : 1;
-  const auto blocks = static_cast<unsigned>(ceil_div(norm.tokens, rows));
-  const dim3 threads(static_cast<unsigned>(row.threads), static_cast<unsigned>(rows));
-  dispatch_packs(row, [&]<int kPacks>() {
-    add_rms_norm_kernel<F, kPacks><<<blocks, threads, 0, stream>>>(norm);
-  });
+  };
+  if (!vectors) return loop();
+  dispatch_packs(
+      norm.columns / kVector<F>, 32, 512,
+      [&]<int kPacks>(unsigned threads) {
+        const unsigned rows = threads == 32 ? kRowsOfWarps : 1;
+        const auto blocks = static_cast<unsigned>(ceil_div(norm.tokens, rows));
+        add_rms_norm_kernel<F, kPacks><<<blocks, dim3(threads, rows), 0, stream>>>(norm);
+      },
+      loop);
 }
 
 template <class F>
 void launch_backward(const NormBackward<F>& norm, bool vectors, int64_t parts,
                      cudaStream_t stream) {
   const auto blocks = static_cast<unsigned>(parts);
-  const int64_t n = norm.columns / kVector<F>;
-  if (!vectors || n > kMostVectors) {
+  const auto loop = [&] {
     rms_norm_backward_loop_kernel<F><<<blocks, kLoopThreads, 0, stream>>>(norm);
-    return;
-  }
-  const RowShape row(n);
-  dispatch_packs(row, [&]<int kPacks>() {
-    const unsigned rows = row.one_warp ? backward_rows(kPacks) : 1;
-    const dim3 threads(static_cast<unsigned>(row.threads), rows);
-    rms_norm_backward_kernel<F, kPacks><<<blocks, threads, 0, stream>>>(norm);
-  });
+  };
+  if (!vectors) return loop();
+  dispatch_packs(
+      norm.columns / kVector<F>, kMostThreads, 2 * kMostThreads,
+      [&]<int kPacks>(unsigned threads) {
+        rms_norm_backward_kernel<F, kPacks><<<blocks, threads, 0, stream>>>(norm);
+      },
+      loop);
 }
 
 }  // namespace
@@ -414,8 +344,9 @@ void CudaOps::rms_norm_backward(Stream& stream, const Tensor& dy_TD, const Tenso
   if (dresidual_TD.defined())
     expect_strided(dresidual_TD, "rms_norm_backward: dresidual_TD", dtype, {T, D});
   if (D == 0) return;
-  const int64_t parts = backward_blocks(x_TD);
-  float* const dweight_PD = ScratchPieces(stream, backward_scratch(x_TD)).take<float>(parts * D);
+  const Parts parts(T, D);
+  float* const dweight_PD =
+      ScratchPieces(stream, backward_scratch(x_TD)).take<float>(parts.count * D);
   if (T > 0) {
     dispatch_f(dtype, "rms_norm_backward", [&]<class F>() {
       const NormBackward<F> norm{.dy = pointer<F>(dy_TD),
@@ -430,15 +361,16 @@ void CudaOps::rms_norm_backward(Stream& stream, const Tensor& dy_TD, const Tenso
                                  .dresidual_stride = dresidual_TD.row_stride(),
                                  .dx_stride = dx_TD.row_stride(),
                                  .tokens = T,
-                                 .columns = D};
+                                 .columns = D,
+                                 .rows_of_part = parts.rows};
       const bool vectors = rows_fit_vectors<F>(dy_TD) && rows_fit_vectors<F>(x_TD) &&
                            rows_fit_vectors<F>(weight_D) && rows_fit_vectors<F>(dresidual_TD) &&
                            rows_fit_vectors<F>(dx_TD);
-      launch_backward(norm, vectors, parts, cuda(stream));
+      launch_backward(norm, vectors, parts.count, cuda(stream));
     });
     check_launch("rms_norm_backward");
   }
-  sum_parts(stream, dweight_PD, parts, D, accumulate, pointer<float>(dweight_D));
+  sum_parts(stream, dweight_PD, parts.count, D, accumulate, pointer<float>(dweight_D));
 }
 
 void PlanningOps::rms_norm_backward(Stream&, const Tensor&, const Tensor& x_TD, const Tensor&,

@@ -49,39 +49,12 @@ struct alignas(sizeof(T) * kCount < 16 ? sizeof(T) * kCount : 16) Pack {
       reinterpret_cast<Word*>(out.at)[i] = reinterpret_cast<const Word*>(from)[i];
     return out;
   }
-  // Read once: not kept in the first-level cache.
-  __device__ __forceinline__ static Pack stream(const T* from) {
-    Pack out;
-#pragma unroll
-    for (int i = 0; i < kWords; ++i)
-      reinterpret_cast<Word*>(out.at)[i] = __ldcs(reinterpret_cast<const Word*>(from) + i);
-    return out;
-  }
   __device__ __forceinline__ void store(T* to) const {
 #pragma unroll
     for (int i = 0; i < kWords; ++i)
       store_word(reinterpret_cast<const Word*>(at)[i], reinterpret_cast<Word*>(to) + i);
   }
 };
-
-// The elements of F in 32 bits, and back.
-template <class F>
-__device__ __forceinline__ Pack<float, 4 / sizeof(F)> unpacked(uint32_t word) {
-  if constexpr (sizeof(F) == 4) {
-    return {{__uint_as_float(word)}};
-  } else {
-    return {{__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u)}};
-  }
-}
-template <class F>
-__device__ __forceinline__ uint32_t packed(const Pack<float, 4 / sizeof(F)>& x) {
-  if constexpr (sizeof(F) == 4) {
-    return __float_as_uint(x.at[0]);
-  } else {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(x.at[0], x.at[1]);
-    return uint32_t{__bfloat16_as_ushort(pair.x)} | uint32_t{__bfloat16_as_ushort(pair.y)} << 16;
-  }
-}
 
 // Elements of F in 16 bytes.
 template <class F>
