@@ -38,8 +38,9 @@ Json describe_build() {
   json["sanitizers"] = text_or_null(DSTRAIN_SANITIZERS);
   json["cuda_version"] = text_or_null(DSTRAIN_CUDA_VERSION);
   json["recommended_gpu"] = recommended_gpu();
-  json["new_features"] = {"training of DeepSeek-style mixture-of-experts and dense models on a CPU",
-                          "exact resume from verified checkpoints",
+  json["new_features"] = {build_capabilities().cuda ? "training on one GPU, in bf16 with fp32 master values"
+                                                    : "training of mixture-of-experts and dense models on a CPU",
+                          "exact resume from verified checkpoints, at any layout",
                           "import from and export to Hugging Face folders"};
   // Versions that the build found; null for a library that it did without.
   json["libraries"] = {{"onednn", onednn_version()},

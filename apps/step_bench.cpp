@@ -130,7 +130,7 @@ StepBenchResult bench_step(const Config& config, const StepBenchOptions& options
   StepRunner runner(config, engine);
 
   // Results are taken a step late, as the trainer does: the device always has work queued.
-  Clock::time_point last;
+  Clock::time_point last = Clock::now();
   auto take = [&](int64_t step) {
     result.loss = engine.take_result().loss;
     if (step == 0) result.startup_seconds = process_age();
@@ -139,7 +139,7 @@ StepBenchResult bench_step(const Config& config, const StepBenchOptions& options
     if (timed) timed->timed_ops().take_totals();
   };
   const int64_t steps = options.warm_up + options.steps;
-  const int64_t late = backend->is_cpu() || options.warm_up == 0 ? 0 : 1;
+  const int64_t late = backend->is_cpu() ? 0 : 1;
   for (int64_t s = 0; s < steps; ++s) {
     runner.queue_step();
     if (s >= late) take(s - late);

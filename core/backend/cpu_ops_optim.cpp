@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "core/backend/cpu_ops.h"
+#include "core/base/bf16.h"
 
 namespace dstrain {
 namespace {
@@ -107,19 +108,19 @@ void CpuOps::adamw(Stream&, const AdamWParams& params, const StepScalars* scalar
   });
 }
 
-// The upper half is rounded by carrying the lower half's top bit into it: join_master takes the carry back.
 void CpuOps::split_master(Stream&, const Tensor& master, const Tensor& param, const Tensor& param_low) {
   const int64_t n = master.numel();
   expect_flat(master, "split_master: master", DType::f32, n);
   expect_flat(param, "split_master: param", DType::bf16, n);
   expect_flat(param_low, "split_master: param_low", DType::u16, n);
-  const auto* from = static_cast<const uint32_t*>(master.raw());
+  const auto* from = master.data<float>();
   auto* high = static_cast<uint16_t*>(param.raw());
   auto* low = param_low.data<uint16_t>();
   pool_.run_ranges(n, kChunk, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      high[i] = static_cast<uint16_t>((from[i] + 0x8000u) >> 16);
-      low[i] = static_cast<uint16_t>(from[i]);
+      const MasterHalves halves = dstrain::split_master(from[i]);
+      high[i] = halves.high;
+      low[i] = halves.low;
     }
   });
 }
@@ -131,12 +132,9 @@ void CpuOps::join_master(Stream&, const Tensor& param, const Tensor& param_low, 
   expect_flat(param_low, "join_master: param_low", DType::u16, n);
   const auto* high = static_cast<const uint16_t*>(param.raw());
   const auto* low = param_low.data<uint16_t>();
-  auto* to = static_cast<uint32_t*>(master.raw());
+  auto* to = master.data<float>();
   pool_.run_ranges(n, kChunk, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const uint32_t carry = static_cast<uint32_t>(low[i]) >> 15;
-      to[i] = (static_cast<uint32_t>(high[i]) - carry) << 16 | low[i];
-    }
+    for (int64_t i = begin; i < end; ++i) to[i] = dstrain::join_master({high[i], low[i]});
   });
 }
 
