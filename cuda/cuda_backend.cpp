@@ -124,7 +124,6 @@ CudaDevice open_device(const CudaOptions& options) {
   device.index = options.device;
   device.compute_capability = 10 * properties.major + properties.minor;
   device.num_sms = properties.multiProcessorCount;
-  device.l2_bytes = properties.l2CacheSize;
   device.memory_bytes = static_cast<int64_t>(properties.totalGlobalMem);
   device.name = properties.name;
   device.deterministic = options.deterministic;

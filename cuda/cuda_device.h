@@ -14,7 +14,7 @@ struct CudaDevice {
   int index = 0;
   int compute_capability = 0;  // 90 is 9.0
   int num_sms = 0;
-  int64_t l2_bytes = 0, memory_bytes = 0;
+  int64_t memory_bytes = 0;
   std::string name;
   bool deterministic = false;  // the same bits in every run, at some cost in attention's backward
   bool tf32 = false;           // f32 products in TF32
