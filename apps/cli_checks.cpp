@@ -47,34 +47,40 @@ void declare_checks(Command root, CommandOptions& options) {
 
   Command bench = root.add_command("bench", "speed on this machine: step, ops");
   Command step = bench.add_command("step", "times whole training steps");
-  declare_config(step, /*with_aliases=*/false);
-  step.add_text("--model-config", options.bench.model_config, "FILE",
-                "JSON with the keys of 'model'");
-  step.add_flag("--synthetic", options.bench.synthetic, "random tokens instead of data.train");
-  step.add_integer("--batch", options.bench.batch, in_range(1, 1 << 30), "train.global_batch");
-  step.add_integer("--micro-batch", options.bench.micro_batch, in_range(1, 1 << 24),
-                   "train.micro_batch");
-  step.add_integer("--accumulation", options.bench.accumulation, in_range(1, 1 << 20),
-                   "micro-batches of a step, instead of --batch");
-  step.add_integer("--seq", options.bench.seq, in_range(1, 1 << 20), "data.seq_len");
-  step.add_integer("--warm-up", options.bench.warm_up, in_range(0, 1000), "steps before (default 2)");
   step.add_flag("--profile", options.bench.profile, "time of each operation in a step");
-  step.on_given([&options](const ScannedLine& line) {
-    options.bench.config = config_source(line);
-    if (!options.bench.config.path && options.bench.model_config.empty() &&
-        options.bench.config.overrides.empty())
-      throw UsageError("bench step needs --config, --model-config or --set");
-    return invoke("bench step", options.bench, cmd_bench_step);
-  });
-  Command ops = bench.add_command("ops", "times single operations");
+  Command ops = bench.add_command("ops", "times each operation of a step, beside the device's ceilings");
   ops.add_text("--filter", options.bench.filter, "NAME", "only those whose name contains this");
-  ops.on_given(
-      [&options](const ScannedLine&) { return invoke("bench ops", options.bench, cmd_bench_ops); });
   for (Command app : {step, ops}) {
+    declare_config(app, /*with_aliases=*/false);
+    app.add_text("--model-config", options.bench.model_config, "FILE",
+                 "JSON with the keys of 'model'");
+    app.add_flag("--synthetic", options.bench.synthetic, "random tokens instead of data.train");
+    app.add_integer("--batch", options.bench.batch, in_range(1, 1 << 30), "train.global_batch");
+    app.add_integer("--micro-batch", options.bench.micro_batch, in_range(1, 1 << 24),
+                    "train.micro_batch");
+    app.add_integer("--accumulation", options.bench.accumulation, in_range(1, 1 << 20),
+                    "micro-batches of a step, instead of --batch");
+    app.add_integer("--seq", options.bench.seq, in_range(1, 1 << 20), "data.seq_len");
+    app.add_integer("--warm-up", options.bench.warm_up, in_range(0, 1000),
+                    "steps before (default 2)");
     app.add_integer("--steps", options.bench.steps, in_range(1, 1e9), "repetitions (default 10)");
     app.add_integer("--threads", options.bench.threads, in_range(1, 4096), "run.threads");
     app.add_flag("--json", options.bench.json, "JSON objects");
   }
+  const auto needs_job = [&options](const ScannedLine& line, const char* command) {
+    options.bench.config = config_source(line);
+    if (!options.bench.config.path && options.bench.model_config.empty() &&
+        options.bench.config.overrides.empty())
+      throw UsageError(std::string(command) + " needs --config, --model-config or --set");
+  };
+  step.on_given([&options, needs_job](const ScannedLine& line) {
+    needs_job(line, "bench step");
+    return invoke("bench step", options.bench, cmd_bench_step);
+  });
+  ops.on_given([&options, needs_job](const ScannedLine& line) {
+    needs_job(line, "bench ops");
+    return invoke("bench ops", options.bench, cmd_bench_ops);
+  });
 
   Command version = root.add_command("version", "version, build and libraries");
   version.add_flag("--json", options.version.json, "one JSON object");

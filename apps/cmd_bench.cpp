@@ -1,5 +1,6 @@
 // bench step: how long a whole training step takes, beside the memory plan and, on a CPU, its
-// matrix products alone.
+// matrix products alone. bench ops: how long each operation takes in a step, beside what the device
+// reaches on plain work.
 #include <algorithm>
 #include <cstdio>
 #include <nlohmann/json.hpp>
@@ -82,7 +83,7 @@ int cmd_bench_step(const BenchOptions& options) {
     log_info("bench step uses random tokens; data.train is not read");
   const StepBenchResult r = bench_step(config, {.steps = std::max<int64_t>(1, options.steps),
                                                 .warm_up = options.warm_up,
-                                                .profile = options.profile});
+                                                .profiled_steps = options.profile ? 1 : 0});
   StepReport report(config, r);
   if (!report.on_gpu()) report.add_products(time_products_of_step(config));
   if (options.json)
@@ -92,9 +93,16 @@ int cmd_bench_step(const BenchOptions& options) {
   return 0;
 }
 
-int cmd_bench_ops(const BenchOptions&) {
-  throw ConfigError(
-      "bench ops is not available in this build; bench step --profile prints a step by operation");
+int cmd_bench_ops(const BenchOptions& options) {
+  const Config config = bench_config(options);
+  const StepBenchResult r =
+      bench_step(config, {.steps = 1, .warm_up = options.warm_up, .profiled_steps = options.steps});
+  const StepReport report(config, r);
+  const std::string out = options.json
+                              ? report.operations_json(options.filter)
+                              : report.heading() + "\n" + report.operations_text(options.filter);
+  std::printf("%s", out.c_str());
+  return 0;
 }
 
 }  // namespace dstrain

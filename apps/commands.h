@@ -160,7 +160,7 @@ struct VerifyOptions {
 };
 int cmd_verify(const VerifyOptions& options);
 
-// bench step (--config FILE | --model-config config.json) | bench ops
+// bench step | ops (--config FILE | --model-config config.json)
 struct BenchOptions {
   ConfigSource config;
   std::string model_config;            // JSON with the keys of `model`

@@ -60,6 +60,9 @@ int run(int argc, char** argv) {
 int main(int argc, char** argv) {
   // A reader that goes away, as in `... | head`, must not end a training run.
   std::signal(SIGPIPE, SIG_IGN);
+  // A micro-batch of a deep model is more launches than a GPU's queue takes by default, 1024: the
+  // host would wait in the middle of one. The driver reads this when it starts.
+  setenv("CUDA_SCALE_LAUNCH_QUEUES", "4x", /*overwrite=*/0);
   const int code = run(argc, argv);
   // Results that could not be written are a failure, unless nobody wanted the rest of them.
   errno = 0;

@@ -90,6 +90,25 @@ double host_seconds(TrainEngine& engine, StepRunner& runner) {
   return seconds;
 }
 
+std::map<std::string, OpTotal> profile_steps(int64_t steps, TrainEngine& engine, StepRunner& runner,
+                                             TimedOps& ops) {
+  std::map<std::string, std::vector<OpTotal>> all;
+  ops.take_totals();
+  for (int64_t s = 0; s < steps; ++s) {
+    runner.queue_step();
+    engine.take_result();
+    for (auto& [name, total] : ops.take_totals()) all[name].push_back(total);
+  }
+  std::map<std::string, OpTotal> medians;
+  for (auto& [name, totals] : all) {
+    const auto middle = totals.begin() + std::ssize(totals) / 2;
+    std::nth_element(totals.begin(), middle, totals.end(),
+                     [](const OpTotal& a, const OpTotal& b) { return a.seconds < b.seconds; });
+    medians[name] = *middle;
+  }
+  return medians;
+}
+
 }  // namespace
 
 SyntheticBatch::SyntheticBatch(const Config& config, uint64_t index) {
@@ -112,16 +131,17 @@ StepBenchResult bench_step(const Config& config, const StepBenchOptions& options
   result.private_before = private_memory_bytes();
   result.recompute = std::string(enum_name(config.train.recompute));
   std::unique_ptr<Backend> backend = make_backend(config);
+  const std::unique_ptr<OpClock> clock = make_op_clock(*backend);
   TimedBackend* timed = nullptr;
-  if (options.profile) {
-    std::unique_ptr<OpClock> clock = make_op_clock(*backend);
-    auto wrapped = std::make_unique<TimedBackend>(std::move(backend), std::move(clock));
+  const EngineOptions engine_settings = engine_options(config, true, *backend);
+  if (options.profiled_steps > 0) {
+    result.ceilings = measure_ceilings(*backend, engine_settings.dtype);
+    auto wrapped = std::make_unique<TimedBackend>(std::move(backend), make_op_clock(*backend));
     timed = wrapped.get();
     backend = std::move(wrapped);
   }
   result.device = backend->describe();
   result.on_gpu = !backend->is_cpu();
-  const EngineOptions engine_settings = engine_options(config, true, *backend);
   result.precision = precision_name(config, engine_settings);
   TrainEngine engine(*backend, config.model, engine_settings);
   engine.allocate();
@@ -130,30 +150,26 @@ StepBenchResult bench_step(const Config& config, const StepBenchOptions& options
   StepRunner runner(config, engine);
 
   // Results are taken a step late, as the trainer does: the device always has work queued.
-  Clock::time_point last = Clock::now();
-  auto take = [&](int64_t step) {
+  std::vector<int> ends{clock->mark(engine.stream())};
+  const auto take = [&](int64_t step) {
     result.loss = engine.take_result().loss;
     if (step == 0) result.startup_seconds = process_age();
-    if (step >= options.warm_up) result.step_seconds.push_back(seconds_since(last));
-    last = Clock::now();
-    if (timed) timed->timed_ops().take_totals();
   };
   const int64_t steps = options.warm_up + options.steps;
   const int64_t late = backend->is_cpu() ? 0 : 1;
   for (int64_t s = 0; s < steps; ++s) {
     runner.queue_step();
+    ends.push_back(clock->mark(engine.stream()));
     if (s >= late) take(s - late);
   }
   if (late == 1) take(steps - 1);
+  for (size_t s = static_cast<size_t>(options.warm_up); s + 1 < ends.size(); ++s)
+    result.step_seconds.push_back(clock->seconds_between(ends[s], ends[s + 1]));
 
   result.host_seconds =
       backend->is_cpu() ? result.step_seconds.front() : host_seconds(engine, runner);
-  if (timed) {
-    timed->timed_ops().take_totals();
-    runner.queue_step();
-    engine.take_result();
-    result.profile = timed->timed_ops().take_totals();
-  }
+  if (timed)
+    result.profile = profile_steps(options.profiled_steps, engine, runner, timed->timed_ops());
   result.private_after = private_memory_bytes();
   std::sort(result.step_seconds.begin(), result.step_seconds.end());
   result.flops = model_cost(config.model, config.data.seq_len).flops_per_token *

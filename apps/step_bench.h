@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "apps/ceilings.h"
 #include "core/backend/timed_ops.h"
 #include "core/config/config.h"
 #include "core/engine/batch_slot.h"
@@ -13,7 +14,7 @@ namespace dstrain {
 
 struct StepBenchOptions {
   int64_t steps = 10, warm_up = 2;
-  bool profile = false;  // a further step whose operations are timed one by one
+  int64_t profiled_steps = 0;  // further steps, whose operations are timed one by one
 };
 
 struct StepBenchResult {
@@ -26,7 +27,8 @@ struct StepBenchResult {
   int64_t private_before = 0, private_after = 0;  // memory of this process, in bytes
   bool on_gpu = false;
   std::string device, precision, recompute;
-  std::map<std::string, OpTotal> profile;
+  std::map<std::string, OpTotal> profile;  // of a step: the median of those profiled
+  Ceilings ceilings;                       // of the device; with a profile only
 };
 
 StepBenchResult bench_step(const Config& config, const StepBenchOptions& options);

@@ -16,13 +16,23 @@
 namespace dstrain {
 namespace {
 
-// What the vendor states for an H100 SXM: dense bf16 products, and memory.
-constexpr double kPeakFlops = 989.4e12;
-constexpr double kPeakBytes = 3.35e12;
+constexpr double kPeakFlops = 989.4e12;  // of an H100 SXM, as sold: dense bf16 products
 
 double rounded(double x, int digits) {
   const double scale = std::pow(10.0, digits);
   return std::round(x * scale) / scale;
+}
+
+using Row = std::pair<std::string, OpTotal>;
+
+// The longest first.
+std::vector<Row> rows_of(const std::map<std::string, OpTotal>& profile, const std::string& filter) {
+  std::vector<Row> rows;
+  for (const auto& row : profile)
+    if (row.first.find(filter) != std::string::npos) rows.emplace_back(row);
+  std::sort(rows.begin(), rows.end(),
+            [](const Row& a, const Row& b) { return a.second.seconds > b.second.seconds; });
+  return rows;
 }
 
 }  // namespace
@@ -36,12 +46,15 @@ StepReport::StepReport(const Config& config, const StepBenchResult& result)
       parameters_(
           static_cast<double>(model_cost(config.model, config.data.seq_len).parameters_total)) {}
 
+std::string StepReport::heading() const {
+  return fmt::format("{} parameters, {} x {} tokens in micro-batches of {}, {}, {}\n",
+                     format_count(parameters_), config_.train.global_batch, config_.data.seq_len,
+                     config_.train.micro_batch, result_.precision, result_.device);
+}
+
 std::string StepReport::text() const {
   const StepBenchResult& r = result_;
-  std::string out =
-      fmt::format("{} parameters, {} x {} tokens in micro-batches of {}, {}, {}\n",
-                  format_count(parameters_), config_.train.global_batch, config_.data.seq_len,
-                  config_.train.micro_batch, r.precision, r.device);
+  std::string out = heading();
   out += fmt::format(
       "step            {:8.1f} ms   median of {} (fastest {:.1f})   {} tokens/s   {}/s{}\n",
       1e3 * step_, r.step_seconds.size(), 1e3 * r.step_seconds.front(),
@@ -61,28 +74,53 @@ std::string StepReport::text() const {
               : fmt::format("memory          {} planned, {} private after the steps\n",
                             format_bytes(r.plan_bytes),
                             format_bytes(r.private_after - r.private_before));
-  return out + profile_table();
+  return r.profile.empty() ? out : out + "\n" + operations_text("");
 }
 
-std::string StepReport::profile_table() const {
-  if (result_.profile.empty()) return "";
-  std::vector<std::pair<std::string, OpTotal>> rows(result_.profile.begin(), result_.profile.end());
-  std::sort(rows.begin(), rows.end(),
-            [](const auto& a, const auto& b) { return a.second.seconds > b.second.seconds; });
-  double sum = 0;
-  for (const auto& [name, total] : rows) sum += total.seconds;
-  std::string out = fmt::format("\n{:<38} {:>6} {:>9} {:>6} {:>9} {:>7}\n", "operation", "calls",
-                                "ms", "%", "TFLOP/s", "TB/s");
+std::string StepReport::operations_text(const std::string& filter) const {
+  const Ceilings& ceilings = result_.ceilings;
+  const double unit = gpu_ ? 1e-12 : 1e-9;
+  const std::string prefix = gpu_ ? "T" : "G";
+  const std::vector<Row> rows = rows_of(result_.profile, filter);
+  double sum = 0, least = 0;
+  for (const auto& [name, total] : rows) {
+    sum += total.seconds;
+    least += ceilings.least_seconds(total.flops, total.bytes);
+  }
+  std::string out = fmt::format("{:<38} {:>6} {:>9} {:>6} {:>9} {:>7} {:>8}\n", "operation",
+                                "calls", "ms", "%", prefix + "FLOP/s", prefix + "B/s", "ceiling");
   for (const auto& [name, total] : rows)
     out += fmt::format(
-        "{:<38} {:>6} {:>9.3f} {:>6.1f} {:>9} {:>7.2f}\n", name, total.calls, 1e3 * total.seconds,
-        100 * total.seconds / sum,
-        total.flops > 0 ? fmt::format("{:.1f}", 1e-12 * total.flops / total.seconds) : "",
-        1e-12 * total.bytes / total.seconds);
-  out += fmt::format("{:<38} {:>6} {:>9.3f}\n", "sum", "", 1e3 * sum);
-  if (gpu_)
-    out += fmt::format("an H100 is sold as {:.0f} TFLOP/s and {:.2f} TB/s\n", 1e-12 * kPeakFlops,
-                       1e-12 * kPeakBytes);
+        "{:<38} {:>6} {:>9.3f} {:>6.1f} {:>9} {:>7.2f} {:>6.0f} %\n", name, total.calls,
+        1e3 * total.seconds, 100 * total.seconds / sum,
+        total.flops > 0 ? fmt::format("{:.1f}", unit * total.flops / total.seconds) : "",
+        unit * total.bytes / total.seconds,
+        100 * ceilings.least_seconds(total.flops, total.bytes) / total.seconds);
+  out += fmt::format("{:<38} {:>6} {:>9.3f} {:>32.0f} %\n", "sum", "", 1e3 * sum,
+                     sum > 0 ? 100 * least / sum : 0);
+  return out +
+         fmt::format(
+             "ceilings of this device, measured: products {:.1f} {}FLOP/s, copy {:.2f} {}B/s\n",
+             unit * ceilings.flops, prefix, unit * ceilings.bytes, prefix);
+}
+
+std::string StepReport::operations_json(const std::string& filter) const {
+  const Ceilings& ceilings = result_.ceilings;
+  std::string out;
+  for (const auto& [name, total] : rows_of(result_.profile, filter))
+    out +=
+        nlohmann::ordered_json{
+            {"operation", name},
+            {"calls", total.calls},
+            {"ms", 1e3 * total.seconds},
+            {"tflops", 1e-12 * total.flops / total.seconds},
+            {"tb_per_s", 1e-12 * total.bytes / total.seconds},
+            {"share_of_ceiling", ceilings.least_seconds(total.flops, total.bytes) / total.seconds},
+            {"ceiling_tflops", 1e-12 * ceilings.flops},
+            {"ceiling_tb_per_s", 1e-12 * ceilings.bytes},
+            {"device", result_.device}}
+            .dump() +
+        "\n";
   return out;
 }
 

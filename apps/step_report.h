@@ -23,10 +23,12 @@ class StepReport {
 
   std::string text() const;
   std::string json() const;  // one line
+  // The operations whose name contains `filter`: a table, or JSON with one object a line.
+  std::string operations_text(const std::string& filter) const;
+  std::string operations_json(const std::string& filter) const;
+  std::string heading() const;  // what was run on what, one line
 
  private:
-  std::string profile_table() const;
-
   const Config& config_;
   const StepBenchResult& result_;
   bool gpu_ = false;

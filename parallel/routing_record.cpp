@@ -1,9 +1,10 @@
 #include "parallel/routing_record.h"
 
 #include <algorithm>
-#include <cmath>
+#include <span>
 
 #include "core/dist/sequence_pieces.h"
+#include "parallel/routing_margin.h"
 
 namespace dstrain {
 
@@ -74,60 +75,12 @@ void RoutingTap::chosen(DistStream dist, int moe_index, const Tensor& scores_tE,
       std::copy_n(indices, K, token(moe_index, t, T));
       continue;
     }
-    const double difference =
-        margin(scores.data() + t * E, bias.empty() ? nullptr : bias.data(), indices);
+    const double difference = routing_margin(
+        config_.model, std::span(scores).subspan(static_cast<size_t>(t * E), static_cast<size_t>(E)),
+        bias, {indices, static_cast<size_t>(K)});
     flips_.tokens += difference > 0;
     flips_.widest_margin = std::max(flips_.widest_margin, difference);
   }
-}
-
-// Where a recorded expert's group was not kept, by the scores of groups; else by those of experts.
-double RoutingTap::margin(const float* scores, const float* bias, const int32_t* indices) {
-  const ModelConfig& model = config_.model;
-  const int64_t E = model.n_routed_experts, K = record_.choices();
-  const bool grouped = model.topk_method != TopkMethod::greedy && model.n_group > 1;
-  const int64_t groups = grouped ? model.n_group : 1, size = E / groups;
-  const bool best_two = model.topk_method == TopkMethod::noaux_tc && size > 1;
-  auto value = [&](int64_t e) { return static_cast<double>(scores[e] + (bias ? bias[e] : 0.0f)); };
-  auto best = [&](int64_t begin, int64_t end, int64_t count, auto&& keep) {
-    order_.clear();
-    for (int64_t e = begin; e < end; ++e)
-      if (keep(e)) order_.emplace_back(-value(e), static_cast<int32_t>(e));
-    std::sort(order_.begin(), order_.end());
-    order_.resize(static_cast<size_t>(std::min(count, std::ssize(order_))));
-  };
-  group_scores_.clear();
-  for (int64_t g = 0; g < groups; ++g) {
-    best(g * size, (g + 1) * size, best_two ? 2 : 1, [](int64_t) { return true; });
-    double sum = 0;
-    for (const auto& [negative, e] : order_) sum -= negative;
-    group_scores_.emplace_back(-sum, static_cast<int32_t>(g));
-  }
-  std::vector<std::pair<double, int32_t>>& ranked = group_scores_;
-  std::sort(ranked.begin(), ranked.end());
-  const size_t kept = static_cast<size_t>(grouped ? model.topk_group : 1);
-  auto rank_of = [&](int64_t e) {
-    for (size_t r = 0; r < ranked.size(); ++r)
-      if (ranked[r].second == e / size) return r;
-    return ranked.size();
-  };
-  double widest = 0;
-  for (int64_t k = 0; k < K; ++k)
-    if (const size_t r = rank_of(indices[k]); r >= kept)
-      widest = std::max(widest, ranked[r].first - ranked[kept - 1].first);
-  if (widest > 0) return widest;
-
-  best(0, E, K, [&](int64_t e) { return rank_of(e) < kept; });
-  auto is_recorded = [&](int32_t e) { return std::find(indices, indices + K, e) != indices + K; };
-  double preferred = -INFINITY, taken = INFINITY;
-  for (const auto& [negative, e] : order_)
-    if (!is_recorded(e)) preferred = std::max(preferred, -negative);
-  if (preferred == -INFINITY) return 0;
-  for (int64_t k = 0; k < K; ++k) {
-    const bool own = std::any_of(order_.begin(), order_.end(), [&](auto& o) { return o.second == indices[k]; });
-    if (!own) taken = std::min(taken, value(indices[k]));
-  }
-  return std::max(preferred - taken, 1e-300);  // a difference counts, also one without a margin
 }
 
 }  // namespace dstrain

@@ -1,6 +1,7 @@
-// The routing of a run, by step, layer, sequence and position: recorded by one run and replayed by another of
-// the same batches, whatever the layouts. Comparisons of layouts need it: rounding may flip the choice
-// between two experts of equal score, which is no fault but changes everything after it.
+// The routing of a run, by step, layer, sequence and position: recorded by one run and replayed by
+// another of the same batches, whatever the layouts. Comparisons of layouts need it: rounding may
+// flip the choice between two experts of equal score, which is no fault but changes everything
+// after it.
 #pragma once
 
 #include <cstdint>
@@ -21,7 +22,8 @@ class RoutingRecord {
   RoutingRecord(int64_t global_batch, int64_t sequence_length, int64_t experts_per_token)
       : sequences_(global_batch), length_(sequence_length), choices_(experts_per_token) {}
   int64_t choices() const { return choices_; }
-  // K expert indices of one token, written and read by many threads, but each token by one at a time.
+  // K expert indices of one token, written and read by many threads, but each token by one at a
+  // time.
   int32_t* token(int64_t step, int moe_index, int64_t sequence, int64_t position);
 
  private:
@@ -30,8 +32,8 @@ class RoutingRecord {
   std::map<std::pair<int64_t, int>, std::vector<int32_t>> layers_;
 };
 
-// What a replay found: how many tokens would have chosen otherwise, and by how much the scores of the
-// recorded and the own choice differed at most.
+// What a replay found: how many tokens would have chosen otherwise, and the widest margin of such a
+// choice (parallel/routing_margin.h).
 struct RoutingFlips {
   int64_t tokens = 0;
   double widest_margin = 0;
@@ -56,8 +58,6 @@ class RoutingTap : public RoutingHook {
   int32_t* token(int moe_index, int64_t t, int64_t tokens) const;
   template <class T>
   std::vector<T> download(Stream& stream, const Tensor& x) const;
-  // By how much the own choice was better than the recorded one; 0 if they are the same.
-  double margin(const float* scores, const float* bias, const int32_t* indices);
 
   Config config_;
   RankPlace place_;
@@ -67,7 +67,6 @@ class RoutingTap : public RoutingHook {
   Backend& backend_;
   // By micro-batch and layer, while in flight: recorded choices on the device.
   std::map<std::pair<int64_t, int>, DeviceMemory> rows_;
-  std::vector<std::pair<double, int32_t>> order_, group_scores_;  // (-score, number)
   RoutingFlips flips_;
 };
 

@@ -67,7 +67,8 @@ const std::vector<CommandLine>& command_lines() {
       {{"verify", "--reference", "d"}, {"--config", "--set", "--ranks"}},
       {{"bench", "step", "--config", "job.yaml"},
        {"--model-config", "--batch", "--micro-batch", "--seq", "--steps", "--threads"}},
-      {{"bench", "ops"}, {"--filter", "--steps", "--threads"}},
+      {{"bench", "ops", "--config", "job.yaml"},
+       {"--filter", "--model-config", "--micro-batch", "--seq", "--steps", "--threads"}},
       {{"version"}, {}},
   };
   return lines;

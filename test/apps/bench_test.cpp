@@ -1,0 +1,88 @@
+// bench: what it prints. How fast anything is, is not tested here.
+#include <algorithm>
+#include <nlohmann/json.hpp>
+
+#include "apps/ceilings.h"
+#include "core/backend/cpu_backend.h"
+#include "test/support/catch.h"
+#include "test/support/run_program.h"
+
+namespace dstrain::test {
+namespace {
+
+using nlohmann::json;
+
+std::vector<std::string> bench(const char* what, std::vector<std::string> more) {
+  std::vector<std::string> args{"bench", what, "--micro-batch", "2", "--accumulation", "2",
+                                "--seq", "16", "--steps",       "2", "--threads",      "1"};
+  for (const char* key :
+       {"run.device=cpu", "model.vocab_size=64", "model.hidden_size=32",
+        "model.num_hidden_layers=2", "model.intermediate_size=64", "model.n_routed_experts=4",
+        "model.num_experts_per_tok=2", "model.moe_intermediate_size=16",
+        "model.num_attention_heads=2", "model.kv_lora_rank=16", "model.qk_nope_head_dim=16",
+        "model.qk_rope_head_dim=8", "model.v_head_dim=16"}) {
+    args.push_back("--set");
+    args.push_back(key);
+  }
+  args.insert(args.end(), more.begin(), more.end());
+  return args;
+}
+
+std::vector<json> objects_of(const std::string& text) {
+  std::vector<json> objects;
+  for (size_t at = 0, end; (end = text.find('\n', at)) != std::string::npos; at = end + 1)
+    objects.push_back(json::parse(text.substr(at, end - at)));
+  return objects;
+}
+
+}  // namespace
+
+TEST_CASE("bench ops: every operation with its work, time and share, the longest first") {
+  const Finished finished = run_program(bench("ops", {"--json"}));
+  INFO(finished.err);
+  REQUIRE(finished.code == 0);
+  const std::vector<json> rows = objects_of(finished.out);
+  REQUIRE(rows.size() > 20);
+  CHECK(std::is_sorted(rows.begin(), rows.end(), [](const json& a, const json& b) {
+    return a["ms"].get<double>() > b["ms"].get<double>();
+  }));
+  const auto head = std::find_if(rows.begin(), rows.end(), [](const json& row) {
+    return row["operation"] == "matmul 32x64x32 nt f32";
+  });
+  REQUIRE(head != rows.end());
+  CHECK((*head)["calls"] == 2);  // one per micro-batch
+  const double seconds = 1e-3 * (*head)["ms"].get<double>();
+  CHECK(1e12 * (*head)["tflops"].get<double>() * seconds == Approx(2.0 * 2 * 32 * 64 * 32));
+  CHECK((*head)["ceiling_tflops"].get<double>() > 0);
+  const double least = 2.0 * 2 * 32 * 64 * 32 / (1e12 * (*head)["ceiling_tflops"].get<double>());
+  CHECK((*head)["share_of_ceiling"].get<double>() >= Approx(least / seconds));
+}
+
+TEST_CASE("bench ops: a filter leaves those whose name contains it") {
+  const Finished finished = run_program(bench("ops", {"--filter", "rms_norm"}));
+  REQUIRE(finished.code == 0);
+  CHECK_THAT(finished.out,
+             Catch::Contains("add_rms_norm") && Catch::Contains("rms_norm_backward") &&
+                 Catch::Contains("ceilings of this device") && !Catch::Contains("matmul"));
+}
+
+TEST_CASE("bench step: one JSON object whose figures agree with each other") {
+  const Finished finished = run_program(bench("step", {"--json", "--profile"}));
+  REQUIRE(finished.code == 0);
+  const std::vector<json> objects = objects_of(finished.out);
+  REQUIRE(objects.size() == 1);
+  const json& r = objects[0];
+  CHECK(r["tokens_per_s_per_gpu"].get<double>() ==
+        Approx(1e3 * 4 * 16 / r["step_ms"].get<double>()).epsilon(0.05));  // printed to 0.01 ms
+  CHECK(r["step_ms_fastest"].get<double>() <= r["step_ms"].get<double>() + 0.01);
+  CHECK(r["accumulation"] == 2);
+  CHECK(r["profile"]["adamw"]["calls"].get<int>() > 0);
+}
+
+TEST_CASE("ceilings: the larger of work and traffic counts") {
+  const Ceilings ceilings{.flops = 100, .bytes = 10};
+  CHECK(ceilings.least_seconds(1000, 10) == 10);
+  CHECK(ceilings.least_seconds(1000, 200) == 20);
+}
+
+}  // namespace dstrain::test
