@@ -61,6 +61,8 @@ void declare_checks(Command root, CommandOptions& options) {
     app.add_integer("--accumulation", options.bench.accumulation, in_range(1, 1 << 20),
                     "micro-batches of a step, instead of --batch");
     app.add_integer("--seq", options.bench.seq, in_range(1, 1 << 20), "data.seq_len");
+    app.add_integer("--documents", options.bench.documents, in_range(1, 1 << 16),
+                    "packed into a sequence, of random lengths (default 1)");
     app.add_integer("--warm-up", options.bench.warm_up, in_range(0, 1000),
                     "steps before (default 2)");
     app.add_integer("--steps", options.bench.steps, in_range(1, 1e9), "repetitions (default 10)");

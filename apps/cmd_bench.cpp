@@ -83,6 +83,7 @@ int cmd_bench_step(const BenchOptions& options) {
     log_info("bench step uses random tokens; data.train is not read");
   const StepBenchResult r = bench_step(config, {.steps = std::max<int64_t>(1, options.steps),
                                                 .warm_up = options.warm_up,
+                                                .documents = options.documents,
                                                 .profiled_steps = options.profile ? 1 : 0});
   StepReport report(config, r);
   if (!report.on_gpu()) report.add_products(time_products_of_step(config));
@@ -95,8 +96,10 @@ int cmd_bench_step(const BenchOptions& options) {
 
 int cmd_bench_ops(const BenchOptions& options) {
   const Config config = bench_config(options);
-  const StepBenchResult r =
-      bench_step(config, {.steps = 1, .warm_up = options.warm_up, .profiled_steps = options.steps});
+  const StepBenchResult r = bench_step(config, {.steps = 1,
+                                                .warm_up = options.warm_up,
+                                                .documents = options.documents,
+                                                .profiled_steps = options.steps});
   const StepReport report(config, r);
   const std::string out = options.json
                               ? report.operations_json(options.filter)

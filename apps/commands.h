@@ -169,6 +169,7 @@ struct BenchOptions {
   std::optional<int64_t> micro_batch;  // train.micro_batch
   std::optional<int64_t> accumulation; // micro-batches of a step, instead of batch
   std::optional<int64_t> seq;          // data.seq_len
+  int64_t documents = 1;               // of a sequence
   int64_t steps = 10, warm_up = 2;
   bool profile = false;                // time of each operation
   std::optional<int64_t> threads;  // run.threads

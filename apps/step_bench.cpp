@@ -6,6 +6,7 @@
 #include <chrono>
 #include <fstream>
 #include <memory>
+#include <set>
 #include <sstream>
 #include <utility>
 
@@ -46,9 +47,9 @@ double process_age() {
 
 class StepRunner {
  public:
-  StepRunner(const Config& config, TrainEngine& engine) : engine_(engine) {
+  StepRunner(const Config& config, TrainEngine& engine, int64_t documents) : engine_(engine) {
     micro_batches_ = config.train.global_batch / config.train.micro_batch;
-    for (uint64_t i = 0; i < 8; ++i) batches_.emplace_back(config, i);
+    for (uint64_t i = 0; i < 8; ++i) batches_.emplace_back(config, i, documents);
   }
 
   void queue_step() {
@@ -111,19 +112,30 @@ std::map<std::string, OpTotal> profile_steps(int64_t steps, TrainEngine& engine,
 
 }  // namespace
 
-SyntheticBatch::SyntheticBatch(const Config& config, uint64_t index) {
+SyntheticBatch::SyntheticBatch(const Config& config, uint64_t index, int64_t documents) {
   const int64_t B = config.train.micro_batch, S = config.data.seq_len;
+  const auto random = [index](uint64_t stream, int64_t at, int64_t range) {
+    const uint64_t r = random_u64(7, stream + 3 * index, static_cast<uint64_t>(at));
+    return static_cast<int32_t>(r % static_cast<uint64_t>(range));
+  };
   for (int64_t t = 0; t < B * S; ++t) {
-    const auto token = [&](uint64_t stream) {
-      const uint64_t r = random_u64(7, stream + 2 * index, static_cast<uint64_t>(t));
-      return static_cast<int32_t>(r % static_cast<uint64_t>(config.model.vocab_size));
-    };
-    tokens.push_back(token(0));
-    targets.push_back(token(1));
-    positions.push_back(static_cast<int32_t>(t % S));
+    tokens.push_back(random(0, t, config.model.vocab_size));
+    targets.push_back(random(1, t, config.model.vocab_size));
   }
-  for (int64_t b = 0; b <= B; ++b) offsets.push_back(static_cast<int32_t>(b * S));
-  batch = {B, S, tokens.data(), positions.data(), targets.data(), offsets.data(), B};
+  std::set<int32_t> ends;
+  for (int64_t b = 0; b <= B; ++b) ends.insert(static_cast<int32_t>(b * S));
+  for (int64_t cut = 0; cut < B * (documents - 1); ++cut)
+    ends.insert(static_cast<int32_t>(cut % B * S) + random(2, cut, S));
+  offsets.assign(ends.begin(), ends.end());
+  for (size_t i = 0; i + 1 < offsets.size(); ++i)
+    for (int32_t t = offsets[i]; t < offsets[i + 1]; ++t) positions.push_back(t - offsets[i]);
+  batch = {B,
+           S,
+           tokens.data(),
+           positions.data(),
+           targets.data(),
+           offsets.data(),
+           std::ssize(offsets) - 1};
 }
 
 StepBenchResult bench_step(const Config& config, const StepBenchOptions& options) {
@@ -147,7 +159,7 @@ StepBenchResult bench_step(const Config& config, const StepBenchOptions& options
   engine.allocate();
   engine.initialize(static_cast<uint64_t>(config.run.seed));
   result.plan_bytes = engine.memory_bytes();
-  StepRunner runner(config, engine);
+  StepRunner runner(config, engine, options.documents);
 
   // Results are taken a step late, as the trainer does: the device always has work queued.
   std::vector<int> ends{clock->mark(engine.stream())};

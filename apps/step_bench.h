@@ -14,6 +14,7 @@ namespace dstrain {
 
 struct StepBenchOptions {
   int64_t steps = 10, warm_up = 2;
+  int64_t documents = 1;       // of a sequence, of random lengths
   int64_t profiled_steps = 0;  // further steps, whose operations are timed one by one
 };
 
@@ -33,9 +34,9 @@ struct StepBenchResult {
 
 StepBenchResult bench_step(const Config& config, const StepBenchOptions& options);
 
-// A sequence of random tokens per document; the same for the same index.
+// Random tokens, in so many documents a sequence; the same for the same index.
 struct SyntheticBatch {
-  SyntheticBatch(const Config& config, uint64_t index);
+  SyntheticBatch(const Config& config, uint64_t index, int64_t documents = 1);
   std::vector<int32_t> tokens, targets, positions, offsets;
   HostBatch batch;
 };

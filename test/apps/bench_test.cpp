@@ -3,6 +3,7 @@
 #include <nlohmann/json.hpp>
 
 #include "apps/ceilings.h"
+#include "apps/step_bench.h"
 #include "core/backend/cpu_backend.h"
 #include "test/support/catch.h"
 #include "test/support/run_program.h"
@@ -77,6 +78,25 @@ TEST_CASE("bench step: one JSON object whose figures agree with each other") {
   CHECK(r["step_ms_fastest"].get<double>() <= r["step_ms"].get<double>() + 0.01);
   CHECK(r["accumulation"] == 2);
   CHECK(r["profile"]["adamw"]["calls"].get<int>() > 0);
+}
+
+TEST_CASE("bench: packed documents fill their sequences, each from position 0") {
+  Config config;
+  config.model.vocab_size = 10;
+  config.train.micro_batch = 3;
+  config.data.seq_len = 20;
+  const SyntheticBatch batch(config, 1, 4);
+  const std::vector<int32_t>& offsets = batch.offsets;
+  REQUIRE(offsets.front() == 0);
+  REQUIRE(offsets.back() == 60);
+  CHECK(std::is_sorted(offsets.begin(), offsets.end()));
+  CHECK(std::adjacent_find(offsets.begin(), offsets.end()) == offsets.end());
+  for (const int32_t end : {20, 40}) CHECK(std::count(offsets.begin(), offsets.end(), end) == 1);
+  CHECK(offsets.size() > 7);
+  CHECK(batch.batch.num_segments == std::ssize(offsets) - 1);
+  for (size_t i = 0; i + 1 < offsets.size(); ++i)
+    for (int32_t t = offsets[i]; t < offsets[i + 1]; ++t)
+      REQUIRE(batch.positions[static_cast<size_t>(t)] == t - offsets[i]);
 }
 
 TEST_CASE("ceilings: the larger of work and traffic counts") {

@@ -68,7 +68,7 @@ const std::vector<CommandLine>& command_lines() {
       {{"bench", "step", "--config", "job.yaml"},
        {"--model-config", "--batch", "--micro-batch", "--seq", "--steps", "--threads"}},
       {{"bench", "ops", "--config", "job.yaml"},
-       {"--filter", "--model-config", "--micro-batch", "--seq", "--steps", "--threads"}},
+       {"--filter", "--model-config", "--micro-batch", "--documents", "--seq", "--steps", "--threads"}},
       {{"version"}, {}},
   };
   return lines;
