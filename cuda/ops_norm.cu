@@ -240,7 +240,9 @@ void dispatch_packs(int64_t n, int64_t most_of_one, int64_t most_of_two,
 
 template <class F>
 bool rows_fit_vectors(const Tensor& x) {
-  return !x.defined() || fits_vectors<F>(x.raw(), x.size(x.dims() - 1), x.row_stride());
+  if (!x.defined()) return true;
+  const int64_t columns = x.size(x.dims() - 1);
+  return fits_vectors<F>(x.raw(), columns, x.dims() == 1 ? columns : x.row_stride());
 }
 
 // The cut of the rows for dweight. 512 parts are all under way at once on an H100, and their sums
