@@ -172,13 +172,14 @@ __global__ void __launch_bounds__(32 * kInt8Warps)
 }
 
 __global__ void __launch_bounds__(32 * kInt8Warps)
-    int8_sum_kernel(uint8_t* payload_PB, int64_t pieces, Int8Shape shape, float* sum_N) {
+    int8_sum_kernel(uint8_t* payload_PB, int64_t pieces, Int8Shape shape, bool add, float* sum_N) {
   constexpr int kAtOnce = 4;  // pieces whose codes are read together
   const int64_t b = int64_t{blockIdx.x} * kInt8Warps + threadIdx.x / 32;
   if (b >= shape.blocks) return;
   const int n = shape.count_of(b);
   for (int i = place_in_tile(0); i < n; i += 32 * kRow) {
     float sum[kRow] = {};
+    if (add) load_row(sum_N + b * shape.block, i, n, shape.aligned, sum);
     for (int64_t first = 0; first < pieces; first += kAtOnce) {
       char4 codes[kAtOnce];
       float scale[kAtOnce];
@@ -219,14 +220,15 @@ void CudaOps::int8_compress(Stream& stream, const Tensor& grad_PN, const Int8For
   check_launch("int8_compress");
 }
 
-void CudaOps::int8_sum(Stream& stream, const Tensor& payload_PB, const Int8Format& format, const Tensor& sum_N) {
+void CudaOps::int8_sum(Stream& stream, const Tensor& payload_PB, const Int8Format& format, Accumulate accumulate,
+                       const Tensor& sum_N) {
   const int64_t P = payload_PB.size(0), n = sum_N.numel();
   expect_block("int8_sum", format.block);
   expect_sum("int8_sum", payload_PB, sum_N, format.payload_bytes(n));
   if (n == 0) return;
   const Int8Shape shape(format, n, payload_PB, P, pointer<const float>(sum_N), nullptr);
   int8_sum_kernel<<<blocks_of_warps(shape.blocks), 32 * kInt8Warps, 0, cuda(stream)>>>(
-      pointer<uint8_t>(payload_PB), P, shape, pointer<float>(sum_N));
+      pointer<uint8_t>(payload_PB), P, shape, accumulate == Accumulate::add, pointer<float>(sum_N));
   check_launch("int8_sum");
 }
 

@@ -248,13 +248,13 @@ struct Sent {
 // a piece are distinct, so that its elements can be added in any order.
 template <class Values, bool kInShared>
 __global__ void __launch_bounds__(kTopkThreads)
-    topk_sum_kernel(uint8_t* payload_PB, int64_t pieces, TopkShape shape, float* sum_N) {
+    topk_sum_kernel(uint8_t* payload_PB, int64_t pieces, TopkShape shape, bool add, float* sum_N) {
   extern __shared__ float shared_values[];
   const int64_t b = blockIdx.x;
   const int n = shape.count_of(b), kept = shape.kept_of(b);
   float* const out = sum_N + b * shape.block;
   float* const sum = kInShared ? shared_values : out;
-  for (int i = threadIdx.x; i < n; i += kTopkThreads) sum[i] = 0.0f;
+  for (int i = threadIdx.x; i < n; i += kTopkThreads) sum[i] = add ? out[i] : 0.0f;
 
   constexpr int kPerBatch = Sent<Values>::kCount * kTopkThreads;
   const int batches = (kept + kPerBatch - 1) / kPerBatch;
@@ -268,7 +268,7 @@ __global__ void __launch_bounds__(kTopkThreads)
     const int64_t next_piece = next_batch == 0 ? piece + 1 : piece;
     if (next_piece < pieces) next.load(TopkPlace<Values>(shape, payload_PB, next_piece, b), next_batch, kept);
     if (batch == 0) __syncthreads();
-    sent.add_to(sum, piece == 0, batch, kept, n);
+    sent.add_to(sum, piece == 0 && !add, batch, kept, n);
     batch = next_batch;
     piece = next_piece;
   }
@@ -317,7 +317,8 @@ void CudaOps::topk_compress(Stream& stream, const Tensor& grad_PN, const TopkFor
   check_launch("topk_compress");
 }
 
-void CudaOps::topk_sum(Stream& stream, const Tensor& payload_PB, const TopkFormat& format, const Tensor& sum_N) {
+void CudaOps::topk_sum(Stream& stream, const Tensor& payload_PB, const TopkFormat& format, Accumulate accumulate,
+                       const Tensor& sum_N) {
   const int64_t P = payload_PB.size(0), n = sum_N.numel();
   expect_block("topk_sum", format.block);
   expect_sum("topk_sum", payload_PB, sum_N, format.payload_bytes(n));
@@ -326,7 +327,7 @@ void CudaOps::topk_sum(Stream& stream, const Tensor& payload_PB, const TopkForma
   const auto blocks = static_cast<unsigned>(shape.blocks);
   dispatch_topk(format, n, [&]<class Values, bool kInShared>(size_t bytes) {
     topk_sum_kernel<Values, kInShared><<<blocks, kTopkThreads, bytes, cuda(stream)>>>(
-        pointer<uint8_t>(payload_PB), P, shape, pointer<float>(sum_N));
+        pointer<uint8_t>(payload_PB), P, shape, accumulate == Accumulate::add, pointer<float>(sum_N));
   });
   check_launch("topk_sum");
 }

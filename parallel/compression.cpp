@@ -47,11 +47,12 @@ void GradCodec::compress(DistStream dist, const Tensor& grad_PN, const Tensor& r
                            payload_PB);
 }
 
-void GradCodec::sum(DistStream dist, const Tensor& payload_PB, const Tensor& sum_N) const {
+void GradCodec::sum(DistStream dist, const Tensor& payload_PB, Accumulate accumulate,
+                    const Tensor& sum_N) const {
   if (const auto* const topk = std::get_if<TopkFormat>(&format_))
-    dist.ops.topk_sum(dist.stream, payload_PB, *topk, sum_N);
+    dist.ops.topk_sum(dist.stream, payload_PB, *topk, accumulate, sum_N);
   else
-    dist.ops.int8_sum(dist.stream, payload_PB, std::get<Int8Format>(format_), sum_N);
+    dist.ops.int8_sum(dist.stream, payload_PB, std::get<Int8Format>(format_), accumulate, sum_N);
 }
 
 CompressedReducer::CompressedReducer(const CompressionConfig& config, Communicator& comm,
@@ -66,8 +67,11 @@ CompressedReducer::CompressedReducer(const CompressionConfig& config, Communicat
       dense_steps_(config.dense_steps),
       row_offsets_(static_cast<size_t>(comm.size()) + 1) {
   std::iota(row_offsets_.begin(), row_offsets_.end(), int64_t{0});
+  other_offsets_ = row_offsets_;
+  for (auto r = static_cast<size_t>(comm.rank()) + 1; r < other_offsets_.size(); ++r)
+    --other_offsets_[r];
   for (const PieceLayout& layout : ranges) {
-    ranges_.push_back({layout, residual_elements_, sum_residual_elements_});
+    ranges_.push_back({layout, residual_elements_, sum_residual_elements_, false});
     residual_elements_ += comm.size() * layout.shard;
     sum_residual_elements_ += layout.shard;
     payload_bytes_ = std::max(payload_bytes_, codec_.payload_bytes(layout.shard));
@@ -91,6 +95,7 @@ void CompressedReducer::make_memory(const OwnerVisitor& visit) {
 void CompressedReducer::clear(DistStream dist) {
   for (const Tensor& x : {residuals_, sum_residuals_})
     if (x.defined()) dist.ops.fill(dist.stream, x, 0.0);
+  for (Range& range : ranges_) range.own_residual_is_zero = false;
 }
 
 void CompressedReducer::end_step(DistStream dist, const StepScalars* scalars) {
@@ -98,9 +103,9 @@ void CompressedReducer::end_step(DistStream dist, const StepScalars* scalars) {
     if (x.defined()) dist.ops.clear_if_skipped(dist.stream, scalars, x);
 }
 
-const CompressedReducer::Range& CompressedReducer::range_at(int range, const Tensor& whole,
-                                                            const Tensor& shard) const {
-  const Range& found = ranges_.at(static_cast<size_t>(range));
+CompressedReducer::Range& CompressedReducer::range_at(int range, const Tensor& whole,
+                                                      const Tensor& shard) {
+  Range& found = ranges_.at(static_cast<size_t>(range));
   const int64_t n = found.layout.shard;
   DSTRAIN_CHECK(shard.numel() == n && whole.numel() == comm_.size() * n,
                 "range " + std::to_string(range) + " has shards of " + std::to_string(n) +
@@ -122,28 +127,53 @@ Tensor CompressedReducer::sum_residual_of(const Range& range) const {
 
 void CompressedReducer::reduce_scatter(DistStream dist, int range, const Tensor& whole,
                                        const Tensor& shard) {
-  const Range& r = range_at(range, whole, shard);
+  Range& r = range_at(range, whole, shard);
   if (dist.dry) return;
-  const int64_t ranks = comm_.size(), n = r.layout.shard, bytes = codec_.payload_bytes(n);
+  const int64_t n = r.layout.shard;
   meter_.count(traffic_.reduce, n, [&] {
-    if (dense_) {
+    if (dense_)
       comm_.reduce_scatter_sum(dist.stream, whole, shard);
-      return;
-    }
-    const Tensor sent = pieces_in(sent_, ranks, bytes),
-                 received = pieces_in(received_, ranks, bytes);
-    codec_.compress(dist, whole.view({ranks, n}), residual_of(r), sent);
-    comm_.all_to_all(dist.stream, sent, row_offsets_, received, row_offsets_);
-    codec_.sum(dist, received, shard.view({n}));
-    if (residuals_.defined()) add_own_residual(dist, r, shard.view({n}));
+    else if (keeps_residuals_)
+      sum_with_residuals(dist, r, whole.view({comm_.size(), n}), shard.view({n}));
+    else
+      sum_all(dist, whole.view({comm_.size(), n}), shard.view({n}));
   });
 }
 
-void CompressedReducer::add_own_residual(DistStream dist, const Range& range,
-                                         const Tensor& sum_N) {
-  const Tensor own_N = residual_of(range).rows(comm_.rank(), comm_.rank() + 1).view({sum_N.numel()});
-  dist.ops.add(dist.stream, sum_N, own_N, sum_N);
-  dist.ops.fill(dist.stream, own_N, 0.0);
+void CompressedReducer::sum_all(DistStream dist, const Tensor& whole_RN, const Tensor& sum_N) {
+  const int64_t ranks = comm_.size(), bytes = codec_.payload_bytes(sum_N.numel());
+  const Tensor sent = pieces_in(sent_, ranks, bytes), received = pieces_in(received_, ranks, bytes);
+  codec_.compress(dist, whole_RN, Tensor(), sent);
+  comm_.all_to_all(dist.stream, sent, row_offsets_, received, row_offsets_);
+  codec_.sum(dist, received, Accumulate::overwrite, sum_N);
+}
+
+void CompressedReducer::sum_with_residuals(DistStream dist, Range& range, const Tensor& whole_RN,
+                                           const Tensor& sum_N) {
+  const int64_t ranks = comm_.size(), rank = comm_.rank(), others = ranks - 1;
+  const int64_t bytes = codec_.payload_bytes(sum_N.numel());
+  const Tensor residual_RN = residual_of(range);
+  const Tensor sent = pieces_in(sent_, others, bytes),
+               received = pieces_in(received_, others, bytes);
+  codec_.compress(dist, whole_RN.rows(0, rank), residual_RN.rows(0, rank), sent.rows(0, rank));
+  codec_.compress(dist, whole_RN.rows(rank + 1, ranks), residual_RN.rows(rank + 1, ranks),
+                  sent.rows(rank, others));
+  comm_.all_to_all(dist.stream, sent, other_offsets_, received, other_offsets_);
+  take_own(dist, range, whole_RN.rows(rank, rank + 1).view({sum_N.numel()}), sum_N);
+  codec_.sum(dist, received, Accumulate::add, sum_N);
+}
+
+void CompressedReducer::take_own(DistStream dist, Range& range, const Tensor& own_N,
+                                 const Tensor& sum_N) {
+  if (range.own_residual_is_zero) {
+    if (own_N.raw() != sum_N.raw()) dist.ops.convert(dist.stream, own_N, sum_N);
+    return;
+  }
+  const int64_t rank = comm_.rank();
+  const Tensor residual_N = residual_of(range).rows(rank, rank + 1).view({sum_N.numel()});
+  dist.ops.add(dist.stream, own_N, residual_N, sum_N);
+  dist.ops.fill(dist.stream, residual_N, 0.0);
+  range.own_residual_is_zero = true;
 }
 
 void CompressedReducer::all_gather(DistStream dist, int range, const Tensor& shard,
@@ -162,7 +192,8 @@ void CompressedReducer::all_gather(DistStream dist, int range, const Tensor& sha
     comm_.all_gather(dist.stream, sent, received);
     const Tensor sums = whole.view({ranks * n});
     for (int64_t p = 0; p < ranks; ++p)
-      codec_.sum(dist, received.rows(p, p + 1), sums.rows(p * n, (p + 1) * n));
+      codec_.sum(dist, received.rows(p, p + 1), Accumulate::overwrite,
+                 sums.rows(p * n, (p + 1) * n));
   });
 }
 

@@ -2,10 +2,10 @@
 // in a residual for the next step (error feedback; Karimireddy et al. 2019, arXiv:1901.09847).
 //
 // Each piece of a range is compressed on its own and goes to its owner alone, by one all-to-all;
-// the owner adds what it reads in ascending rank order. The residual of its own piece need not wait
-// for a step to travel in: it is added to the same sum, so that of R ranks one in R sends all it has
-// at once. Payloads have a fixed size (core/backend/compressed_format.h). A gathered sum is compressed once more, by
-// the owner, with a residual of its own; all ranks, the owner included, read the same payload.
+// the owner adds what it reads in ascending rank order. With error feedback its own piece need not
+// be compressed: the sum begins with all of it. Without, it is cut like the others. Payloads have a
+// fixed size (core/backend/compressed_format.h). A gathered sum is compressed once more, by the
+// owner, with a residual of its own; all ranks, the owner included, read the same payload.
 //
 // NaN and infinity are sent. Where the step is then skipped, all residuals are cleared: they hold
 // parts of a gradient that is thrown away, and what they held before is not kept.
@@ -31,7 +31,7 @@ class GradCodec {
   bool lossless() const;
   void compress(DistStream, const Tensor& grad_PN, const Tensor& residual_PN,
                 const Tensor& payload_PB) const;
-  void sum(DistStream, const Tensor& payload_PB, const Tensor& sum_N) const;
+  void sum(DistStream, const Tensor& payload_PB, Accumulate accumulate, const Tensor& sum_N) const;
 
  private:
   std::variant<TopkFormat, Int8Format> format_;
@@ -60,11 +60,16 @@ class CompressedReducer : public GradReducer {
     PieceLayout layout;
     int64_t residual_begin = 0;      // in residuals_: a piece per rank
     int64_t sum_residual_begin = 0;  // in sum_residuals_: this rank's piece
+    // Nothing is left over of the piece that this rank owns, but a checkpoint can bring something.
+    bool own_residual_is_zero = false;
   };
 
-  const Range& range_at(int range, const Tensor& whole, const Tensor& shard) const;
-  // What is left of the piece that this rank owns.
-  void add_own_residual(DistStream dist, const Range& range, const Tensor& sum_N);
+  Range& range_at(int range, const Tensor& whole, const Tensor& shard);
+  void sum_all(DistStream dist, const Tensor& whole_RN, const Tensor& sum_N);
+  void sum_with_residuals(DistStream dist, Range& range, const Tensor& whole_RN,
+                          const Tensor& sum_N);
+  // sum = what this rank has of its own piece.
+  void take_own(DistStream dist, Range& range, const Tensor& own_N, const Tensor& sum_N);
   Tensor residual_of(const Range& range) const;      // [ranks, shard], or absent
   Tensor sum_residual_of(const Range& range) const;  // [1, shard], or absent
   std::vector<ResidualRange> residual_ranges() const;
@@ -78,7 +83,8 @@ class CompressedReducer : public GradReducer {
   bool dense_ = false;
 
   std::vector<Range> ranges_;
-  std::vector<int64_t> row_offsets_;  // of an all-to-all of one row per rank
+  // Of all-to-alls of one row per rank: with and without this rank's.
+  std::vector<int64_t> row_offsets_, other_offsets_;
   int64_t payload_bytes_ = 0;         // of the largest piece
   int64_t residual_elements_ = 0, sum_residual_elements_ = 0;
   Tensor residuals_, sum_residuals_;  // f32

@@ -7,6 +7,7 @@
 #include <limits>
 
 #include "core/backend/cpu_ops.h"
+#include "core/backend/cpu_topk.h"
 
 namespace dstrain {
 namespace {
@@ -68,39 +69,8 @@ void clear_padding(const Tensor& payload_PB, int64_t piece, int64_t used) {
   std::fill(payload + used, payload + payload_PB.size(1), uint8_t{0});
 }
 
-// The k elements of largest magnitude: all whose magnitude (bits without sign) is above
-// `magnitude`, and the first `ties` of those that equal it. NaN counts as largest.
-struct Selection {
-  uint32_t magnitude = 0;
-  int64_t ties = 0;
-};
-
 uint32_t magnitude_of(float value) {
   return std::bit_cast<uint32_t>(value) & kMagnitude;
-}
-
-// Finds the bin of the k-th largest among 2048 by a histogram, then its place inside the bin.
-// `candidates` has room for n.
-Selection select_topk(const float* v, int64_t n, int64_t k, uint32_t* candidates) {
-  if (k == n) return {0, n};
-  constexpr int kShift = 20;
-  int32_t counts[kMagnitude / (1u << kShift) + 1] = {};
-  for (int64_t i = 0; i < n; ++i) ++counts[magnitude_of(v[i]) >> kShift];
-  int64_t bin = std::size(counts) - 1, above = 0;
-  while (above + counts[bin] < k) above += counts[bin--];
-
-  int64_t found = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    const uint32_t magnitude = magnitude_of(v[i]);
-    candidates[found] = magnitude;  // kept only if found moves on; found < n here
-    found += (magnitude >> kShift) == static_cast<uint32_t>(bin) ? 1 : 0;
-  }
-  const int64_t wanted = k - above;
-  std::nth_element(candidates, candidates + wanted - 1, candidates + found, std::greater<>());
-  const uint32_t threshold = candidates[wanted - 1];
-  const auto larger = std::count_if(candidates, candidates + wanted,
-                                    [&](uint32_t magnitude) { return magnitude > threshold; });
-  return {threshold, wanted - larger};
 }
 
 // v = grad + residual; the residual becomes v, except where v is not finite. Absent: v = grad.
@@ -117,19 +87,14 @@ void add_residual(const float* grad, float* residual, int64_t n, float* v) {
   }
 }
 
+// Of the elements with these indices, what is sent and what the residual keeps.
 template <class Values>
-void write_selected(const float* v, int64_t n, Selection selection, typename Values::Stored* values,
-                    uint16_t* indices, float* residual) {
-  int64_t count = 0, ties = selection.ties;
-  for (int64_t i = 0; i < n; ++i) {
-    const uint32_t magnitude = magnitude_of(v[i]);
-    if (magnitude < selection.magnitude) continue;
-    if (magnitude == selection.magnitude && ties-- <= 0) continue;
-    const auto stored = Values::store(v[i]);
-    values[count] = stored;
-    indices[count] = static_cast<uint16_t>(i);
-    ++count;
-    if (residual && magnitude < kInfinity) residual[i] = v[i] - Values::load(stored);
+void write_chosen(const float* v, const uint16_t* indices, int64_t count,
+                  typename Values::Stored* values, float* residual) {
+  for (int64_t j = 0; j < count; ++j) {
+    const float value = v[indices[j]];
+    values[j] = Values::store(value);
+    if (residual && is_finite(value)) residual[indices[j]] = value - Values::load(values[j]);
   }
 }
 
@@ -206,43 +171,47 @@ void CpuOps::topk_compress(Stream&, const Tensor& grad_PN, const TopkFormat& for
   expect_pieces("topk_compress", grad_PN, residual_PN, payload_PB, format.payload_bytes(n));
   const int64_t used = format.kept_total(n) * (dtype_bytes(format.values) + 2);
   for (int64_t p = 0; p < P; ++p) clear_padding(payload_PB, p, used);
+  const int64_t v_size = (format.block + 15) / 16 * 16;  // what follows is aligned like v
+  DSTRAIN_CHECK(v_size * 4 + topk_scratch_bytes(format.block) <= pool_.scratch_bytes(),
+                "topk_compress: a block does not fit the scratch memory of a thread");
   dispatch_values(format.values, [&]<class Values>() {
     run_blocks(pool_, P, n, format.block,
                [&](int64_t p, int64_t b, int64_t begin, int64_t count, void* scratch) {
                  auto* const v = static_cast<float*>(scratch);
-                 auto* const candidates = static_cast<uint32_t*>(scratch) + format.block;
                  const TopkPayload<Values> payload(format, payload_PB, p, n);
-                 const int64_t place = b * payload.kept_per_block;
+                 uint16_t* const indices = payload.indices + b * payload.kept_per_block;
+                 const int64_t kept = format.kept(count);
                  float* const residual = piece_at(residual_PN, p, begin);
                  add_residual(piece_at(grad_PN, p, begin), residual, count, v);
-                 write_selected<Values>(v, count,
-                                        select_topk(v, count, format.kept(count), candidates),
-                                        payload.values + place, payload.indices + place, residual);
+                 choose_topk(v, count, kept, v + v_size, indices);
+                 write_chosen<Values>(v, indices, kept, payload.values + b * payload.kept_per_block,
+                                      residual);
                });
   });
 }
 
 void CpuOps::topk_sum(Stream&, const Tensor& payload_PB, const TopkFormat& format,
-                      const Tensor& sum_N) {
+                      Accumulate accumulate, const Tensor& sum_N) {
   const int64_t P = payload_PB.size(0), n = sum_N.numel();
+  const bool add = accumulate == Accumulate::add;
   expect_block("topk_sum", format.block, TopkFormat::kMaxBlock);
   expect_sum("topk_sum", payload_PB, sum_N, format.payload_bytes(n));
   dispatch_values(format.values, [&]<class Values>() {
-    run_blocks(
-        pool_, 1, n, format.block, [&](int64_t, int64_t b, int64_t begin, int64_t count, void*) {
-          float* const sum = sum_N.data<float>() + begin;
-          const int64_t kept = format.kept(count);
-          std::fill(sum, sum + count, 0.0f);
-          for (int64_t p = 0; p < P; ++p) {
-            const TopkPayload<Values> payload(format, payload_PB, p, n);
-            const auto* const values = payload.values + b * payload.kept_per_block;
-            const auto* const indices = payload.indices + b * payload.kept_per_block;
-            // The first is stored, not added to zero, so that -0 stays what it is.
-            for (int64_t j = 0; j < kept; ++j)
-              sum[indices[j]] =
-                  p == 0 ? Values::load(values[j]) : sum[indices[j]] + Values::load(values[j]);
-          }
-        });
+    run_blocks(pool_, 1, n, format.block,
+               [&](int64_t, int64_t b, int64_t begin, int64_t count, void*) {
+                 float* const sum = sum_N.data<float>() + begin;
+                 const int64_t kept = format.kept(count);
+                 if (!add) std::fill(sum, sum + count, 0.0f);
+                 for (int64_t p = 0; p < P; ++p) {
+                   const TopkPayload<Values> payload(format, payload_PB, p, n);
+                   const auto* const values = payload.values + b * payload.kept_per_block;
+                   const auto* const indices = payload.indices + b * payload.kept_per_block;
+                   // The first is stored, not added to zero, so that -0 stays what it is.
+                   for (int64_t j = 0; j < kept; ++j)
+                     sum[indices[j]] = p == 0 && !add ? Values::load(values[j])
+                                                      : sum[indices[j]] + Values::load(values[j]);
+                 }
+               });
   });
 }
 
@@ -266,8 +235,9 @@ void CpuOps::int8_compress(Stream&, const Tensor& grad_PN, const Int8Format& for
 }
 
 void CpuOps::int8_sum(Stream&, const Tensor& payload_PB, const Int8Format& format,
-                      const Tensor& sum_N) {
+                      Accumulate accumulate, const Tensor& sum_N) {
   const int64_t P = payload_PB.size(0), n = sum_N.numel();
+  const bool add = accumulate == Accumulate::add;
   expect_block("int8_sum", format.block, TopkFormat::kMaxBlock);
   expect_sum("int8_sum", payload_PB, sum_N, format.payload_bytes(n));
   run_blocks(
@@ -282,7 +252,7 @@ void CpuOps::int8_sum(Stream&, const Tensor& payload_PB, const Int8Format& forma
 #pragma omp simd
           for (int64_t i = 0; i < count; ++i) {
             const float sent = static_cast<float>(codes[i]) * scale;
-            sum[i] = p == 0 ? sent : sum[i] + sent;
+            sum[i] = p == 0 && !add ? sent : sum[i] + sent;
           }
         }
       });

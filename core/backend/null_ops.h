@@ -78,10 +78,10 @@ class NullOps : public Ops {
   void fill_normal(Stream&, const Tensor&, uint64_t, uint64_t, double, const SliceOf&) override {}
   void topk_compress(Stream&, const Tensor&, const TopkFormat&, const Tensor&,
                      const Tensor&) override {}
-  void topk_sum(Stream&, const Tensor&, const TopkFormat&, const Tensor&) override {}
+  void topk_sum(Stream&, const Tensor&, const TopkFormat&, Accumulate, const Tensor&) override {}
   void int8_compress(Stream&, const Tensor&, const Int8Format&, const Tensor&,
                      const Tensor&) override {}
-  void int8_sum(Stream&, const Tensor&, const Int8Format&, const Tensor&) override {}
+  void int8_sum(Stream&, const Tensor&, const Int8Format&, Accumulate, const Tensor&) override {}
   void clear_if_skipped(Stream&, const StepScalars*, const Tensor&) override {}
 };
 

@@ -314,13 +314,13 @@ class Ops {
   // Of each block the elements of largest magnitude, ties to the lower index.
   virtual void topk_compress(Stream&, const Tensor& grad_PN, const TopkFormat& format,
                              const Tensor& residual_PN, const Tensor& payload_PB) = 0;
-  // sum = piece 0 + piece 1 + ..., in this order.
+  // sum = piece 0 + piece 1 + ..., in this order; Accumulate::add begins with what sum holds.
   virtual void topk_sum(Stream&, const Tensor& payload_PB, const TopkFormat& format,
-                        const Tensor& sum_N) = 0;
+                        Accumulate accumulate, const Tensor& sum_N) = 0;
   virtual void int8_compress(Stream&, const Tensor& grad_PN, const Int8Format& format,
                              const Tensor& residual_PN, const Tensor& payload_PB) = 0;
   virtual void int8_sum(Stream&, const Tensor& payload_PB, const Int8Format& format,
-                        const Tensor& sum_N) = 0;
+                        Accumulate accumulate, const Tensor& sum_N) = 0;
   // x = 0 if scalars->finite is 0.
   virtual void clear_if_skipped(Stream&, const StepScalars* scalars, const Tensor& x) = 0;
 };

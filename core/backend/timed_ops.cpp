@@ -434,9 +434,10 @@ void TimedOps::topk_compress(Stream& stream, const Tensor& grad_PN, const TopkFo
 }
 
 void TimedOps::topk_sum(Stream& stream, const Tensor& payload_PB, const TopkFormat& format,
-                        const Tensor& sum_N) {
-  timed(stream, "topk_sum", 0, bytes_of({&payload_PB, &sum_N}),
-        [&] { inner_.topk_sum(stream, payload_PB, format, sum_N); });
+                        Accumulate accumulate, const Tensor& sum_N) {
+  const double read = accumulate == Accumulate::add ? bytes_of({&sum_N}) : 0;
+  timed(stream, "topk_sum", 0, bytes_of({&payload_PB, &sum_N}) + read,
+        [&] { inner_.topk_sum(stream, payload_PB, format, accumulate, sum_N); });
 }
 
 void TimedOps::int8_compress(Stream& stream, const Tensor& grad_PN, const Int8Format& format,
@@ -446,9 +447,10 @@ void TimedOps::int8_compress(Stream& stream, const Tensor& grad_PN, const Int8Fo
 }
 
 void TimedOps::int8_sum(Stream& stream, const Tensor& payload_PB, const Int8Format& format,
-                        const Tensor& sum_N) {
-  timed(stream, "int8_sum", 0, bytes_of({&payload_PB, &sum_N}),
-        [&] { inner_.int8_sum(stream, payload_PB, format, sum_N); });
+                        Accumulate accumulate, const Tensor& sum_N) {
+  const double read = accumulate == Accumulate::add ? bytes_of({&sum_N}) : 0;
+  timed(stream, "int8_sum", 0, bytes_of({&payload_PB, &sum_N}) + read,
+        [&] { inner_.int8_sum(stream, payload_PB, format, accumulate, sum_N); });
 }
 
 void TimedOps::clear_if_skipped(Stream& stream, const StepScalars* scalars, const Tensor& x) {

@@ -143,11 +143,11 @@ class TimedOps : public Ops {
   void topk_compress(Stream&, const Tensor& grad_PN, const TopkFormat& format,
                      const Tensor& residual_PN, const Tensor& payload_PB) override;
   void topk_sum(Stream&, const Tensor& payload_PB, const TopkFormat& format,
-                const Tensor& sum_N) override;
+                Accumulate accumulate, const Tensor& sum_N) override;
   void int8_compress(Stream&, const Tensor& grad_PN, const Int8Format& format,
                      const Tensor& residual_PN, const Tensor& payload_PB) override;
   void int8_sum(Stream&, const Tensor& payload_PB, const Int8Format& format,
-                const Tensor& sum_N) override;
+                Accumulate accumulate, const Tensor& sum_N) override;
   void clear_if_skipped(Stream&, const StepScalars* scalars, const Tensor& x) override;
 
  private:

@@ -189,6 +189,45 @@ TEST_CASE("compression without error feedback keeps nothing", "[parallel]") {
   });
 }
 
+TEST_CASE("compression: what a checkpoint brings of an owner's piece is added to its sum, once",
+          "[parallel]") {
+  const GradReducerOptions options = GENERATE(topk(), int8());
+  const bool in_place = GENERATE(false, true);
+  run_ranks(GENERATE(1, 3), [&](RankContext& rank) {
+    ReducerRank one(rank, options);
+    const int64_t shard = one.range.shard, own = rank.world.rank() * shard;
+    // Calls body(element of a residual, its number in its parameter, its place in this rank's
+    // piece).
+    const auto for_each_own = [&](const auto& body) {
+      for (const StateSlice& slice : one.reducer->saved()) {
+        if (!is_residual(slice.kind) || slice.kind == "residual.sum") continue;
+        for (int64_t i = slice.begin; i < slice.end; ++i) {
+          const int64_t at = slice.parameter->offset + i - own;
+          if (at >= 0 && at < shard)
+            body(slice.data.data<float>()[i - slice.begin], i, static_cast<size_t>(at));
+        }
+      }
+    };
+    const auto sum_of_nothing = [&] {
+      Floats whole(static_cast<size_t>(one.elements()), 0.0f);
+      if (!in_place) return one.reduce(whole);
+      const Tensor all = as_tensor(whole);
+      one.reducer->reduce_scatter(one.dist(), 0, all, all.rows(own, own + shard));
+      return Floats(whole.begin() + own, whole.begin() + own + shard);
+    };
+    for (int resume = 0; resume < 2; ++resume) {
+      one.reducer->clear(one.dist());
+      Floats brought(static_cast<size_t>(shard), 0.0f);
+      for_each_own([&](float& residual, int64_t i, size_t at) {
+        brought[at] = residual = static_cast<float>(i + 1);
+      });
+      rank_check(sum_of_nothing() == brought, "what was brought");
+      rank_check(sum_of_nothing() == Floats(brought.size(), 0.0f), "nothing is left");
+      for_each_own([](float residual, int64_t, size_t) { rank_check(residual == 0, "saved"); });
+    }
+  });
+}
+
 TEST_CASE("compression: fewer elements than ranks, and elements that do not divide", "[parallel]") {
   const int64_t elements = GENERATE(0, 1, 3, 5);
   const GradReducerOptions options = GENERATE(topk(1.0, CompressedValues::f32), topk(1.0), int8());

@@ -250,8 +250,8 @@ class ForwardingOps : public Ops {
     after_op();
   }
   void topk_sum(Stream& s, const Tensor& payload_PB, const TopkFormat& format,
-                const Tensor& sum_N) override {
-    ops_.topk_sum(s, payload_PB, format, sum_N);
+                Accumulate accumulate, const Tensor& sum_N) override {
+    ops_.topk_sum(s, payload_PB, format, accumulate, sum_N);
     after_op();
   }
   void int8_compress(Stream& s, const Tensor& grad_PN, const Int8Format& format,
@@ -260,8 +260,8 @@ class ForwardingOps : public Ops {
     after_op();
   }
   void int8_sum(Stream& s, const Tensor& payload_PB, const Int8Format& format,
-                const Tensor& sum_N) override {
-    ops_.int8_sum(s, payload_PB, format, sum_N);
+                Accumulate accumulate, const Tensor& sum_N) override {
+    ops_.int8_sum(s, payload_PB, format, accumulate, sum_N);
     after_op();
   }
   void clear_if_skipped(Stream& s, const StepScalars* scalars, const Tensor& x) override {

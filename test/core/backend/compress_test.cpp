@@ -60,12 +60,12 @@ struct Device {
     ops.int8_compress(s, grad, format, residual, payload);
   }
   static void sum(Ops& ops, Stream& s, const Tensor& payload, const TopkFormat& format,
-                  const Tensor& out) {
-    ops.topk_sum(s, payload, format, out);
+                  Accumulate accumulate, const Tensor& out) {
+    ops.topk_sum(s, payload, format, accumulate, out);
   }
   static void sum(Ops& ops, Stream& s, const Tensor& payload, const Int8Format& format,
-                  const Tensor& out) {
-    ops.int8_sum(s, payload, format, out);
+                  Accumulate accumulate, const Tensor& out) {
+    ops.int8_sum(s, payload, format, accumulate, out);
   }
 
   // Payloads of `pieces` pieces. Updates the residual, which may be empty.
@@ -88,16 +88,18 @@ struct Device {
     for (const double byte : b.at(payload).values()) out.push_back(static_cast<uint8_t>(byte));
     return out;
   }
-  // What a receiver reads: the sum over pieces.
+  // What a receiver reads: the sum over pieces, after what it has already, if that is not empty.
   template <class Format>
-  Floats sum(const Format& format, int64_t pieces, int64_t n,
-             const std::vector<uint8_t>& received) const {
+  Floats sum(const Format& format, int64_t pieces, int64_t n, const std::vector<uint8_t>& received,
+             const Floats& before = {}) const {
     OpCase c(1);
     const Slot payload = c.fixed(DType::u8, {pieces, format.payload_bytes(n)},
                                  std::vector<double>(received.begin(), received.end()));
-    const Slot out = c.output(DType::f32, {n});
+    const Slot out = before.empty() ? c.output(DType::f32, {n})
+                                    : c.fixed(DType::f32, {n}, {before.begin(), before.end()});
+    const Accumulate accumulate = before.empty() ? Accumulate::overwrite : Accumulate::add;
     return floats_of(run_op(c, DType::f32, threads, [&](Ops& ops, Stream& s, const Bound& t) {
-                       sum(ops, s, t[payload], format, t[out]);
+                       sum(ops, s, t[payload], format, accumulate, t[out]);
                      }).at(out));
   }
   template <class Format>
@@ -255,6 +257,27 @@ TEST_CASE("int8: sums run in ascending order of pieces", "[op]") {
                   expected));
 }
 
+TEMPLATE_TEST_CASE("compression: a sum that begins with what is there already", "[op]", TopkFormat,
+                   Int8Format) {
+  // With the GPU, blocks in its shared memory and larger ones; rows that are not aligned.
+  const int64_t n = GENERATE(1, 257, 25000), pieces = GENERATE(0, 1, 5);
+  TestType format;
+  format.block = GENERATE(256, 8192, 20000);
+  const Floats before = random_floats(n, 14), grad = random_floats(n * pieces, 15);
+  const Device device;
+  Floats expected = before;
+  for (int64_t p = 0; p < pieces; ++p) {
+    Floats none;
+    const Floats sent =
+        device.sent(format, Floats(grad.begin() + p * n, grad.begin() + (p + 1) * n), none);
+    for (size_t i = 0; i < expected.size(); ++i) expected[i] += sent[i];
+  }
+  Floats none;
+  const std::vector<uint8_t> payload =
+      pieces == 0 ? std::vector<uint8_t>() : device.compress(format, pieces, grad, none);
+  CHECK(same_bits(device.sum(format, pieces, n, payload, before), expected));
+}
+
 TEMPLATE_TEST_CASE("what is sent and what is kept add up to the gradients over many steps", "[op]",
                    TopkFormat, Int8Format) {
   const int64_t n = 5000;
@@ -388,9 +411,9 @@ TEST_CASE("compression: wrong sizes are refused", "[ops]") {
                     Catch::Contains("topk_compress: payload_PB"));
   CHECK_THROWS_WITH(ops.topk_compress(*stream, grad_1N, TopkFormat{70000}, Tensor(), payload_1B),
                     Catch::Contains("a block of 70000 elements"));
-  CHECK_THROWS_WITH(
-      ops.int8_sum(*stream, payload_1B, Int8Format{}, Tensor(grad.data(), DType::f32, {10})),
-      Catch::Contains("int8_sum: payload_PB"));
+  CHECK_THROWS_WITH(ops.int8_sum(*stream, payload_1B, Int8Format{}, Accumulate::overwrite,
+                                 Tensor(grad.data(), DType::f32, {10})),
+                    Catch::Contains("int8_sum: payload_PB"));
 }
 
 TEST_CASE("clear_if_skipped", "[op]") {
