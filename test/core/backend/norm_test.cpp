@@ -47,6 +47,8 @@ TEST_CASE("rms norm: f32 agrees with f64 and threads do not matter", "[op]") {
                                                         {70, 256},
                                                         {2048, 64},
                                                         {9000, 24},
+                                                        {1400, 520},
+                                                        {400, 2064},
                                                         {3, 2064},
                                                         {5, 7168},
                                                         {2, 12296}}));
