@@ -2,6 +2,7 @@
 
 #include "cuda/cuda_matmul.h"
 #include "cuda/cudnn_attention.h"
+#include "cuda/ffn_hopper.h"
 #include "cuda/grouped_gemm.h"
 
 namespace dstrain {
@@ -11,7 +12,8 @@ CudaOps::CudaOps(const CudaDevice& device)
     : device_(device),
       matmul_(std::make_unique<CudaMatmul>(device)),
       cudnn_attention_(std::make_unique<CudnnAttention>(device)),
-      grouped_gemm_(std::make_unique<GroupedGemm>(device)) {}
+      grouped_gemm_(std::make_unique<GroupedGemm>(device)),
+      hopper_ffn_(std::make_unique<HopperFfn>(device)) {}
 
 CudaOps::~CudaOps() = default;
 

@@ -15,6 +15,7 @@ namespace dstrain {
 class CudaMatmul;
 class CudnnAttention;
 class GroupedGemm;
+class HopperFfn;
 
 class CudaOps : public Ops {
  public:
@@ -144,6 +145,7 @@ class CudaOps : public Ops {
   std::unique_ptr<CudaMatmul> matmul_;
   std::unique_ptr<CudnnAttention> cudnn_attention_;
   std::unique_ptr<GroupedGemm> grouped_gemm_;
+  std::unique_ptr<HopperFfn> hopper_ffn_;
 };
 
 }  // namespace dstrain

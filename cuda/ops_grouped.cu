@@ -6,6 +6,7 @@
 
 #include "core/backend/expect.h"
 #include "cuda/cuda_ops.h"
+#include "cuda/gathered_rows.h"
 #include "cuda/grouped_gemm.h"
 #include "cuda/grouped_portable.h"
 #include "cuda/kernel.cuh"
@@ -116,50 +117,9 @@ bool takes(const GroupedGemm& gemm, const Request& r) {
 }
 int64_t scratch_for(const GroupedGemm& gemm, const Request& r) {
   if (!takes(gemm, r)) return 0;
-  const auto rows_bytes = [&](const Tensor& index, int64_t columns) {
-    return index.defined() ? ScratchPieces::padded(r.linear.R * columns * int64_t{sizeof(bf16)})
-                           : 0;
-  };
-  return rows_bytes(r.x_index_R, r.linear.I) + rows_bytes(r.y_index_R, r.linear.O) +
+  return gathered_rows_bytes(r.x_index_R, r.linear.I) +
+         gathered_rows_bytes(r.y_index_R, r.linear.O) +
          ScratchPieces::padded(gemm.scratch_bytes(r.linear.E));
-}
-
-// One warp per row, of `vectors` times 16 bytes. Rows that are in no group may have any index.
-constexpr int kGatherWarps = 8, kLoads = 4;
-__global__ void __launch_bounds__(kGatherWarps * 32)
-    gather_kernel(const int32_t* __restrict__ offsets_E1, int64_t E, int64_t R,
-                  const uint4* __restrict__ x, int64_t stride, const int32_t* __restrict__ index_R,
-                  int64_t vectors, uint4* __restrict__ out) {
-  const int64_t row = int64_t{blockIdx.x} * kGatherWarps + threadIdx.x / 32;
-  if (row >= (offsets_E1 ? offsets_E1[E] : R) || (offsets_E1 && row < offsets_E1[0])) return;
-  const uint4* const from = x + index_R[row] * stride;
-  uint4* const to = out + row * vectors;
-  for (int64_t v = threadIdx.x % 32; v < vectors; v += 32 * kLoads) {
-    uint4 loaded[kLoads];
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i)
-      if (v + 32 * i < vectors) loaded[i] = from[v + 32 * i];
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i)
-      if (v + 32 * i < vectors) __stcs(to + v + 32 * i, loaded[i]);
-  }
-}
-
-// Replaces *matrix by its gathered rows.
-void gather(cudaStream_t stream, const GroupedLinear& l, const Tensor& index_R, int64_t columns,
-            ScratchPieces& scratch, void** matrix, int64_t* stride) {
-  if (!index_R.defined()) return;
-  constexpr int64_t kPerVector = sizeof(uint4) / sizeof(bf16);
-  bf16* const out = scratch.take<bf16>(l.R * columns);
-  if (l.R > 0) {
-    gather_kernel<<<static_cast<unsigned>(ceil_div(l.R, kGatherWarps)), kGatherWarps * 32, 0,
-                    stream>>>(l.offsets_E1, l.E, l.R, static_cast<const uint4*>(*matrix),
-                              *stride / kPerVector, index_R.data<int32_t>(), columns / kPerVector,
-                              reinterpret_cast<uint4*>(out));
-    check_launch("grouped_matmul: gathered rows");
-  }
-  *matrix = out;
-  *stride = columns;
 }
 
 void run(Stream& stream, const GroupedGemm& gemm, const Request& r) {
@@ -170,8 +130,8 @@ void run(Stream& stream, const GroupedGemm& gemm, const Request& r) {
   }
   GroupedLinear l = r.linear;
   ScratchPieces scratch(stream, scratch_for(gemm, r));
-  gather(cuda(stream), l, r.x_index_R, l.I, scratch, &l.x_RI, &l.x_stride);
-  gather(cuda(stream), l, r.y_index_R, l.O, scratch, &l.y_RO, &l.y_stride);
+  gather_group_rows(stream, l.offsets_E1, l.E, r.x_index_R, l.I, scratch, &l.x_RI, &l.x_stride);
+  gather_group_rows(stream, l.offsets_E1, l.E, r.y_index_R, l.O, scratch, &l.y_RO, &l.y_stride);
   gemm.run(stream, r.product, l, r.accumulate, scratch.take<char>(gemm.scratch_bytes(l.E)));
 }
 

@@ -1,10 +1,13 @@
-// The gated feed-forward: the products of ops_grouped.cu, and SwiGLU between them.
+// The gated feed-forward: products with SwiGLU in them where HopperFfn takes them, and else those
+// of ops_grouped.cu, and SwiGLU after them.
 //   h = silu(gate) * up * w,  silu(g) = g s, s = 1 / (1 + exp(-g)),  silu'(g) = s (1 + g (1 - s))
-// Sums and functions in f32. The gradient of h is stored in h's own memory until h itself takes its
-// place. Legend: E groups (experts), R rows of all groups, D hidden size, I intermediate size, w
-// row weight.
+// Sums and functions in f32. After a product of its own, the gradient of h is stored in h's memory
+// until h itself takes its place. Legend: E groups (experts), R rows of all groups, D hidden size,
+// I intermediate size, w row weight.
 #include "core/backend/expect.h"
 #include "cuda/cuda_ops.h"
+#include "cuda/ffn_hopper.h"
+#include "cuda/gathered_rows.h"
 #include "cuda/kernel.cuh"
 #include "cuda/planning_ops.h"
 
@@ -71,29 +74,6 @@ __global__ void swiglu_kernel(Groups groups, const F* __restrict__ gate_up_R2I, 
   }
 }
 
-template <class F, class V>
-struct Gradients {
-  V dgate, dup, h;
-  float drow_weight;
-};
-// drow_weight = sum dh silu(gate) up over the vector.
-template <class F, class V>
-__device__ Gradients<F, V> swiglu_backward(const V& dh, const V& gate, const V& up, float weight) {
-  Gradients<F, V> out;
-  out.drow_weight = 0;
-#pragma unroll
-  for (int j = 0; j < V::kSize; ++j) {
-    const float g = to_float(gate.at[j]), u = to_float(up.at[j]), d = to_float(dh.at[j]);
-    const float s = sigmoid<F>(g), activated = g * s, product = activated * u,
-                dproduct = d * weight;
-    out.drow_weight += d * product;
-    out.h.at[j] = from_float<F>(product * weight);
-    out.dup.at[j] = from_float<F>(dproduct * activated);
-    out.dgate.at[j] = from_float<F>(dproduct * u * (s + activated * (1.f - s)));
-  }
-  return out;
-}
-
 // One warp per row, which sums drow_weight. h_RI holds dh before; a thread reads and writes the
 // same elements.
 constexpr int kWarps = 8;
@@ -148,15 +128,104 @@ void dispatch_vectors(const char* op, const Tensor& h_RI, std::initializer_list<
   });
 }
 
+// The products as HopperFfn is asked for them. Until they are gathered, the input's rows are those
+// that the index names.
+struct Request {
+  HopperFfnCall call;
+  DType dtype;
+  Tensor index_R;
+
+  int64_t gathered_bytes() const { return gathered_rows_bytes(index_R, call.D); }
+  int64_t sums_bytes() const {
+    return ScratchPieces::padded(HopperFfn::scratch_floats(call.R, call.I) *
+                                 int64_t{sizeof(float)});
+  }
+  void gather(Stream& stream, ScratchPieces& scratch) {
+    gather_group_rows(stream, call.offsets_E1, call.E, index_R, call.D, scratch, &call.input_RD,
+                      &call.input_stride);
+  }
+};
+
+bool takes(const HopperFfn& ffn, const Request& r) {
+  return r.dtype == DType::bf16 && ffn.takes(r.call);
+}
+
+Request request(const Tensor& input_XD, const Tensor& row_index_R, const Tensor& weight,
+                const Tensor& offsets_E1, const Tensor& row_weight_R, const Tensor& gate_up_R2I,
+                const Tensor& h_RI) {
+  const int64_t E = weight.size(0), R = h_RI.size(0);
+  if (offsets_E1.defined())
+    expect(offsets_E1, "the feed-forward's offsets_E1", DType::i32, {E + 1});
+  else
+    DSTRAIN_CHECK(E == 1, "a feed-forward without offsets has one group");
+  if (row_index_R.defined())
+    expect(row_index_R, "the feed-forward's row_index_R", DType::i32, {R});
+  else
+    DSTRAIN_CHECK(input_XD.size(0) == R, "a feed-forward without row index reads all rows");
+  return {{.E = E,
+           .R = R,
+           .D = input_XD.size(1),
+           .I = h_RI.size(1),
+           .offsets_E1 = pointer<const int32_t>(offsets_E1),
+           .input_RD = input_XD.raw(),
+           .weight = weight.raw(),
+           .row_weight_R = pointer<const float>(row_weight_R),
+           .gate_up_R2I = gate_up_R2I.raw(),
+           .h_RI = h_RI.raw(),
+           .input_stride = input_XD.row_stride(),
+           .gate_up_stride = gate_up_R2I.row_stride(),
+           .h_stride = h_RI.row_stride()},
+          h_RI.dtype(),
+          row_index_R};
+}
+
+Request up_request(const Tensor& x_XD, const Tensor& row_index_R, const Tensor& weight_E2ID,
+                   const Tensor& offsets_E1, const Tensor& row_weight_R, const Tensor& gate_up_R2I,
+                   const Tensor& h_RI) {
+  const DType dtype = h_RI.dtype();
+  const int64_t R = h_RI.size(0), I = h_RI.size(1), D = x_XD.size(1);
+  expect_strided(x_XD, "ffn_up: x_XD", dtype, {x_XD.size(0), D});
+  expect(weight_E2ID, "ffn_up: weight_E2ID", dtype, {weight_E2ID.size(0), 2 * I, D});
+  expect_strided(gate_up_R2I, "ffn_up: gate_up_R2I", dtype, {R, 2 * I});
+  if (row_weight_R.defined()) expect(row_weight_R, "ffn_up: row_weight_R", DType::f32, {R});
+  return request(x_XD, row_index_R, weight_E2ID, offsets_E1, row_weight_R, gate_up_R2I, h_RI);
+}
+
+Request down_request(const Tensor& dy_XD, const Tensor& row_index_R, const Tensor& weight_EDI,
+                     const Tensor& offsets_E1, const Tensor& gate_up_R2I,
+                     const Tensor& row_weight_R, const Tensor& dgate_up_R2I, const Tensor& h_RI,
+                     const Tensor& drow_weight_R) {
+  const DType dtype = h_RI.dtype();
+  const int64_t R = h_RI.size(0), I = h_RI.size(1), D = dy_XD.size(1);
+  expect_strided(dy_XD, "ffn_down_backward_input: dy_XD", dtype, {dy_XD.size(0), D});
+  expect(weight_EDI, "ffn_down_backward_input: weight_EDI", dtype, {weight_EDI.size(0), D, I});
+  expect_strided(gate_up_R2I, "ffn_down_backward_input: gate_up_R2I", dtype, {R, 2 * I});
+  expect_strided(dgate_up_R2I, "ffn_down_backward_input: dgate_up_R2I", dtype, {R, 2 * I});
+  for (const Tensor* weight : {&row_weight_R, &drow_weight_R})
+    if (weight->defined())
+      expect(*weight, "ffn_down_backward_input: (d)row_weight_R", DType::f32, {R});
+  Request r = request(dy_XD, row_index_R, weight_EDI, offsets_E1, row_weight_R, gate_up_R2I, h_RI);
+  r.call.dgate_up_R2I = dgate_up_R2I.raw();
+  r.call.dgate_up_stride = dgate_up_R2I.row_stride();
+  r.call.drow_weight_R = pointer<float>(drow_weight_R);
+  return r;
+}
+
 }  // namespace
 
 void CudaOps::ffn_up(Stream& stream, const Tensor& x_XD, const Tensor& row_index_R,
                      const Tensor& weight_E2ID, const Tensor& offsets_E1,
                      const Tensor& row_weight_R, const Tensor& gate_up_R2I, const Tensor& h_RI) {
   const int64_t R = h_RI.size(0), I = h_RI.size(1), E = weight_E2ID.size(0);
-  expect_strided(gate_up_R2I, "ffn_up: gate_up_R2I", h_RI.dtype(), {R, 2 * I});
-  if (row_weight_R.defined()) expect(row_weight_R, "ffn_up: row_weight_R", DType::f32, {R});
+  Request r =
+      up_request(x_XD, row_index_R, weight_E2ID, offsets_E1, row_weight_R, gate_up_R2I, h_RI);
   if (R == 0 || I == 0) return;
+  if (takes(*hopper_ffn_, r)) {
+    ScratchPieces scratch(stream, r.gathered_bytes());
+    r.gather(stream, scratch);
+    hopper_ffn_->up(stream, r.call);
+    return;
+  }
   grouped_matmul(stream, x_XD, row_index_R, weight_E2ID, offsets_E1, gate_up_R2I);
   const Groups groups{pointer<const int32_t>(offsets_E1), E, R};
   dispatch_vectors("ffn_up", h_RI, {gate_up_R2I}, [&]<class F, class V>() {
@@ -177,14 +246,17 @@ void CudaOps::ffn_down_backward_input(Stream& stream, const Tensor& dy_XD,
                                       const Tensor& offsets_E1, const Tensor& gate_up_R2I,
                                       const Tensor& row_weight_R, const Tensor& dgate_up_R2I,
                                       const Tensor& h_RI, const Tensor& drow_weight_R) {
-  const DType dtype = h_RI.dtype();
   const int64_t R = h_RI.size(0), I = h_RI.size(1), E = weight_EDI.size(0);
-  expect_strided(gate_up_R2I, "ffn_down_backward_input: gate_up_R2I", dtype, {R, 2 * I});
-  expect_strided(dgate_up_R2I, "ffn_down_backward_input: dgate_up_R2I", dtype, {R, 2 * I});
-  for (const Tensor* weight : {&row_weight_R, &drow_weight_R})
-    if (weight->defined())
-      expect(*weight, "ffn_down_backward_input: (d)row_weight_R", DType::f32, {R});
+  Request r = down_request(dy_XD, row_index_R, weight_EDI, offsets_E1, gate_up_R2I, row_weight_R,
+                           dgate_up_R2I, h_RI, drow_weight_R);
   if (R == 0 || I == 0) return;
+  if (takes(*hopper_ffn_, r)) {
+    ScratchPieces scratch(stream, r.gathered_bytes() + r.sums_bytes());
+    r.gather(stream, scratch);
+    hopper_ffn_->down_backward_input(
+        stream, r.call, scratch.take<float>(HopperFfn::scratch_floats(r.call.R, r.call.I)));
+    return;
+  }
   grouped_matmul_backward_input(stream, dy_XD, row_index_R, weight_EDI, offsets_E1, h_RI);
   const Groups groups{pointer<const int32_t>(offsets_E1), E, R};
   dispatch_vectors(
@@ -199,16 +271,28 @@ void CudaOps::ffn_down_backward_input(Stream& stream, const Tensor& dy_XD,
 }
 
 void PlanningOps::ffn_up(Stream& stream, const Tensor& x_XD, const Tensor& row_index_R,
-                         const Tensor& weight_E2ID, const Tensor& offsets_E1, const Tensor&,
-                         const Tensor& gate_up_R2I, const Tensor&) {
-  grouped_matmul(stream, x_XD, row_index_R, weight_E2ID, offsets_E1, gate_up_R2I);
+                         const Tensor& weight_E2ID, const Tensor& offsets_E1,
+                         const Tensor& row_weight_R, const Tensor& gate_up_R2I,
+                         const Tensor& h_RI) {
+  const Request r =
+      up_request(x_XD, row_index_R, weight_E2ID, offsets_E1, row_weight_R, gate_up_R2I, h_RI);
+  if (takes(*ops_.hopper_ffn_, r))
+    note(r.gathered_bytes());
+  else
+    grouped_matmul(stream, x_XD, row_index_R, weight_E2ID, offsets_E1, gate_up_R2I);
 }
 
 void PlanningOps::ffn_down_backward_input(Stream& stream, const Tensor& dy_XD,
                                           const Tensor& row_index_R, const Tensor& weight_EDI,
-                                          const Tensor& offsets_E1, const Tensor&, const Tensor&,
-                                          const Tensor&, const Tensor& h_RI, const Tensor&) {
-  grouped_matmul_backward_input(stream, dy_XD, row_index_R, weight_EDI, offsets_E1, h_RI);
+                                          const Tensor& offsets_E1, const Tensor& gate_up_R2I,
+                                          const Tensor& row_weight_R, const Tensor& dgate_up_R2I,
+                                          const Tensor& h_RI, const Tensor& drow_weight_R) {
+  const Request r = down_request(dy_XD, row_index_R, weight_EDI, offsets_E1, gate_up_R2I,
+                                 row_weight_R, dgate_up_R2I, h_RI, drow_weight_R);
+  if (takes(*ops_.hopper_ffn_, r))
+    note(r.gathered_bytes() + r.sums_bytes());
+  else
+    grouped_matmul_backward_input(stream, dy_XD, row_index_R, weight_EDI, offsets_E1, h_RI);
 }
 
 }  // namespace dstrain
