@@ -238,6 +238,20 @@ void load_state(TrainEngine& engine, CheckpointReader& reader, bool with_optimiz
   for (const StateSlice& slice : residuals) load_slice(engine, reader, slice);
 }
 
+// The slice's elements of a whole tensor: rows of the last dim are neighbours in both.
+static void copy_slice(const std::vector<float>& whole, const StateSlice& slice,
+                       std::vector<float>& part) {
+  const Parameter& parameter = *slice.parameter;
+  const int64_t row = parameter.local_shape.empty() ? 1 : parameter.local_shape.back();
+  part.clear();
+  for (int64_t i = slice.begin; i < slice.end;) {
+    const int64_t run = std::min(slice.end - i, row - i % row);
+    const auto begin = whole.begin() + parameter.global_index(i);
+    part.insert(part.end(), begin, begin + run);
+    i += run;
+  }
+}
+
 HfOrigin load_hf_parameters(TrainEngine& engine, const std::string& folder) {
   HfOrigin origin;
   origin.folder = folder;
@@ -249,9 +263,7 @@ HfOrigin load_hf_parameters(TrainEngine& engine, const std::string& folder) {
       folder, whole.config(), whole.parameters(), [&](const std::string& name, const std::vector<float>& values) {
         for (const StateSlice& slice : slices) {
           if (slice.kind != "param" || slice.parameter->spec.name != name) continue;
-          part.clear();
-          for (int64_t i = slice.begin; i < slice.end; ++i)
-            part.push_back(values[static_cast<size_t>(slice.parameter->global_index(i))]);
+          copy_slice(values, slice, part);
           write_slice(engine.backend(), engine.stream(), part, slice);
         }
       });

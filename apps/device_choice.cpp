@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include "core/base/error.h"
+#include "cuda/router_limits.h"
 
 namespace dstrain {
 namespace {
@@ -19,12 +20,27 @@ std::string gpu_precision(const PrecisionConfig& precision) {
   return "";
 }
 
+// Why a GPU cannot route this model's tokens; empty if it can.
+std::string unroutable(const ModelConfig& model) {
+  const auto over = [](const char* key, int64_t value, int64_t most) {
+    return value > most
+               ? fmt::format("model.{} is {}, and a GPU takes at most {}", key, value, most)
+               : std::string();
+  };
+  for (std::string reason :
+       {over("n_routed_experts", model.n_routed_experts, kMostExperts),
+        over("num_experts_per_tok", model.num_experts_per_tok, kMostExpertsOfToken),
+        over("n_group", model.n_group, kMostExpertGroups)})
+    if (!reason.empty()) return reason;
+  return "";
+}
+
 // Why the job gets no GPU; empty if it gets one.
 std::string why_no_gpu_for(const Config& config, int64_t ranks, const VisibleGpus& gpus) {
   if (config.run.device == Device::cpu) return "run.device is cpu";
   if (gpus.count == 0) return gpus.why_none;
   if (ranks > 1) return kNoRanks;
-  return "";
+  return unroutable(config.model);
 }
 
 }  // namespace
@@ -32,7 +48,7 @@ std::string why_no_gpu_for(const Config& config, int64_t ranks, const VisibleGpu
 DeviceChoice choose_device(const Config& config, int64_t ranks, const VisibleGpus& gpus) {
   const std::string reason = why_no_gpu_for(config, ranks, gpus);
   if (reason.empty()) return {true, ""};
-  if (config.run.device == Device::cuda && gpus.count > 0)
+  if (config.run.device == Device::cuda && gpus.count > 0 && ranks > 1)
     throw ConfigError(fmt::format(
         "run.device: cuda is not available to a job of {} ranks: {}; run.device: cpu works, and "
         "so does one rank",
@@ -46,8 +62,8 @@ DeviceChoice choose_device(const Config& config, int64_t ranks, const VisibleGpu
     throw ConfigError(fmt::format(
         "{} needs a GPU, and this job has none: {}; leave it out, or write fp32", wanted, reason));
   if (config.run.device == Device::cpu || gpus.count == 0) return {};
-  return {false,
-          fmt::format("run.device: auto takes the CPU for a job of {} ranks: {}", ranks, reason)};
+  const std::string job = ranks > 1 ? fmt::format(" for a job of {} ranks", ranks) : "";
+  return {false, fmt::format("run.device: auto takes the CPU{}: {}", job, reason)};
 }
 
 bool is_gpu_job(const Config& config, int64_t ranks, const VisibleGpus& gpus) {

@@ -1,10 +1,11 @@
 // Choice of experts, their weights and the gradient of both; the formulas are in core/backend/cpu_ops_router.cpp.
-// T tokens, E <= 512 experts, K <= 32 experts per token. A warp has a token: its lane l holds experts l, l + 32,
+// T tokens, E experts, K experts per token, as many as router_limits.h allows. A warp has a token: its lane l holds experts l, l + 32,
 // ... and, of what there is K of, number l.
 #include "core/backend/expect.h"
 #include "core/backend/routing.h"
 #include "cuda/cuda_ops.h"
 #include "cuda/kernel.cuh"
+#include "cuda/router_limits.h"
 #include "cuda/rows.cuh"
 
 namespace dstrain {
@@ -22,10 +23,9 @@ struct Routing {
 
 Routing routing_of(const RouterParams& params, int64_t E, const char* op) {
   expect_router(params, E, op);
-  DSTRAIN_CHECK(E <= 512 && params.experts_per_token <= 32 && params.groups <= 64,
-                std::string(op) + ": " + std::to_string(params.experts_per_token) + " of " + std::to_string(E) +
-                    " experts in " + std::to_string(params.groups) +
-                    " groups; the CUDA back end chooses at most 32 of 512 in 64 groups");
+  DSTRAIN_CHECK(E <= kMostExperts && params.experts_per_token <= kMostExpertsOfToken &&
+                    params.groups <= kMostExpertGroups,
+                std::string(op) + ": more experts, choices or groups than router_limits.h allows");
   Routing r;
   r.E = static_cast<int>(E);
   r.K = static_cast<int>(params.experts_per_token);

@@ -72,6 +72,27 @@ TEST_CASE("device choice: several ranks under auto compute on CPUs, and one line
   CHECK(choose_device(job(Device::cpu), 4, kEight).note == "");
 }
 
+TEST_CASE("device choice: more experts than a GPU routes to are refused with the limit",
+          "[device]") {
+  Config config = job(Device::cuda);
+  config.model.n_routed_experts = 512;
+  config.model.num_experts_per_tok = 32;
+  CHECK(choose_device(config, 1, kOne).gpu);
+  config.model.n_routed_experts = 640;
+  CHECK_THROWS_WITH(choose_device(config, 1, kOne),
+                    Contains("run.device: cuda cannot be had: model.n_routed_experts is 640, and a "
+                             "GPU takes at most 512"));
+  config.run.device = Device::automatic;
+  const DeviceChoice choice = choose_device(config, 1, kOne);
+  CHECK_FALSE(choice.gpu);
+  CHECK(choice.note ==
+        "run.device: auto takes the CPU: model.n_routed_experts is 640, and a GPU takes at most "
+        "512");
+  config.model.n_routed_experts = 64;
+  config.model.num_experts_per_tok = 33;
+  CHECK_THAT(choose_device(config, 1, kOne).note, Contains("model.num_experts_per_tok is 33"));
+}
+
 TEST_CASE("device choice: what a plan is made for", "[device]") {
   CHECK(is_gpu_job(job(Device::cuda), 1, kNone));
   CHECK(is_gpu_job(job(Device::cuda), 64, kOne));
