@@ -99,6 +99,8 @@ ProcessMesh::ProcessMesh(const MeshShape& shape, Communicator& world, Backend& b
     DSTRAIN_CHECK(groups_[i]->size() == std::ssize(groups[mine]),
                   fmt::format("the {} group has the wrong ranks", group_name(group)));
   }
+  group(MeshGroup::pipeline).prepare(Connections::messages);
+  group(MeshGroup::expert).prepare(Connections::exchanges);
 }
 
 ProcessMesh::ProcessMesh(const MeshShape& shape, int world_rank, Backend& backend)

@@ -7,7 +7,8 @@
 //  - Tensors are contiguous. Data moves as bytes, of any element type. Sums take f32, f64, i32, i64 and bf16
 //    (summed in f32, rounded once); maxima take f32, f64 and i64 and keep a NaN.
 //  - Sums run in ascending rank order, by our own code on host memory, so that bits depend on the
-//    layout alone; every rank ends with the same bits.
+//    layout alone; every rank ends with the same bits. parallel/nccl_communicator.h says what GPUs
+//    do otherwise.
 //  - A rank that fails aborts the set: calls of the others, waiting or later, throw RuntimeFailure that
 //    names the rank that failed and its reason. A rank that does not come within the time-out counts as failed.
 //  - Thread-compatible: one thread drives a Communicator. Different communicators of one rank are
@@ -25,11 +26,22 @@
 
 namespace dstrain {
 
+// What needs connections of their own between two ranks.
+enum class Connections {
+  exchanges,  // all_to_all
+  messages,   // send and recv between neighbours in rank order, the last and the first included
+};
+
 class Communicator {
  public:
   virtual ~Communicator() = default;
   virtual int rank() const = 0;
   virtual int size() const = 0;
+
+  // Makes connections where they take memory and time, which on host memory they do not. Before the
+  // first message; before the first exchange, which otherwise makes its own. A collective call that
+  // waits.
+  virtual void prepare(Connections) {}
 
   virtual void all_reduce_sum(Stream&, const Tensor& x) = 0;  // in place
   virtual void all_reduce_max(Stream&, const Tensor& x) = 0;  // in place

@@ -27,6 +27,7 @@ using std::chrono::milliseconds;
 
 void check_all(RankContext& rank) {
   check_reductions(rank);
+  check_maxima_keep_nan(rank);
   check_exchanges(rank);
   check_messages(rank);
   check_splits(rank);

@@ -32,6 +32,7 @@ TEST_CASE("thread communicator: every call gives the serial result, bit for bit"
   const int ranks = GENERATE(1, 2, 3, 4, 8);
   CAPTURE(ranks);
   REQUIRE_NOTHROW(run_ranks(ranks, check_reductions));
+  REQUIRE_NOTHROW(run_ranks(ranks, check_maxima_keep_nan));
   REQUIRE_NOTHROW(run_ranks(ranks, check_exchanges));
   REQUIRE_NOTHROW(run_ranks(ranks, check_messages));
   REQUIRE_NOTHROW(run_ranks(ranks, check_splits));

@@ -220,6 +220,9 @@ void check_reductions(RankContext& rank) {
   check_max_of<float>(rank);
   check_max_of<double>(rank);
   check_max_of<int64_t>(rank);
+}
+
+void check_maxima_keep_nan(RankContext& rank) {
   check_max_keeps_nan<float>(rank);
   check_max_keeps_nan<double>(rank);
 }

@@ -10,6 +10,8 @@ namespace dstrain::test {
 // Sums in ascending rank order, of every type and of lengths from 0 to more than one message;
 // maxima.
 void check_reductions(RankContext& rank);
+// Maxima over a NaN, and over minus infinities.
+void check_maxima_keep_nan(RankContext& rank);
 // Gathers, scatters, broadcasts and exchanges of rows, with empty parts.
 void check_exchanges(RankContext& rank);
 // Messages in both directions, many under way, of any size.

@@ -1,7 +1,5 @@
 #include "test/support/cuda_device.h"
 
-#include <memory>
-
 #include "cuda/cuda_backend.h"
 #include "cuda/cuda_device.h"
 
@@ -11,12 +9,19 @@ std::string why_gpu_missing() {
   return why_no_gpu();
 }
 
+int gpu_count() {
+  return visible_gpus();
+}
+
+std::unique_ptr<Backend> make_gpu_backend(int device) {
+  CudaOptions options;
+  options.device = device;
+  options.deterministic = true;
+  return make_cuda_backend(options);
+}
+
 Backend& gpu_backend() {
-  static const std::unique_ptr<Backend> backend = [] {
-    CudaOptions options;
-    options.deterministic = true;
-    return make_cuda_backend(options);
-  }();
+  static const std::unique_ptr<Backend> backend = make_gpu_backend(0);
   return *backend;
 }
 

@@ -2,6 +2,7 @@
 // Programs without the CUDA back end have none.
 #pragma once
 
+#include <memory>
 #include <string>
 
 #include "core/backend/backend.h"
@@ -18,7 +19,10 @@ inline bool skipped_without_gpu() {
   return !missing.empty();
 }
 
-// Runs give the same bits.
+int gpu_count();
+// For a rank that has a GPU of its own. Runs give the same bits.
+std::unique_ptr<Backend> make_gpu_backend(int device);
+// On the first GPU.
 Backend& gpu_backend();
 Stream& gpu_stream();
 // The memory that operations on gpu_stream() use for themselves, as f32.

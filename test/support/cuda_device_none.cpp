@@ -9,6 +9,14 @@ std::string why_gpu_missing() {
   return "this program was built without the CUDA back end";
 }
 
+int gpu_count() {
+  return 0;
+}
+
+std::unique_ptr<Backend> make_gpu_backend(int) {
+  throw RuntimeFailure(why_gpu_missing());
+}
+
 Backend& gpu_backend() {
   throw RuntimeFailure(why_gpu_missing());
 }
