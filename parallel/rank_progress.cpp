@@ -40,7 +40,8 @@ RankState read_slot(const RankSlot& slot) {
   state.rank = slot.rank;
   state.phase = slot.phase;
   state.step = slot.step;
-  state.seconds = 1e-9 * static_cast<double>(monotonic_ns() - slot.entered_ns);
+  state.entered_ns = slot.entered_ns;
+  state.seconds = 1e-9 * static_cast<double>(monotonic_ns() - state.entered_ns);
   state.is_stuck = slot.stuck != 0;
   return state;
 }

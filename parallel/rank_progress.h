@@ -40,7 +40,8 @@ struct RankState {
   pid_t pid = 0;  // 0: the rank has not come yet
   RankPhase phase = RankPhase::starting;
   int64_t step = 0;
-  double seconds = 0;  // since it entered the phase
+  int64_t entered_ns = 0;  // when it entered the phase, by monotonic_ns()
+  double seconds = 0;      // since then
   bool is_stuck = false;
 };
 

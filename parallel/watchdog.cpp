@@ -25,8 +25,8 @@ Watchdog::~Watchdog() {
 
 void Watchdog::watch() {
   const double interval_s = std::clamp(limit_s_ / 8, 0.01, 1.0);
-  double stopped_s = 0;  // time lost since the phase that `seen` entered
-  double seen = 0;       // when that was
+  double stopped_s = 0;  // time lost since the rank entered the phase
+  int64_t entered_ns = 0;
   int64_t slept_at = monotonic_ns();
   std::unique_lock lock(mutex_);
   while (!wake_.wait_for(lock, std::chrono::duration<double>(interval_s),
@@ -35,11 +35,7 @@ void Watchdog::watch() {
     const double slept_s = 1e-9 * static_cast<double>(now - slept_at);
     slept_at = now;
     const RankState state = progress_.state();
-    const double entered = 1e-9 * static_cast<double>(now) - state.seconds;
-    if (entered > seen + 1e-6) {
-      seen = entered;
-      stopped_s = 0;
-    }
+    if (std::exchange(entered_ns, state.entered_ns) != state.entered_ns) stopped_s = 0;
     // A busy machine wakes this thread late as well; time beyond a few intervals was no waiting.
     if (slept_s > 4 * interval_s) stopped_s += slept_s;
     if (state.seconds - stopped_s < limit_s_) continue;
