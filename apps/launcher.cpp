@@ -6,6 +6,8 @@
 #include <algorithm>
 #include <csignal>
 #include <cstring>
+#include <fstream>
+#include <iterator>
 #include <map>
 #include <optional>
 #include <utility>
@@ -44,9 +46,17 @@ bool is_hung(const std::vector<RankState>& states) {
                      [](const RankState& state) { return state.is_stuck; });
 }
 
+// Whether SIGSTOP or a debugger holds the process, so that its own watchdog cannot speak.
+bool is_stopped(pid_t pid) {
+  std::ifstream file(fmt::format("/proc/{}/stat", pid));
+  const std::string stat{std::istreambuf_iterator<char>(file), {}};
+  const size_t state = stat.rfind(')') + 2;  // the name before may hold anything
+  return state < stat.size() && (stat[state] == 'T' || stat[state] == 't');
+}
+
 // Where the ranks stood when their watchdogs found them stuck: the fewest first, since they are
-// what the others waited for.
-std::string hang_text(const std::vector<RankState>& states) {
+// what the others waited for. `stopped`: those that were then.
+std::string hang_text(const std::vector<RankState>& states, const std::vector<int64_t>& stopped) {
   struct Place {
     std::vector<int64_t> ranks;
     RankState longest;
@@ -64,6 +74,8 @@ std::string hang_text(const std::vector<RankState>& states) {
   std::string text = "the job hung";
   for (const Place& place : sorted)
     text += fmt::format("; {}: {}", ranks_text(place.ranks), place_text(place.longest));
+  if (!stopped.empty())
+    text += fmt::format("; stopped, as by SIGSTOP or a debugger: {}", ranks_text(stopped));
   return text;
 }
 
@@ -89,6 +101,7 @@ class Launcher {
     int signal = 0;  // that ended mpirun itself
     std::optional<RankFailure> failure;
     std::vector<RankState> states;
+    std::vector<int64_t> stopped;  // ranks, when the job was found to hang
   };
 
   // Open MPI takes 4 MiB of shared memory for each rank, and its session files.
@@ -117,6 +130,7 @@ class Launcher {
   int64_t attempts_ = 0;
   double started_ = 0;  // of the last one
   std::optional<double> hung_at_;
+  std::vector<int64_t> stopped_;  // ranks, at that time
   int hung_signals_ = 0;  // sent since
   bool is_save_wanted_ = false, is_child_ended_ = false;
   int leave_signal_ = 0;  // that asked first
@@ -187,8 +201,13 @@ void Launcher::act(MpirunJob& mpirun, const RankBoard& board) {
 
 // SIGTERM once and SIGKILL once: mpirun takes repeated ones for impatience and leaves files behind.
 void Launcher::end_hung(MpirunJob& mpirun, const RankBoard& board) {
-  if (!hung_at_ && !is_hung(board.states())) return;
-  if (!hung_at_) hung_at_ = now_s();
+  if (!hung_at_) {
+    const std::vector<RankState> states = board.states();
+    if (!is_hung(states)) return;
+    hung_at_ = now_s();
+    for (const RankState& state : states)
+      if (is_stopped(state.pid)) stopped_.push_back(state.rank);
+  }
   const double waited = now_s() - *hung_at_;
   if (hung_signals_ == 0 && waited > job_.times.hung_s) {
     ++hung_signals_;
@@ -216,6 +235,7 @@ Launcher::End Launcher::attempt(const std::optional<std::string>& resume) {
   MpirunJob mpirun(command, out_, err_);
   started_ = now_s();
   hung_at_.reset();
+  stopped_.clear();
   hung_signals_ = 0;
   is_child_ended_ = false;
   while (!is_child_ended_) {
@@ -225,12 +245,12 @@ Launcher::End Launcher::attempt(const std::optional<std::string>& resume) {
     act(mpirun, board);
     end_hung(mpirun, board);
   }
-  return {mpirun.exit_code(), mpirun.end_signal(), mpirun.failure(), board.states()};
+  return {mpirun.exit_code(), mpirun.end_signal(), mpirun.failure(), board.states(), stopped_};
 }
 
 // Which rank, how, and where it was.
 std::string Launcher::failure_text(const End& end) const {
-  if (is_hung(end.states)) return hang_text(end.states);
+  if (is_hung(end.states)) return hang_text(end.states, end.stopped);
   if (!end.failure)
     return end.signal != 0 ? fmt::format("mpirun was ended by {}", signal_name(end.signal))
                            : fmt::format("mpirun ended with exit code {}", end.code);

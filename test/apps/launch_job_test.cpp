@@ -111,7 +111,8 @@ TEST_CASE("launch: a stopped rank is found, and the job goes on without it", "[l
   INFO(end.err);
   REQUIRE(end.code == 0);
   CHECK_THAT(end.err, Contains("no progress within launch.hang_timeout (2 s)") &&
-                          Contains("error: the job hung; rank"));
+                          Contains("error: the job hung; rank") &&
+                          Contains("; stopped, as by SIGSTOP or a debugger: rank 1\n"));
   CHECK(difference(undisturbed(), trace_of(job)) == "");
 }
 

@@ -434,6 +434,25 @@ slot 8 3; sleep 0.3; slot 12 1; exit 1
   CHECK_THAT(text.substr(at), Contains("; ranks 1, 2: step 12, summing gradients for "));
 }
 
+TEST_CASE("launcher: of a hang, the rank that is stopped is named", "[launcher]") {
+  LaunchedJob job(R"sh(
+come 12
+slot 8 3
+if [[ $rank == 1 ]]; then
+  for byte in 0 1 2 3; do slot $byte $(($$ >> 8 * byte & 255)); done
+  touch stops; kill -STOP $$
+fi
+while [[ ! -e stops ]]; do sleep 0.02; done
+sleep 0.3; slot 12 1; sleep 0.6; exit 1
+)sh",
+                  true);
+  job.job.max_restarts = 0;
+  CHECK(job.run() == 1);
+  CHECK_THAT(job.read("err"),
+             Contains("error: the job hung; ranks 0, 1: step 12, summing gradients for ") &&
+                 Contains(" s; stopped, as by SIGSTOP or a debugger: rank 1\n"));
+}
+
 TEST_CASE("launcher: an mpirun that waits for a hung rank is ended, and the job goes on",
           "[launcher]") {
   const bool is_stubborn = GENERATE(false, true);
