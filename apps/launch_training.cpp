@@ -27,8 +27,8 @@ std::string reason_for(const Config& config, int64_t ranks) {
 // delete what the other run saved. Those of a launcher that was killed take a moment to leave.
 void require_free(const std::string& run_folder) {
   constexpr std::chrono::milliseconds kLeavingTime{5000}, kLook{100};
-  check_run_folder(run_folder);
   if (!is_folder(run_folder)) return;
+  check_run_folder(run_folder);
   for (auto left = kLeavingTime;; left -= kLook) {
     try {
       const RunLock free(run_folder);
