@@ -124,16 +124,7 @@ void Trainer::check_memory() const {
 
 void Trainer::start_from(const std::optional<VerifiedCheckpoint>& checkpoint) {
   engine_->allocate();
-  // What lies on a device is written from a snapshot in any case.
-  if (config_.checkpoint.async || !backend_->is_cpu()) {
-    const std::vector<StateTensor> state = state_tensors(*engine_);
-    snapshot_memory_ = DeviceMemory(*backend_, AsyncSaver::snapshot_bytes(state), MemoryKind::host);
-  }
-  saver_ = std::make_unique<AsyncSaver>(
-      *store_,
-      std::span(static_cast<std::byte*>(snapshot_memory_.data()),
-                static_cast<size_t>(snapshot_memory_.bytes())),
-      StateCopy(*backend_, engine_->stream(), engine_->master_chunk_N()));
+  make_saver();
   saves_ = std::make_unique<RankSaves>(world_, *store_, *saver_);
   if (checkpoint) return restore(*checkpoint);
   engine_->initialize(static_cast<uint64_t>(config_.run.seed));
@@ -142,6 +133,57 @@ void Trainer::start_from(const std::optional<VerifiedCheckpoint>& checkpoint) {
 
 void Trainer::restore(const VerifiedCheckpoint& checkpoint) {
   const CheckpointMeta& meta = checkpoint.manifest.meta;
+// What lies on a device is written from a snapshot in any case. Where only a signal can ask for a save, a GPU's
+// job takes the snapshot's memory then.
+void Trainer::make_saver() {
+  const CheckpointConfig& checkpoint = config_.checkpoint;
+  AsyncSaver::Snapshot where;
+  if (checkpoint.async || !backend_->is_cpu()) {
+    where = [this] { return snapshot(); };
+    const bool saves_in_steps = checkpoint.every > 0 && checkpoint.every <= config_.train.steps;
+    if (checkpoint.at_end || saves_in_steps) order_snapshot();
+    if (backend_->is_cpu()) snapshot();
+  }
+  state_copy_ = std::make_unique<StateCopy>(*backend_, engine_->copy_chunks_2N());
+  saver_ = std::make_unique<AsyncSaver>(
+      *store_, where, [this](std::span<const StateTensor> tensors, std::span<void* const> places) {
+        return copy_state(tensors, places);
+      });
+}
+
+// On a thread of its own: a GPU's driver takes seconds to pin so much memory, beside all that comes before the
+// first save.
+void Trainer::order_snapshot() {
+  const int64_t bytes = AsyncSaver::snapshot_bytes(state_tensors(*engine_));
+  coming_snapshot_ = std::async(std::launch::async, [backend = backend_.get(), bytes] {
+    return DeviceMemory(*backend, bytes, MemoryKind::host);
+  });
+}
+
+bool Trainer::snapshot_has_come() const {
+  return coming_snapshot_.valid() &&
+         coming_snapshot_.wait_for(std::chrono::seconds(0)) == std::future_status::ready;
+}
+
+// Waits for its memory, and throws what its allocation threw.
+std::span<std::byte> Trainer::snapshot() {
+  if (!snapshot_memory_.data()) {
+    if (!coming_snapshot_.valid()) order_snapshot();
+    snapshot_memory_ = coming_snapshot_.get();
+  }
+  return {static_cast<std::byte*>(snapshot_memory_.data()),
+          static_cast<size_t>(snapshot_memory_.bytes())};
+}
+
+// Beside the next step, which waits on the device before it changes what is copied.
+AsyncSaver::Arrival Trainer::copy_state(std::span<const StateTensor> tensors,
+                                        std::span<void* const> places) {
+  engine_->begin_state_copy(state_copy_->stream());
+  Event& copied = state_copy_->queue(tensors, places);
+  engine_->hold_state(copied);
+  return [&copied] { copied.synchronize(); };
+}
+
   warn_of_changes(meta);
   engine_->initialize(static_cast<uint64_t>(config_.run.seed));
   CheckpointReader reader(checkpoint.path, checkpoint.manifest);
@@ -238,6 +280,7 @@ ExitCode Trainer::run() {
   while (step_ < config_.train.steps) {
     queue_step();
     if (skipped_in_a_row_ >= config_.train.max_skipped_steps) {
+    if (snapshot_has_come()) snapshot();
       saves_->wait();
       report_saves();
       throw RuntimeFailure(fmt::format(
@@ -259,9 +302,10 @@ ExitCode Trainer::run() {
   if (!left_by.empty())
     log_info("{}: saving step {}, then leaving{}", left_by, step_,
              left_by == "SIGINT" ? "; a second Ctrl-C leaves at once" : "");
-  if (saved_step_ != step_) request_save();
+  const bool must_save = !left_by.empty() || config_.checkpoint.at_end;
+  if (must_save && saved_step_ != step_) request_save();
   if (left_by.empty()) evaluate();
-  finish_saves();
+  finish_saves(must_save);
   const bool stopped = !left_by.empty() && step_ < config_.train.steps;
   hub_.on_end(summary(stopped ? "stopped by " + left_by : "finished"));
   return stopped ? ExitCode::preempted : ExitCode::ok;
@@ -411,13 +455,13 @@ void Trainer::report_saves() {
   }
 }
 
-// The last state must reach the disk: a failed save is tried again until the limit.
-void Trainer::finish_saves() {
+// Where the last state must reach the disk, a failed save is tried again until the limit.
+void Trainer::finish_saves(bool must_save) {
   enter(RankPhase::leaving);
   for (;;) {
     saves_->wait();
     report_saves();
-    if (saved_step_ == step_) return;
+    if (!must_save || saved_step_ == step_) return;
     request_save();
   }
 }
@@ -449,7 +493,7 @@ RunSummary Trainer::summary(const std::string& outcome) const {
   s.checkpoint = newest_checkpoint_;
   if (config_.metrics.jsonl) s.metrics = paths_.metrics;
   if (config_.metrics.tensorboard) s.tensorboard = paths_.tensorboard;
-  s.next = next_commands(config_, outcome == "finished");
+  if (!newest_checkpoint_.empty()) s.next = next_commands(config_, outcome == "finished");
   return s;
 }
 

@@ -4,6 +4,7 @@
 #include <chrono>
 #include <deque>
 #include <functional>
+#include <future>
 #include <memory>
 #include <optional>
 #include <string>
@@ -12,6 +13,7 @@
 #include "apps/rank_saves.h"
 #include "apps/run_folder.h"
 #include "core/checkpoint/async_saver.h"
+#include "core/checkpoint/state_copy.h"
 #include "core/data/batch_stream.h"
 #include "core/metrics/sink.h"
 #include "parallel/rank_job.h"
@@ -56,6 +58,11 @@ class Trainer {
   void prepare_folder();
   void check_memory() const;
   void start_from(const std::optional<VerifiedCheckpoint>& checkpoint);
+  void make_saver();
+  void order_snapshot();
+  bool snapshot_has_come() const;
+  std::span<std::byte> snapshot();
+  AsyncSaver::Arrival copy_state(std::span<const StateTensor> tensors, std::span<void* const> places);
   void restore(const VerifiedCheckpoint& checkpoint);
   std::vector<StateSlice> residuals_in(const Manifest& manifest) const;
   void warn_of_changes(const CheckpointMeta& meta) const;
@@ -71,7 +78,7 @@ class Trainer {
   void evaluate();
   void request_save();
   void report_saves();
-  void finish_saves();
+  void finish_saves(bool must_save);
   bool due(int64_t every) const;
   void enter(RankPhase phase) {
     if (ranks_.progress) ranks_.progress->enter(phase, step_);
@@ -97,6 +104,8 @@ class Trainer {
 
   DeviceMemory batch_memory_, eval_memory_, snapshot_memory_;
   std::unique_ptr<BatchStream> stream_;
+  std::future<DeviceMemory> coming_snapshot_;
+  std::unique_ptr<StateCopy> state_copy_;
   std::optional<CheckpointStore> store_;
   std::unique_ptr<AsyncSaver> saver_;
   std::unique_ptr<RankSaves> saves_;

@@ -8,6 +8,7 @@
 #include "cuda/cuda_check.h"
 #include "cuda/cuda_device.h"
 #include "cuda/cuda_ops.h"
+#include "cuda/pinned_memory.h"
 #include "cuda/planning_ops.h"
 
 namespace dstrain {
@@ -21,6 +22,7 @@ constexpr int kLeastCapability = 80;
 class CudaEvent : public Event {
  public:
   CudaEvent() {
+    check_cuda(cudaGetDevice(&device_), "finding the GPU");
     check_cuda(cudaEventCreateWithFlags(&event_, cudaEventDisableTiming), "creating an event");
   }
   ~CudaEvent() override { cudaEventDestroy(event_); }
@@ -33,9 +35,14 @@ class CudaEvent : public Event {
   void wait_on(Stream& stream) override {
     check_cuda(cudaStreamWaitEvent(cuda(stream), event_, 0), "making a stream wait");
   }
-  void synchronize() override { check_cuda(cudaEventSynchronize(event_), "waiting for the GPU"); }
+  // A thread that has not used this GPU would otherwise open the first one.
+  void synchronize() override {
+    check_cuda(cudaSetDevice(device_), "choosing the GPU");
+    check_cuda(cudaEventSynchronize(event_), "waiting for the GPU");
+  }
 
  private:
+  int device_ = 0;
   cudaEvent_t event_ = nullptr;
 };
 
@@ -55,9 +62,9 @@ class CudaBackend : public Backend {
   void* allocate(int64_t bytes, MemoryKind kind) override {
     void* memory = nullptr;
     const auto size = static_cast<size_t>(bytes);
-    const cudaError_t error = kind == MemoryKind::device
-                                  ? cudaMalloc(&memory, size)
-                                  : cudaHostAlloc(&memory, size, cudaHostAllocDefault);
+    if (kind == MemoryKind::host) check_cuda(cudaSetDevice(device_.index), "choosing the GPU");
+    const cudaError_t error =
+        kind == MemoryKind::device ? cudaMalloc(&memory, size) : pinned_.allocate(bytes, &memory);
     if (error == cudaSuccess) return memory;
     cudaGetLastError();  // it is told below, and must not be found by the next launch
     if (error != cudaErrorMemoryAllocation) throw_cuda(error, "allocating memory");
@@ -72,11 +79,11 @@ class CudaBackend : public Backend {
                     "train.micro_batch, train.recompute: selective or full, or more ranks",
                     bytes >> 20, device_.name, total >> 20, free >> 20));
   }
-  void deallocate(void* memory, int64_t, MemoryKind kind) noexcept override {
+  void deallocate(void* memory, int64_t bytes, MemoryKind kind) noexcept override {
     if (kind == MemoryKind::device)
       cudaFree(memory);
     else
-      cudaFreeHost(memory);
+      pinned_.free(memory, bytes);
   }
 
   int64_t workspace_bytes() const override {
@@ -90,6 +97,11 @@ class CudaBackend : public Backend {
 
   std::unique_ptr<Stream> make_stream() override {
     return std::make_unique<CudaStream>(kFirstScratch);
+  }
+  std::unique_ptr<Stream> make_copy_stream() override {
+    int least = 0, greatest = 0;
+    check_cuda(cudaDeviceGetStreamPriorityRange(&least, &greatest), "reading stream priorities");
+    return std::make_unique<CudaStream>(0, greatest);
   }
   std::unique_ptr<Event> make_event() override { return std::make_unique<CudaEvent>(); }
 
@@ -106,6 +118,7 @@ class CudaBackend : public Backend {
  private:
   CudaDevice device_;
   std::string cache_folder_;
+  PinnedMemory pinned_;
   CudaOps ops_;
   PlanningOps planning_;
 };
@@ -181,8 +194,9 @@ std::unique_ptr<Backend> make_cuda_backend(const CudaOptions& options) {
   return std::make_unique<CudaBackend>(open_device(options), options.cache_folder);
 }
 
-CudaStream::CudaStream(int64_t scratch_bytes) {
-  check_cuda(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "creating a stream");
+CudaStream::CudaStream(int64_t scratch_bytes, int priority) {
+  check_cuda(cudaStreamCreateWithPriority(&stream_, cudaStreamNonBlocking, priority),
+             "creating a stream");
   reserve(scratch_bytes);
 }
 

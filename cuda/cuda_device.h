@@ -24,7 +24,8 @@ struct CudaDevice {
 
 class CudaStream : public Stream {
  public:
-  explicit CudaStream(int64_t scratch_bytes);
+  // priority: lower numbers go first; 0 is everyone's.
+  explicit CudaStream(int64_t scratch_bytes, int priority = 0);
   ~CudaStream() override;
   CudaStream(const CudaStream&) = delete;
   CudaStream& operator=(const CudaStream&) = delete;

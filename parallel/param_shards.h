@@ -47,6 +47,12 @@ class ParamShards : public ParamStore {
   }
   std::vector<StateSlice> saved() const override;
   std::vector<StateSlice> loaded() const override;
+  void begin_state_copy(DistStream copies) override {
+    if (grads_) grads_->begin_state_copy(copies);
+  }
+  void hold_state(Event& copied) override {
+    if (grads_) grads_->hold_state(copied);
+  }
   // What is to be read after loaded(), in this order: see GradReducer::loaded().
   std::vector<StateSlice> loaded_residuals(const SavedKinds& kinds) const;
 

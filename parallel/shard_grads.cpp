@@ -18,7 +18,8 @@ ShardGrads::ShardGrads(Backend& backend, const ParameterSet& parameters, const S
       dtype_(stat_dtype(dtype)),
       contributions_(parameters),
       states_(layout.ranges().size()),
-      all_summed_(backend) {
+      all_summed_(backend),
+      step_ended_(backend) {
   std::array<std::vector<GradRange>, kReduceGroups> ranges;
   for (const ShardRange& range : layout.ranges()) {
     ranges[number_of(range.group.reduce)].push_back(
@@ -128,7 +129,7 @@ void ShardGrads::grads_ready(DistStream dist, int block) {
 // Sharded: the ranges with contributions. Whole: those not summed yet, which happens once a step.
 void ShardGrads::sum_block(DistStream dist, const ShardBlock& block) {
   const bool sharded = zero_.shards_gradients();
-  const DistStream comm = queue_.after(dist);
+  const DistStream comm = queue_after(dist);
   for (size_t i = block.first; i < block.last; ++i)
     if (sharded ? states_[i].contributed : !states_[i].summed) sum_range(comm, i);
   if (!sharded) return;
@@ -168,7 +169,7 @@ void ShardGrads::zero_rest(DistStream comm, const ShardRange& range, const Tenso
 void ShardGrads::reduce(DistStream dist) {
   set_caller(dist);
   for (const ShardBlock& block : layout_.blocks()) sum_block(dist, block);
-  const DistStream comm = queue_.after(dist);
+  const DistStream comm = queue_after(dist);
   for (size_t i = 0; i < states_.size(); ++i)
     if (!states_[i].summed) comm.ops.fill(comm.stream, shard(layout_.ranges()[i]), 0.0);
   sum_ties(comm);
@@ -188,9 +189,22 @@ void ShardGrads::sum_ties(DistStream comm) {
 }
 
 void ShardGrads::end_step(DistStream dist, const StepScalars* scalars) {
-  const DistStream comm = queue_.after(dist);
+  const DistStream comm = queue_after(dist);
   for (const auto& reducer : reducers_)
     if (reducer) reducer->end_step(comm, scalars);
+  step_ended_.set(comm);
+}
+
+// Sums that keep nothing for the next step need not wait.
+void ShardGrads::hold_state(Event& copied) {
+  residuals_are_copied_ = saved_residuals().empty() ? nullptr : &copied;
+}
+
+DistStream ShardGrads::queue_after(DistStream dist) {
+  const DistStream comm = queue_.after(dist);
+  if (residuals_are_copied_ && !dist.dry)
+    std::exchange(residuals_are_copied_, nullptr)->wait_on(comm.stream);
+  return comm;
 }
 
 std::vector<StateSlice> ShardGrads::saved_residuals() const {

@@ -52,6 +52,9 @@ class ShardGrads {
 
   std::vector<StateSlice> saved_residuals() const;
   std::vector<StateSlice> loaded_residuals(const SavedKinds& kinds) const;
+  // See ParamStore; what is saved are residuals.
+  void begin_state_copy(DistStream copies) { step_ended_.wait(copies); }
+  void hold_state(Event& copied);
   GradTraffic traffic() const;
 
  private:
@@ -67,6 +70,8 @@ class ShardGrads {
   };
 
   bool gathers() const { return zero_.stage == 0; }
+  // The queue, behind copies of the residuals.
+  DistStream queue_after(DistStream dist);
   GradReducer& reducer_of(const ShardRange& range) const {
     return *reducers_[number_of(range.group.reduce)];
   }
@@ -91,7 +96,8 @@ class ShardGrads {
   Tensor grads_;  // whole ranges, or the sums of this rank's shards
   std::vector<Slot> slots_;
   std::vector<RangeState> states_;  // in the order of layout_.ranges()
-  CommPoint all_summed_;
+  CommPoint all_summed_, step_ended_;
+  Event* residuals_are_copied_ = nullptr;  // what the next sums wait for
   std::optional<DistStream> caller_;
   bool last_micro_batch_ = false;
 };

@@ -28,7 +28,7 @@ class Event {
   virtual ~Event() = default;
   virtual void record(Stream& stream) = 0;   // asynchronous
   virtual void wait_on(Stream& stream) = 0;  // the stream waits, the host does not
-  virtual void synchronize() = 0;            // the host waits
+  virtual void synchronize() = 0;            // the host waits; any thread may call it
 };
 
 enum class MemoryKind {
@@ -44,7 +44,8 @@ class Backend {
   virtual std::string describe() const = 0;  // "2 threads, avx512, oneDNN 2.6.3"
   virtual bool is_cpu() const = 0;
 
-  // 256-byte aligned. Throws RuntimeFailure that names the size when memory runs out.
+  // 256-byte aligned. Throws RuntimeFailure that names the size when memory runs out. Any thread
+  // may allocate host memory.
   virtual void* allocate(int64_t bytes, MemoryKind kind) = 0;
   virtual void deallocate(void* memory, int64_t bytes, MemoryKind kind) noexcept = 0;
 
@@ -57,6 +58,9 @@ class Backend {
   virtual void prepare(Stream&) {}
 
   virtual std::unique_ptr<Stream> make_stream() = 0;
+  // For copies, and element-wise work on their way, beside streams that compute: what is queued
+  // here goes first, and operations find no scratch.
+  virtual std::unique_ptr<Stream> make_copy_stream() { return make_stream(); }
   virtual std::unique_ptr<Event> make_event() = 0;
 
   // Any direction between host and device memory; asynchronous on the stream, so both sides must

@@ -184,6 +184,7 @@ class TimedBackend : public Backend {
   std::unique_ptr<Event> make_event() override { return inner_->make_event(); }
   void copy(Stream& stream, void* destination, const void* source, int64_t bytes) override {
     inner_->copy(stream, destination, source, bytes);
+  std::unique_ptr<Stream> make_copy_stream() override { return inner_->make_copy_stream(); }
   }
   Ops& ops() override { return ops_; }
 

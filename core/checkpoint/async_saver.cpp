@@ -18,12 +18,14 @@ int64_t aligned(int64_t bytes) {
   return (bytes + kSnapshotAlignment - 1) / kSnapshotAlignment * kSnapshotAlignment;
 }
 
-void copy_from_host(std::span<const StateTensor> tensors, std::span<void* const> places) {
+AsyncSaver::Arrival copy_from_host(std::span<const StateTensor> tensors,
+                                   std::span<void* const> places) {
   for (size_t i = 0; i < tensors.size(); ++i) {
     DSTRAIN_CHECK(!tensors[i].low, "'" + tensors[i].name + "' is copied in two halves");
     const int64_t bytes = tensors[i].bytes();
     if (bytes > 0) std::memcpy(places[i], tensors[i].data, static_cast<size_t>(bytes));
   }
+  return {};
 }
 
 double seconds_since(Clock::time_point begin) {
@@ -32,10 +34,15 @@ double seconds_since(Clock::time_point begin) {
 
 }  // namespace
 
-AsyncSaver::AsyncSaver(CheckpointStore& store, std::span<std::byte> snapshot, Copy copy)
-    : store_(store), snapshot_(snapshot), copy_(std::move(copy)) {
+AsyncSaver::AsyncSaver(CheckpointStore& store, Snapshot snapshot, Copy copy)
+    : store_(store), snapshot_(std::move(snapshot)), copy_(std::move(copy)) {
   if (!copy_) copy_ = copy_from_host;
-  if (!snapshot_.empty()) thread_ = std::thread([this] { writer_loop(); });
+  if (snapshot_) thread_ = std::thread([this] { writer_loop(); });
+}
+
+AsyncSaver::AsyncSaver(CheckpointStore& store, std::span<std::byte> snapshot, Copy copy)
+    : AsyncSaver(
+          store, snapshot.empty() ? Snapshot() : [snapshot] { return snapshot; }, std::move(copy)) {
 }
 
 AsyncSaver::~AsyncSaver() {
@@ -70,11 +77,14 @@ void AsyncSaver::request_shard(const SaveAttempt& attempt, int64_t rank,
 void AsyncSaver::start(int64_t step, std::span<const StateTensor> tensors, Job job) {
   const Clock::time_point begin = Clock::now();
   wait();
-  const auto run = [step, job = std::move(job)](std::span<const StateTensor> state) {
+  const auto run = [step, job = std::move(job)](std::span<const StateTensor> state,
+                                                const Arrival& arrival) {
     SaveResult result;
     result.step = step;
-    const Clock::time_point write_begin = Clock::now();
+    Clock::time_point write_begin = Clock::now();
     try {
+      if (arrival) arrival();
+      write_begin = Clock::now();
       DSTRAIN_FAILPOINT("snapshot.before_write");
       for (const StateTensor& tensor : state) result.bytes += tensor.bytes();
       job(state, result);
@@ -85,33 +95,34 @@ void AsyncSaver::start(int64_t step, std::span<const StateTensor> tensors, Job j
     result.seconds = seconds_since(write_begin);
     return result;
   };
-  if (snapshot_.empty()) {
-    results_.push_back(run(tensors));
+  if (!snapshot_) {
+    results_.push_back(run(tensors, {}));
   } else {
     DSTRAIN_FAILPOINT("snapshot.before_copy");
-    auto state = take_snapshot(tensors);
+    Copied copied = take_snapshot(tensors);
     DSTRAIN_FAILPOINT("snapshot.after_copy");
     const std::lock_guard lock(mutex_);
-    pending_ = [run, state = std::move(state)] { return run(state); };
+    pending_ = [run, copied = std::move(copied)] { return run(copied.state, copied.arrival); };
     changed_.notify_all();
   }
   stall_seconds_ += seconds_since(begin);
 }
 
-std::vector<StateTensor> AsyncSaver::take_snapshot(std::span<const StateTensor> tensors) {
-  DSTRAIN_CHECK(snapshot_bytes(tensors) <= static_cast<int64_t>(snapshot_.size()),
+AsyncSaver::Copied AsyncSaver::take_snapshot(std::span<const StateTensor> tensors) {
+  const std::span<std::byte> snapshot = snapshot_();
+  DSTRAIN_CHECK(snapshot_bytes(tensors) <= static_cast<int64_t>(snapshot.size()),
                 "the snapshot buffer is smaller than the state");
   std::vector<StateTensor> copies(tensors.begin(), tensors.end());
   std::vector<void*> places;
-  std::byte* at = snapshot_.data();
+  std::byte* at = snapshot.data();
   for (StateTensor& tensor : copies) {
     places.push_back(at);
     tensor.data = at;
     tensor.low = nullptr;
     at += aligned(tensor.bytes());
   }
-  copy_(tensors, places);
-  return copies;
+  Arrival arrival = copy_(tensors, places);
+  return {std::move(copies), std::move(arrival)};
 }
 
 bool AsyncSaver::busy() const {

@@ -1,6 +1,7 @@
-// Saving beside training. request() copies the state into a snapshot and returns; one background
-// thread writes it. A crash in between equals no save. With an empty snapshot, request() writes
-// straight from the tensors and returns when that is done: the same calls, synchronous.
+// Saving beside training. request() queues copies of the state into a snapshot and returns; one
+// background thread waits for them and writes it. A crash in between equals no save. Without a
+// snapshot, request() writes straight from the tensors and returns when that is done: the same
+// calls, synchronous.
 #pragma once
 
 #include <condition_variable>
@@ -32,20 +33,27 @@ struct SaveResult {
 // the one before, and that time is counted as stall. A save that fails is a result, no exception.
 class AsyncSaver {
  public:
-  // Copies tensors to host memory, tensor i to places[i], joins halves, and returns when all is
-  // there. The default is memcpy; device memory needs its own (core/checkpoint/state_copy.h).
+  // Copies tensors to host memory, tensor i to places[i], and joins halves. Returns what waits
+  // until all is there, which the writing thread calls, or nothing where it is there already. The
+  // default is memcpy; device memory needs its own (core/checkpoint/state_copy.h).
+  using Arrival = std::function<void()>;
   using Copy =
-      std::function<void(std::span<const StateTensor> tensors, std::span<void* const> places)>;
+      std::function<Arrival(std::span<const StateTensor> tensors, std::span<void* const> places)>;
+
+  // Where the snapshot is; called by every request(), and what it waits for is stall.
+  using Snapshot = std::function<std::span<std::byte>()>;
 
   // The store and the snapshot must outlive the saver; while busy() the store belongs to its
-  // thread.
+  // thread. Without a function, or with no bytes, there is no snapshot.
+  AsyncSaver(CheckpointStore& store, Snapshot snapshot, Copy copy = {});
   AsyncSaver(CheckpointStore& store, std::span<std::byte> snapshot, Copy copy = {});
   ~AsyncSaver();  // waits for the save under way
 
   // Size that the snapshot needs for these tensors.
   static int64_t snapshot_bytes(std::span<const StateTensor> tensors);
 
-  // A whole save by one process. The tensors may change as soon as this returns.
+  // A whole save by one process. The tensors may change as soon as this returns, unless the copy
+  // goes on until its arrival: then whoever changes them on the device waits there.
   void request(const CheckpointMeta& meta, std::span<const StateTensor> tensors);
   // This rank's part of a save by several; the owner commits with the ranks' results.
   void request_shard(const SaveAttempt& attempt, int64_t rank,
@@ -54,17 +62,23 @@ class AsyncSaver {
   bool busy() const;
   void wait();                       // until no save is under way
   std::optional<SaveResult> poll();  // the oldest result not yet taken; does not wait
-  double stall_seconds() const { return stall_seconds_; }  // spent in request(), copies included
+  // Spent in request(). What a device waits for copies that go on afterwards is not in it: the
+  // host does not see it, other than in a longer step.
+  double stall_seconds() const { return stall_seconds_; }
 
  private:
   using Job = std::function<void(std::span<const StateTensor>, SaveResult&)>;
 
   void start(int64_t step, std::span<const StateTensor> tensors, Job job);
-  std::vector<StateTensor> take_snapshot(std::span<const StateTensor> tensors);
+  struct Copied {
+    std::vector<StateTensor> state;
+    Arrival arrival;
+  };
+  Copied take_snapshot(std::span<const StateTensor> tensors);
   void writer_loop();
 
   CheckpointStore& store_;
-  std::span<std::byte> snapshot_;
+  Snapshot snapshot_;
   Copy copy_;
   double stall_seconds_ = 0;
 

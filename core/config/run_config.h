@@ -33,6 +33,7 @@ struct RunConfig {
 
 struct CheckpointConfig {
   int64_t every = 1000;  // steps; 0 = only at the end and on signals
+  bool at_end = true;
   int64_t keep = 3;
   bool async = true;
   int64_t max_failed_saves = 3;
@@ -40,6 +41,9 @@ struct CheckpointConfig {
   static void fields(auto& field, auto& c) {
     field("every", c.every, at_least(0),
           "steps between checkpoints; 0 saves at the end and on signals only");
+    field("at_end", c.at_end, any(),
+          "save the last state of a run that reaches train.steps; false is for trials: what a "
+          "signal stops is saved in any case");
     field("keep", c.keep, at_least(1),
           "checkpoints that retention keeps; the last verified two always stay");
     field("async", c.async, any(), "write from a snapshot while training goes on");

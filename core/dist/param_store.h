@@ -100,6 +100,12 @@ class ParamStore {
   // --- checkpoints. Over all ranks, saved() holds each element once; loaded() is what this rank has to fill.
   virtual std::vector<StateSlice> saved() const = 0;
   virtual std::vector<StateSlice> loaded() const = 0;
+  // Copies beside the next step, between steps. What is queued on copies.stream from now on finds what
+  // end_step has left, as far as that was queued on streams of the store's own.
+  virtual void begin_state_copy(DistStream /*copies*/) {}
+  // What of saved() changes before the update of ranges() waits on the device for `copied`, which outlives the
+  // next step. The update is held back by the caller.
+  virtual void hold_state(Event& /*copied*/) {}
 };
 
 // The values of a block, from here to the end of the scope.

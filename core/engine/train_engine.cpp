@@ -19,7 +19,7 @@ class NullStream : public Stream {
 constexpr int64_t kCpuLogits = int64_t{8} << 20, kGpuLogits = int64_t{2} << 30;
 constexpr int64_t kSums = 6;
 constexpr int64_t kInputsBytes = static_cast<int64_t>(sizeof(StepInputs));
-constexpr int64_t kMasterChunk = int64_t{1} << 22;  // elements
+constexpr int64_t kMasterChunk = int64_t{1} << 22, kCopyChunk = int64_t{1} << 24;  // elements
 
 }  // namespace
 
@@ -27,6 +27,7 @@ TrainEngine::TrainEngine(Backend& backend, const ModelConfig& model, const Engin
                          Distribution* distribution)
     : backend_(backend),
       stream_(backend.make_stream()),
+      state_is_ready_(backend.make_event()),
       options_(options),
       distribution_(distribution ? *distribution : one_rank_),
       adamw_(options.optimizer),
@@ -81,6 +82,11 @@ void TrainEngine::for_each_owner(const OwnerVisitor& visit) {
     make_sums(a);
     make_master_chunk(a);
   });
+  if (options_.training && options_.dtype == DType::bf16)
+    visit("checkpoint copies", MemoryKind::device, [this](Arena& a) {
+      const int64_t elements = std::min(kCopyChunk, largest_parameter());
+      copy_chunks_2N_ = a.make(DType::f32, {2, elements}, "master values");
+    });
   visit("host staging", MemoryKind::host, [this](Arena& a) {
     for (BatchSlot& batch : batches_) batch.make_host(a);
     host_inputs_ = a.make(DType::u8, {2, kInputsBytes}, "step inputs");
@@ -109,13 +115,17 @@ void TrainEngine::make_sums(Arena& arena) {
   token_loss_T_ = arena.make(stat_dtype(options_.dtype), {batches_[0].batch().num_tokens()}, "token losses");
 }
 
-void TrainEngine::make_master_chunk(Arena& arena) {
-  if (options_.dtype != DType::bf16) return;
+int64_t TrainEngine::largest_parameter() {
   int64_t largest = 0;
   for (Chunk& chunk : chunks_)
     for (const Parameter& p : chunk.model->parameters().all())
       largest = std::max(largest, p.numel());
-  const int64_t elements = std::min(kMasterChunk, largest);
+  return largest;
+}
+
+void TrainEngine::make_master_chunk(Arena& arena) {
+  if (options_.dtype != DType::bf16) return;
+  const int64_t elements = std::min(kMasterChunk, largest_parameter());
   master_chunk_N_ = arena.make(DType::f32, {elements}, "master values");
   low_chunk_N_ = arena.make(DType::u16, {elements}, "lower halves");
 }
@@ -392,6 +402,7 @@ void TrainEngine::finish_step() {
   for (Chunk& chunk : chunks_) chunk.store->add_norm(dist_stream(), norm_1_);
   sum_results();
   adamw_.clip(ops, *stream_, norm_1_, scalars_);
+  if (state_is_copied_) std::exchange(state_is_copied_, nullptr)->wait_on(*stream_);
   for (Chunk& chunk : chunks_) {
     adamw_.update(ops, *stream_, chunk.store->ranges(), scalars_);
     chunk.model->update_router_bias(ops, *stream_, sums_.counts_LE, scalars_);
@@ -499,6 +510,17 @@ std::vector<StateSlice> TrainEngine::loaded_state() const {
   std::vector<StateSlice> all;
   for (const Chunk& chunk : chunks_) append(all, chunk.store->loaded());
   return all;
+}
+
+void TrainEngine::begin_state_copy(Stream& copies) {
+  state_is_ready_->record(*stream_);
+  state_is_ready_->wait_on(copies);
+  for (Chunk& chunk : chunks_) chunk.store->begin_state_copy({backend_.ops(), copies, false});
+}
+
+void TrainEngine::hold_state(Event& copied) {
+  state_is_copied_ = &copied;
+  for (Chunk& chunk : chunks_) chunk.store->hold_state(copied);
 }
 
 }  // namespace dstrain

@@ -129,9 +129,15 @@ class TrainEngine {
   // Of all chunks; see ParamStore.
   std::vector<StateSlice> saved_state() const;
   std::vector<StateSlice> loaded_state() const;
-  // f32 device memory that master values in two halves pass on their way; absent where there are
-  // none. Free to use between other calls.
-  const Tensor& master_chunk_N() const { return master_chunk_N_; }
+  // Copies of saved_state() beside the next step, between steps. What is queued on `copies` from now on finds
+  // the state that the last step leaves.
+  void begin_state_copy(Stream& copies);
+  // `copied` is recorded behind those copies and outlives the next step, which waits for it on the device
+  // before it changes what they read. Calls that load or initialize do not wait.
+  void hold_state(Event& copied);
+  // f32 device memory that master values in two halves pass on their way into a copy, two chunks of it; absent
+  // where there are none.
+  const Tensor& copy_chunks_2N() const { return copy_chunks_2N_; }
   // Sees every routing from now on; may be null.
   void set_routing_hook(RoutingHook* hook) { routing_hook_ = hook; }
 
@@ -165,6 +171,7 @@ class TrainEngine {
   void make_chunks(const ModelConfig& model);
   void for_each_owner(const OwnerVisitor& visit);
   void make_sums(Arena& arena);
+  int64_t largest_parameter();
   void make_master_chunk(Arena& arena);
   void initialize_slice(const StateSlice& slice, uint64_t seed);
   void plan();
@@ -180,6 +187,8 @@ class TrainEngine {
 
   Backend& backend_;
   std::unique_ptr<Stream> stream_;
+  std::unique_ptr<Event> state_is_ready_;
+  Event* state_is_copied_ = nullptr;  // what the next update waits for
   EngineOptions options_;
   LocalDistribution one_rank_;
   Distribution& distribution_;
@@ -205,7 +214,7 @@ class TrainEngine {
   Tensor sums_6_, norm_1_, zeroed_, read_back_;
   Tensor evaluation_1_;  // f64; apart from the sums, so that a step may be under way
   Tensor token_loss_T_;
-  Tensor master_chunk_N_, low_chunk_N_;  // where parameters are bf16
+  Tensor master_chunk_N_, low_chunk_N_, copy_chunks_2N_;  // where parameters are bf16
   Tensor host_inputs_, host_zeros_, host_results_2X_, host_evaluation_1_;
   std::deque<Pending> pending_;
   std::vector<Pending> free_;

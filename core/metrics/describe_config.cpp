@@ -56,10 +56,11 @@ std::string describe_schedule(const ScheduleConfig& schedule, double peak_lr, in
 }
 
 std::string describe_checkpoints(const CheckpointConfig& checkpoint) {
-  std::string out = "at the end and on signals";
+  std::string out = checkpoint.at_end ? "at the end and on signals" : "on signals";
   if (checkpoint.every == 1) out = "after every step";
   if (checkpoint.every > 1)
-    out = fmt::format("every {} and at the end", format_plural(checkpoint.every, "step"));
+    out = fmt::format("every {}{}", format_plural(checkpoint.every, "step"),
+                      checkpoint.at_end ? " and at the end" : "");
   out += fmt::format(", newest {} kept", checkpoint.keep);
   if (checkpoint.async) out += ", written in the background";
   return out;

@@ -58,10 +58,14 @@ class Run {
     Config config;
     config.model = tiny_moe();
     meta.config_yaml = dump_config(config);
+    StateCopy copy(*backend_, engine_.copy_chunks_2N());
     AsyncSaver saver(
         store,
         std::span(static_cast<std::byte*>(snapshot.data()), static_cast<size_t>(snapshot.bytes())),
-        StateCopy(*backend_, engine_.stream(), engine_.master_chunk_N()));
+        [&](std::span<const StateTensor> state, std::span<void* const> places) {
+          Event& copied = copy.queue(state, places);
+          return [&copied] { copied.synchronize(); };
+        });
     saver.request(meta, tensors);
     saver.wait();
     const std::optional<SaveResult> result = saver.poll();

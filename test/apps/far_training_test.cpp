@@ -1,7 +1,10 @@
 // Whole runs of the trainer on memory that the host cannot reach, with results read a step late,
 // beside runs on a CPU: the same records, and the same checkpoints to the byte of every tensor.
+#include <chrono>
 #include <cstdio>
+#include <filesystem>
 #include <mutex>
+#include <thread>
 
 #include "apps/trainer.h"
 #include "core/backend/cpu_backend.h"
@@ -39,7 +42,7 @@ class Notes : public MetricsSink {
 
 struct Result {
   std::vector<std::string> lines;
-  std::map<std::string, std::string> state;  // of the last checkpoint
+  std::map<std::string, std::map<std::string, std::string>> states;  // by folder of a checkpoint
 };
 
 class Job {
@@ -67,6 +70,8 @@ class Job {
     config_.metrics.tensorboard = false;
     resolve_vocab_size(config_);
   }
+  Config& config() { return config_; }
+  void set_far(std::function<std::unique_ptr<Backend>()> make) { make_far_ = std::move(make); }
 
   Result train(const std::string& folder, int64_t steps, bool far, const std::string& resume = "") {
     config_.run.dir = folder;
@@ -76,17 +81,36 @@ class Job {
     hub.add(std::make_unique<Notes>(result.lines));
     TrainerOptions options;
     options.resume = resume;
-    if (far) options.make_backend = [] { return std::make_unique<FarBackend>(); };
+    if (far) options.make_backend = make_far_;
     Trainer trainer(config_, options, hub);
-    REQUIRE(trainer.run() == ExitCode::ok);
-    char name[32];
-    std::snprintf(name, sizeof name, "step-%08lld", static_cast<long long>(steps));
-    result.state = checkpoint_state(folder + "/tiny/checkpoints/" + name);
+    const ExitCode code = trainer.run();
+    REQUIRE(code == ExitCode::ok);
+    const std::string checkpoints = folder + "/tiny/checkpoints";
+    if (!std::filesystem::exists(checkpoints)) return result;
+    for (const auto& entry : std::filesystem::directory_iterator(checkpoints))
+      result.states[entry.path().filename()] = checkpoint_state(entry.path());
     return result;
   }
 
  private:
   Config config_;
+  // Saved state is copied beside the steps that follow, as late as they allow.
+  std::function<std::unique_ptr<Backend>()> make_far_ = [] {
+    return std::make_unique<FarBackend>(1, std::chrono::milliseconds(100));
+  };
+};
+
+// Whose host memory cannot be had on other threads, such as the one that takes a snapshot's.
+class NoSnapshot : public FarBackend {
+ public:
+  void* allocate(int64_t bytes, MemoryKind kind) override {
+    if (kind == MemoryKind::host && std::this_thread::get_id() != owner_)
+      throw RuntimeFailure("no memory for a snapshot");
+    return FarBackend::allocate(bytes, kind);
+  }
+
+ private:
+  const std::thread::id owner_ = std::this_thread::get_id();
 };
 
 std::vector<std::string> starting_with(const std::vector<std::string>& lines,
@@ -109,13 +133,47 @@ TEST_CASE("far training: records and checkpoints are those of a run on a CPU", "
     CHECK(starting_with(got.lines, word) == starting_with(expected.lines, word));
     CHECK_FALSE(starting_with(got.lines, word).empty());
   }
-  CHECK(got.state == expected.state);
+  CHECK(got.states.size() == 3);
+  CHECK(got.states == expected.states);
 
   // What one saved the other goes on with.
   const Result on_cpu = job.train(far.path(), 10, false, "latest");
   const Result on_far = job.train(cpu.path(), 10, true, "latest");
-  CHECK(on_far.state == on_cpu.state);
+  CHECK(on_far.states == on_cpu.states);
   CHECK(starting_with(on_far.lines, "step") == starting_with(on_cpu.lines, "step"));
+}
+
+TEST_CASE("far training: a run stopped at a save and resumed has the bits of one that went on",
+          "[trainer]") {
+  Job job(true);
+  job.config().schedule = {.name = ScheduleName::constant, .warmup = {0, false}};
+  const TempFolder straight, resumed;
+  const Result expected = job.train(straight.path(), 8, true);
+  job.train(resumed.path(), 4, true);
+  CHECK(job.train(resumed.path(), 8, true, "latest").states == expected.states);
+}
+
+TEST_CASE("far training: the end's save can be left out", "[trainer]") {
+  Job job(true);
+  job.config().checkpoint.at_end = false;
+  const TempFolder some, none;
+  const Result saved = job.train(some.path(), 7, true);
+  CHECK(starting_with(saved.lines, "saved") ==
+        std::vector<std::string>{"saved 2: 1", "saved 4: 1", "saved 6: 1"});
+  CHECK(saved.states.contains("step-00000006"));
+  CHECK_FALSE(saved.states.contains("step-00000007"));
+  // Where no save is to be expected, no snapshot's memory is taken.
+  job.config().checkpoint.every = 0;
+  job.set_far([] { return std::make_unique<NoSnapshot>(); });
+  CHECK(starting_with(job.train(none.path(), 3, true).lines, "saved").empty());
+}
+
+TEST_CASE("far training: a snapshot's memory that cannot be had ends the run with a sentence",
+          "[trainer]") {
+  Job job(true);
+  const TempFolder folder;
+  job.set_far([] { return std::make_unique<NoSnapshot>(); });
+  CHECK_THROWS_WITH(job.train(folder.path(), 7, true), "no memory for a snapshot");
 }
 
 TEST_CASE("far training: a recorded routing is replayed, and a run compared, on either side",
@@ -128,7 +186,7 @@ TEST_CASE("far training: a recorded routing is replayed, and a run compared, on 
   config.precision.compute = ComputeType::fp32;
   LayoutRunOptions options;
   options.steps = 3;
-  const auto far = [] { return std::make_unique<FarBackend>(); };
+  const auto far = [](auto...) { return std::make_unique<FarBackend>(); };
   for (const bool first_is_far : {false, true}) {
     options.record = std::make_shared<RoutingRecord>(config.train.global_batch, config.data.seq_len,
                                                      config.model.num_experts_per_tok);

@@ -94,6 +94,23 @@ TEST_CASE("signals: SIGTERM at random steps saves the current one and loses none
   CHECK(difference(expected, trace_of(job)) == "");
 }
 
+TEST_CASE("signals: without the end's save, what a signal stops is saved all the same",
+          "[signals]") {
+  const TinyJob job(joined(kLong, {"checkpoint.at_end=false"}));
+  RunningProgram program(job.launch());
+  REQUIRE(program.wait_until([&] { return has_step(job, 3); }));
+  program.send(SIGTERM);
+  const Finished stopped = program.wait();
+  INFO(stopped.err);
+  REQUIRE(stopped.code == static_cast<int>(ExitCode::preempted));
+  const std::vector<int64_t> saved = {last_step(job)};
+  CHECK(job.saved_steps() == saved);
+  const Finished end = job.must_train({"--resume", "latest"});
+  CHECK(last_step(job) == 400);
+  CHECK(job.saved_steps() == saved);
+  CHECK_THAT(end.err, Contains("on signals, newest") && !Contains("at the end"));
+}
+
 // The kernels that multiply matrices keep the stack pointer in a heap buffer: a handler that ran on
 // such a thread would write its frame there.
 TEST_CASE("signals: no handler runs on any thread", "[signals]") {

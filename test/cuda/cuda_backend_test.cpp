@@ -2,7 +2,9 @@
 // there is no GPU.
 #include "cuda/cuda_backend.h"
 
+#include <algorithm>
 #include <cstdint>
+#include <future>
 #include <string>
 #include <vector>
 
@@ -81,6 +83,35 @@ TEST_CASE("cuda: memory of every size is aligned and keeps what is copied to it"
     stream.synchronize();
     CHECK(std::vector<uint8_t>(sent, sent + bytes) ==
           std::vector<uint8_t>(received, received + bytes));
+  }
+}
+
+// As a checkpoint's snapshot is: from the allocation to the wait for its contents on other threads.
+TEST_CASE("cuda: a large block of host memory is pinned, whichever thread asks for it", "[cuda]") {
+  if (skipped_without_gpu()) return;
+  Backend& backend = gpu_backend();
+  constexpr int64_t kElements = (int64_t{80} << 20) / 4 + 5;
+  const auto allocate = [&backend] {
+    return DeviceMemory(backend, 4 * kElements, MemoryKind::host);
+  };
+  auto coming = std::async(std::launch::async, allocate);
+  const DeviceMemory source(backend, 4 * kElements, MemoryKind::device);
+  const DeviceMemory host = coming.get();
+  cudaPointerAttributes attributes{};
+  check_cuda(cudaPointerGetAttributes(&attributes, host.data()), "looking at memory");
+  CHECK(attributes.type == cudaMemoryTypeHost);
+  const auto stream = backend.make_copy_stream();
+  CHECK(static_cast<CudaStream&>(*stream).scratch_bytes() == 0);
+  const auto arrived = backend.make_event();
+  backend.ops().fill(*stream, Tensor(source.data(), DType::f32, {kElements}), 5);
+  backend.copy(*stream, host.data(), source.data(), 4 * kElements);
+  arrived->record(*stream);
+  std::async(std::launch::async, [&arrived] { arrived->synchronize(); }).get();
+  const float* const values = static_cast<const float*>(host.data());
+  CHECK(std::all_of(values, values + kElements, [](float value) { return value == 5; }));
+  for (int i = 0; i < 3; ++i) {  // given back, it can be taken again
+    const DeviceMemory again = allocate();
+    CHECK(again.data() != host.data());
   }
 }
 

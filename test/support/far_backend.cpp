@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <thread>
 #include <utility>
 
 #include "core/backend/cpu_backend.h"
@@ -32,16 +33,31 @@ class Door : public OpClock {
 
 class FarEvent : public Event {
  public:
+  explicit FarEvent(std::chrono::milliseconds patience) : patience_(patience) {}
   void record(Stream& stream) override {
     stream_ = &dynamic_cast<FarStream&>(stream);
     at_ = stream_->queued();
   }
-  void wait_on(Stream&) override {}  // operations run in the order of their calls
+  // Operations run in the order of their calls: only copies are still to come.
+  void wait_on(Stream& stream) override {
+    if (!stream_ || !stream_->for_copies()) return;
+    auto& waiting = dynamic_cast<FarStream&>(stream);
+    if (waiting.for_copies())
+      waiting.queue([copies = stream_, at = at_] { copies->arrive(at); });
+    else
+      stream_->arrive(at_);
+  }
   void synchronize() override {
-    if (stream_) stream_->arrive(at_);
+    if (!stream_) return;
+    const auto end = std::chrono::steady_clock::now() + patience_;
+    while (stream_->for_copies() && !stream_->has_arrived(at_) &&
+           std::chrono::steady_clock::now() < end)
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    stream_->arrive(at_);
   }
 
  private:
+  const std::chrono::milliseconds patience_;
   FarStream* stream_ = nullptr;
   int64_t at_ = 0;
 };
@@ -78,7 +94,15 @@ void ClosedMemory::protect(bool is_open) {
   DSTRAIN_CHECK(failed == 0, "memory cannot be opened and closed");
 }
 
+void FarStream::queue(std::function<void()> arrival) {
+  const std::lock_guard lock(mutex_);
+  arrivals_.push_back(std::move(arrival));
+  ++queued_;
+}
+
 void FarStream::arrive(int64_t until) {
+  if (has_arrived(until)) return;  // what runs here may wait for a point before it
+  const std::lock_guard lock(mutex_);
   for (; arrived_ < until; ++arrived_) {
     const std::function<void()> arrival = std::move(arrivals_.front());
     arrivals_.pop_front();
@@ -86,8 +110,9 @@ void FarStream::arrive(int64_t until) {
   }
 }
 
-FarBackend::FarBackend(int threads)
-    : cpu_(make_cpu_backend(threads)),
+FarBackend::FarBackend(int threads, std::chrono::milliseconds patience)
+    : patience_(patience),
+      cpu_(make_cpu_backend(threads)),
       door_(std::make_unique<Door>(memory_)),
       ops_(std::make_unique<TimedOps>(cpu_->ops(), *door_)) {}
 
@@ -105,7 +130,7 @@ void FarBackend::deallocate(void* memory, int64_t bytes, MemoryKind kind) noexce
 }
 
 std::unique_ptr<Event> FarBackend::make_event() {
-  return std::make_unique<FarEvent>();
+  return std::make_unique<FarEvent>(patience_);
 }
 
 // Device memory is read and written at once: operations run in the order of their calls. The host's
@@ -114,6 +139,15 @@ void FarBackend::copy(Stream& stream, void* destination, const void* source, int
   if (bytes == 0) return;
   FarStream& far = dynamic_cast<FarStream&>(stream);
   const size_t size = static_cast<size_t>(bytes);
+  if (far.for_copies()) {
+    if (!memory_.holds(destination)) std::memset(destination, kNonsense, size);
+    far.queue([=, this] {
+      memory_.open();
+      std::memcpy(destination, source, size);
+      memory_.close();
+    });
+    return;
+  }
   memory_.open();
   std::vector<char> contents = bytes_at(source, bytes);
   if (memory_.holds(destination)) std::memcpy(destination, contents.data(), size);

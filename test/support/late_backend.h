@@ -1,7 +1,7 @@
 // A back end whose own streams run as late as they may: what is queued on them happens when
 // somebody waits for an event after it, or never. Whoever forgets to wait sees what was there
 // before. The stream that computes is another back end's; its calls have run when they return. Of
-// the arithmetic there is only what stores of parameters use.
+// the arithmetic there is only what stores of parameters and copies of their state use.
 #pragma once
 
 #include <deque>
@@ -53,7 +53,7 @@ class LateEvent : public Event {
   }
   void wait_on(Stream& stream) override {
     DSTRAIN_CHECK(!stream_ || &stream != stream_, "a stream waits for itself");
-    synchronize();
+    if (stream_) run_on(stream, [late = stream_, at = at_] { late->run(at); });
   }
   void synchronize() override {
     if (stream_) stream_->run(at_);
@@ -75,6 +75,10 @@ class LateOps : public NullOps {
   }
   void add_sum_squares(Stream& stream, const Tensor& x, const Tensor& sum_1) override {
     run_on(stream, [=, this] { ops_.add_sum_squares(stream_, x, sum_1); });
+  }
+  void join_master(Stream& stream, const Tensor& param, const Tensor& param_low,
+                   const Tensor& master) override {
+    run_on(stream, [=, this] { ops_.join_master(stream_, param, param_low, master); });
   }
   void clip_scale(Stream& stream, const Tensor& sum_1, double max_norm, double beta1, double beta2,
                   StepScalars* scalars) override {

@@ -126,13 +126,14 @@ class ReferenceGradients {
 // Adds flat slices to whole tensors, as a checkpoint would hold them; each element may come once.
 void collect(Backend& backend, Stream& stream, GlobalState& state, GlobalState& seen,
              const std::vector<StateSlice>& slices) {
-  std::vector<float> chunk(7);
-  const StateCopy copy(backend, stream, Tensor(chunk.data(), DType::f32, {std::ssize(chunk)}));
+  std::vector<float> chunks(14);
+  StateCopy copy(backend, Tensor(chunks.data(), DType::f32, {2, 7}));
+  stream.synchronize();
   for (const StateTensor& box : state_tensors(slices)) {
     rank_check(box.dtype == DType::f32, "the type of " + box.name);
     std::vector<float> values(static_cast<size_t>(box.bytes()) / sizeof(float));
     void* const place = values.data();
-    copy({&box, 1}, {&place, 1});
+    copy.queue({&box, 1}, {&place, 1}).synchronize();
     int64_t elements = 1;
     for (const int64_t n : box.global_shape) elements *= n;
     std::vector<float>& out = state[box.name];

@@ -44,6 +44,8 @@ class StrictParamStore : public ParamStore {
   }
   std::vector<StateSlice> saved() const override;
   std::vector<StateSlice> loaded() const override;
+  void begin_state_copy(DistStream copies) override { inner_->begin_state_copy(copies); }
+  void hold_state(Event& copied) override { inner_->hold_state(copied); }
 
  private:
   struct Block {

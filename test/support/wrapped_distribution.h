@@ -125,6 +125,8 @@ class WrappedParamStore : public ParamStore {
   }
   std::vector<StateSlice> saved() const override { return inner_->saved(); }
   std::vector<StateSlice> loaded() const override { return inner_->loaded(); }
+  void begin_state_copy(DistStream copies) override { inner_->begin_state_copy(copies); }
+  void hold_state(Event& copied) override { inner_->hold_state(copied); }
 
  protected:
   std::unique_ptr<ParamStore> inner_;

@@ -1,6 +1,7 @@
 #include "core/checkpoint/async_saver.h"
 
 #include <chrono>
+#include <future>
 #include <thread>
 
 #include "core/base/error.h"
@@ -77,7 +78,7 @@ TEST_CASE("async_saver: without a snapshot the save is done when request returns
           "[async_saver]") {
   const ScratchFolder folder;
   CheckpointStore store(folder.path(), 3);
-  AsyncSaver saver(store, {});
+  AsyncSaver saver(store, std::span<std::byte>());
   LiveState state(10);
   saver.request(state.source.meta(), state.tensors);
   CHECK_FALSE(saver.busy());
@@ -153,11 +154,76 @@ TEST_CASE("async_saver: device memory is copied by the owner's function", "[asyn
         for (size_t i = 0; i < tensors.size(); ++i)
           if (tensors[i].bytes() > 0)
             std::memcpy(places[i], tensors[i].data, static_cast<size_t>(tensors[i].bytes()));
+        return AsyncSaver::Arrival();
       });
   saver.request(state.source.meta(), state.tensors);
   saver.wait();
   CHECK(saver.poll()->ok);
   CHECK(copies == state.tensors.size());
+  CHECK(TinyState(10).equals(folder / checkpoint_name(10)));
+}
+
+TEST_CASE("async_saver: request returns before copies arrive; the writing thread waits for them",
+          "[async_saver]") {
+  const ScratchFolder folder;
+  CheckpointStore store(folder.path(), 3);
+  LiveState state(10);
+  std::vector<std::byte> snapshot = snapshot_for(state);
+  std::promise<void> device;
+  AsyncSaver saver(
+      store, snapshot, [&](std::span<const StateTensor> tensors, std::span<void* const> places) {
+        std::vector<void*> to(places.begin(), places.end());
+        return [&, tensors = std::vector(tensors.begin(), tensors.end()), to] {
+          device.get_future().wait();
+          for (size_t i = 0; i < tensors.size(); ++i)
+            if (tensors[i].bytes() > 0)
+              std::memcpy(to[i], tensors[i].data, static_cast<size_t>(tensors[i].bytes()));
+        };
+      });
+  saver.request(state.source.meta(), state.tensors);
+  CHECK(saver.busy());
+  CHECK(names_in(folder.path()).empty());
+  device.set_value();
+  saver.wait();
+  CHECK(saver.poll()->ok);
+  CHECK(TinyState(10).equals(folder / checkpoint_name(10)));
+}
+
+TEST_CASE("async_saver: copies that do not arrive are a failed save", "[async_saver]") {
+  const ScratchFolder folder;
+  CheckpointStore store(folder.path(), 3);
+  LiveState state(10);
+  std::vector<std::byte> snapshot = snapshot_for(state);
+  AsyncSaver saver(store, snapshot,
+                   [](std::span<const StateTensor>, std::span<void* const>) -> AsyncSaver::Arrival {
+                     return [] { throw RuntimeFailure("the GPU failed"); };
+                   });
+  saver.request(state.source.meta(), state.tensors);
+  saver.wait();
+  const auto result = saver.poll();
+  REQUIRE(result.has_value());
+  CHECK_FALSE(result->ok);
+  CHECK(result->error == "the GPU failed");
+  CHECK(names_in(folder.path()).empty());
+}
+
+TEST_CASE("async_saver: a snapshot whose memory comes late is waited for by the first request",
+          "[async_saver]") {
+  const ScratchFolder folder;
+  CheckpointStore store(folder.path(), 3);
+  LiveState state(10);
+  std::vector<std::byte> snapshot;
+  AsyncSaver saver(store, [&]() -> std::span<std::byte> {
+    if (snapshot.empty()) std::this_thread::sleep_for(std::chrono::milliseconds(20));
+    if (snapshot.empty()) snapshot = snapshot_for(state);
+    return snapshot;
+  });
+  CHECK(snapshot.empty());
+  saver.request(state.source.meta(), state.tensors);
+  state.overwrite();
+  CHECK(saver.stall_seconds() >= 0.02);
+  saver.wait();
+  CHECK(saver.poll()->ok);
   CHECK(TinyState(10).equals(folder / checkpoint_name(10)));
 }
 

@@ -7,12 +7,14 @@
 #include "core/base/error.h"
 #include "core/checkpoint/state_boxes.h"
 #include "test/core/checkpoint/checkpoint_fixture.h"
+#include "test/support/late_backend.h"
 
 namespace dstrain {
 namespace {
 
 using Catch::Contains;
 using checkpoint_test::ScratchFolder;
+using test::LateBackend;
 
 // Parameter "w" of 4 x 5 elements and its master values in two halves.
 struct Master {
@@ -47,13 +49,12 @@ struct Master {
 TEST_CASE("state copy: boxes of master values are f32 and arrive joined, in chunks of any size",
           "[checkpoint]") {
   const auto backend = make_cpu_backend(1);
-  const auto stream = backend->make_stream();
   Master master;
   for (const int64_t chunk : {1, 3, 20, 64})
     for (const auto& [begin, end] : {std::pair<int64_t, int64_t>{0, 20}, {3, 17}, {7, 8}}) {
       CAPTURE(chunk, begin, end);
-      std::vector<float> scratch(static_cast<size_t>(chunk));
-      const StateCopy copy(*backend, *stream, Tensor(scratch.data(), DType::f32, {chunk}));
+      std::vector<float> scratch(static_cast<size_t>(2 * chunk));
+      StateCopy copy(*backend, Tensor(scratch.data(), DType::f32, {2, chunk}));
       const StateSlice slice = master.slice(begin, end);
       std::vector<float> got(20, -1.0f);
       std::vector<void*> places;
@@ -64,12 +65,46 @@ TEST_CASE("state copy: boxes of master values are f32 and arrive joined, in chun
         places.push_back(at);
         at += box.bytes() / 4;
       }
-      copy(boxes, places);
+      copy.queue(boxes, places).synchronize();
       for (int64_t i = 0; i < 20; ++i) {
         const size_t n = static_cast<size_t>(i);
         CHECK(got[n] == (i < begin || i >= end ? -1.0f : master.values[n]));
       }
     }
+}
+
+TEST_CASE("state copy: copies come after what was queued before them, and all before their event",
+          "[checkpoint]") {
+  const auto backend = make_cpu_backend(1);
+  const auto stream = backend->make_stream();
+  LateBackend late(*backend, *stream);
+  Master master;
+  std::vector<float> chunks(6), plain = {1, 2, 3}, filled(2);
+  StateCopy copy(late, Tensor(chunks.data(), DType::f32, {2, 3}));
+  const StateSlice slice = master.slice(0, 20);
+  std::vector<StateTensor> tensors = state_tensors({&slice, 1});
+  tensors.push_back({"plain", DType::f32, {3}, {0}, {3}, plain.data()});
+  tensors.push_back({"filled", DType::f32, {2}, {0}, {2}, filled.data()});
+  std::vector<float> got(25, -1.0f);
+  late.ops().fill(copy.stream(), Tensor(filled.data(), DType::f32, {2}), 7.0);
+  const std::vector<void*> places = {got.data(), got.data() + 20, got.data() + 23};
+  Event& copied = copy.queue(tensors, places);
+  CHECK(got == std::vector<float>(25, -1.0f));
+  copied.synchronize();
+  std::vector<float> wanted = master.values;
+  wanted.insert(wanted.end(), {1, 2, 3, 7, 7});
+  CHECK(got == wanted);
+}
+
+TEST_CASE("state copy: halves need a chunk to be joined in", "[checkpoint]") {
+  const auto backend = make_cpu_backend(1);
+  Master master;
+  const StateSlice slice = master.slice(0, 20);
+  const std::vector<StateTensor> tensors = state_tensors({&slice, 1});
+  std::vector<float> got(20);
+  void* const place = got.data();
+  StateCopy copy(*backend, {});
+  CHECK_THROWS_WITH(copy.queue(tensors, {&place, 1}), Contains("'param.w' cannot be joined"));
 }
 
 TEST_CASE("state copy: bf16 parameters without lower halves, or with others, are not saved",

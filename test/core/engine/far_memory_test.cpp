@@ -8,6 +8,8 @@
 #include <deque>
 
 #include "core/backend/cpu_backend.h"
+#include "core/checkpoint/state_boxes.h"
+#include "core/checkpoint/state_copy.h"
 #include "core/engine/generator.h"
 #include "core/engine/parameter_io.h"
 #include "test/support/catch.h"
@@ -100,6 +102,54 @@ std::vector<float> generate(Backend& backend, const ModelConfig& model) {
   return logits;
 }
 
+// A step on three micro-batches; `between` runs where gradients are there and the update is not.
+template <class Between>
+void take_step(TrainEngine& engine, const ModelConfig& model, uint64_t seed, Between between) {
+  const std::vector<TinyBatch> batches =
+      TinyBatch(model, {.seed = seed, .sequences = 6, .packed = true}).split(2);
+  int64_t valid = 0;
+  for (const TinyBatch& batch : batches) valid += batch.valid_tokens();
+  engine.begin_step(0.01, valid);
+  for (size_t m = 0; m < batches.size(); ++m)
+    engine.accumulate(batches[m].host(), m + 1 == batches.size());
+  engine.reduce_gradients();
+  between();
+  engine.finish_step();
+  engine.take_result();
+}
+
+// How many tensors of a copy that runs beside a step are not as they were when it was queued.
+size_t changed_in_copy(bool held) {
+  ModelConfig model = tiny_moe();
+  model.bias_update_speed = 0.01;
+  FarBackend far;
+  TrainEngine engine(far, model, tiny_options(TinyBatch(model, {.sequences = 6}).split(2)));
+  engine.allocate();
+  engine.initialize(3);
+  take_step(engine, model, 1, [] {});
+
+  std::vector<std::vector<float>> before, copies;
+  for (const StateSlice& slice : engine.saved_state())
+    before.push_back(read_slice(far, engine.stream(), slice));
+  const std::vector<StateTensor> tensors = state_tensors(engine.saved_state());
+  std::vector<void*> places;
+  for (const StateTensor& tensor : tensors) {
+    copies.emplace_back(static_cast<size_t>(tensor.bytes()) / sizeof(float));
+    places.push_back(copies.back().data());
+  }
+  StateCopy copy(far, engine.copy_chunks_2N());
+  engine.begin_state_copy(copy.stream());
+  Event& copied = copy.queue(tensors, places);
+  if (held) engine.hold_state(copied);
+  // The copies go on while gradients are computed.
+  take_step(engine, model, 2, [&] { CHECK(copies != before); });
+  if (held) CHECK(copies == before);
+  copied.synchronize();
+  size_t changed = 0;
+  for (size_t i = 0; i < copies.size(); ++i) changed += copies[i] != before[i];
+  return changed;
+}
+
 }  // namespace
 
 TEST_CASE("far memory: a run whose host reaches no device memory has the bits of a CPU run",
@@ -111,6 +161,12 @@ TEST_CASE("far memory: a run whose host reaches no device memory has the bits of
   FarBackend far;
   const Trained expected = train(*cpu, model, recompute, 0);
   CHECK((train(far, model, recompute, 1) == expected));
+}
+
+TEST_CASE("far memory: a copy of the state runs beside a step, whose update waits for it",
+          "[engine][checkpoint]") {
+  CHECK(changed_in_copy(true) == 0);
+  CHECK(changed_in_copy(false) > 0);  // what the test is able to see
 }
 
 TEST_CASE("far memory: generated text has the logits of a CPU run", "[engine]") {

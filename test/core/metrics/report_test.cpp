@@ -207,6 +207,10 @@ TEST_CASE("describe: model, schedule, checkpoints, optimizer in a line each") {
   CHECK_THAT(describe_checkpoints(checkpoint), Catch::StartsWith("after every step, newest 3"));
   checkpoint.every = 0;
   CHECK_THAT(describe_checkpoints(checkpoint), Catch::StartsWith("at the end and on signals"));
+  checkpoint.at_end = false;
+  CHECK_THAT(describe_checkpoints(checkpoint), Catch::StartsWith("on signals, newest 3"));
+  checkpoint.every = 20;
+  CHECK_THAT(describe_checkpoints(checkpoint), Catch::StartsWith("every 20 steps, newest 3"));
   CHECK(describe_optimizer(OptimizerConfig{}) ==
         "adamw, betas 0.9 0.95, weight decay 0.1, clip at norm 1");
 }
