@@ -131,8 +131,6 @@ void Trainer::start_from(const std::optional<VerifiedCheckpoint>& checkpoint) {
   if (!config_.model.from.empty()) hf_origin_ = load_hf_parameters(*engine_, config_.model.from);
 }
 
-void Trainer::restore(const VerifiedCheckpoint& checkpoint) {
-  const CheckpointMeta& meta = checkpoint.manifest.meta;
 // What lies on a device is written from a snapshot in any case. Where only a signal can ask for a save, a GPU's
 // job takes the snapshot's memory then.
 void Trainer::make_saver() {
@@ -184,6 +182,8 @@ AsyncSaver::Arrival Trainer::copy_state(std::span<const StateTensor> tensors,
   return [&copied] { copied.synchronize(); };
 }
 
+void Trainer::restore(const VerifiedCheckpoint& checkpoint) {
+  const CheckpointMeta& meta = checkpoint.manifest.meta;
   warn_of_changes(meta);
   engine_->initialize(static_cast<uint64_t>(config_.run.seed));
   CheckpointReader reader(checkpoint.path, checkpoint.manifest);
@@ -278,9 +278,9 @@ ExitCode Trainer::run() {
   started_ = Clock::now();
   std::string left_by;
   while (step_ < config_.train.steps) {
+    if (snapshot_has_come()) snapshot();
     queue_step();
     if (skipped_in_a_row_ >= config_.train.max_skipped_steps) {
-    if (snapshot_has_come()) snapshot();
       saves_->wait();
       report_saves();
       throw RuntimeFailure(fmt::format(

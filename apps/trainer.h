@@ -103,9 +103,9 @@ class Trainer {
   double flops_per_token_ = 0;
 
   DeviceMemory batch_memory_, eval_memory_, snapshot_memory_;
-  std::unique_ptr<BatchStream> stream_;
   std::future<DeviceMemory> coming_snapshot_;
   std::unique_ptr<StateCopy> state_copy_;
+  std::unique_ptr<BatchStream> stream_;
   std::optional<CheckpointStore> store_;
   std::unique_ptr<AsyncSaver> saver_;
   std::unique_ptr<RankSaves> saves_;

@@ -181,10 +181,10 @@ class TimedBackend : public Backend {
   Ops& planning_ops() override { return inner_->planning_ops(); }
   void prepare(Stream& stream) override { inner_->prepare(stream); }
   std::unique_ptr<Stream> make_stream() override { return inner_->make_stream(); }
+  std::unique_ptr<Stream> make_copy_stream() override { return inner_->make_copy_stream(); }
   std::unique_ptr<Event> make_event() override { return inner_->make_event(); }
   void copy(Stream& stream, void* destination, const void* source, int64_t bytes) override {
     inner_->copy(stream, destination, source, bytes);
-  std::unique_ptr<Stream> make_copy_stream() override { return inner_->make_copy_stream(); }
   }
   Ops& ops() override { return ops_; }
 
