@@ -45,7 +45,7 @@ void declare_checks(Command root, CommandOptions& options) {
     return invoke("verify", options.verify, cmd_verify);
   });
 
-  Command bench = root.add_command("bench", "speed on this machine: step, ops");
+  Command bench = root.add_command("bench", "speed on this machine: step, ops, comm");
   Command step = bench.add_command("step", "times whole training steps");
   step.add_flag("--profile", options.bench.profile, "time of each operation in a step");
   Command ops = bench.add_command("ops", "times each operation of a step, beside the device's ceilings");
@@ -82,6 +82,21 @@ void declare_checks(Command root, CommandOptions& options) {
   ops.on_given([&options, needs_job](const ScannedLine& line) {
     needs_job(line, "bench ops");
     return invoke("bench ops", options.bench, cmd_bench_ops);
+  });
+
+  Command comm = bench.add_command(
+      "comm", "times what ranks exchange, under mpirun or with --set launch.ranks=N");
+  declare_config(comm, /*with_aliases=*/false);
+  comm.add_text("--sizes", options.bench.sizes, "LIST",
+                "such as 4K,1M,1GiB (default 4 KiB to 1 GiB, on CPUs to 64 MiB)");
+  comm.add_integer("--threads", options.bench.threads, in_range(1, 4096), "run.threads");
+  comm.add_flag("--json", options.bench.json, "JSON objects");
+  comm.on_given([&options](const ScannedLine& line) {
+    options.bench.config = config_source(line);
+    options.bench.words = line.commands;
+    const std::vector<std::string> given = option_words(line);
+    options.bench.words.insert(options.bench.words.end(), given.begin(), given.end());
+    return invoke("bench comm", options.bench, cmd_bench_comm);
   });
 
   Command version = root.add_command("version", "version, build and libraries");

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <string>
+#include <vector>
 
 #include "apps/cli_parser.h"
 #include "apps/commands.h"
@@ -34,6 +35,9 @@ void declare_check_commands(Command root, CommandOptions& options);  // config t
 
 // --config and --set, and with aliases the short names of single keys.
 void declare_config(Command command, bool with_aliases);
+
+// The options as they were given, but for spelling and "--option=value", which become two words.
+std::vector<std::string> option_words(const ScannedLine& line);
 
 template <class Options>
 Invocation invoke(const std::string& command, const Options& options, int (*run)(const Options&)) {

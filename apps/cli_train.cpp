@@ -6,9 +6,7 @@
 #include "core/base/error.h"
 
 namespace dstrain {
-namespace {
 
-// As they were given, but for spelling and "--option=value", which become two words.
 std::vector<std::string> option_words(const ScannedLine& line) {
   std::vector<std::string> words;
   for (const GivenOption& option : line.options) {
@@ -17,8 +15,6 @@ std::vector<std::string> option_words(const ScannedLine& line) {
   }
   return words;
 }
-
-}  // namespace
 
 void declare_config(Command command, bool with_aliases) {
   command.add_scanned("--config", "FILE", "job file; configs/quickstart.yaml is one");

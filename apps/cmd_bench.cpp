@@ -1,18 +1,27 @@
 // bench step: how long a whole training step takes, beside the memory plan and, on a CPU, its
 // matrix products alone. bench ops: how long each operation takes in a step, beside what the device
-// reaches on plain work.
+// reaches on plain work. bench comm: how long ranks take to exchange data.
+#include <fmt/format.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <cstdio>
+#include <cstdlib>
 #include <nlohmann/json.hpp>
 
 #include "apps/assemble.h"
+#include "apps/comm_bench.h"
 #include "apps/commands.h"
+#include "apps/launch_machine.h"
+#include "apps/launcher.h"
 #include "apps/step_bench.h"
 #include "apps/step_report.h"
 #include "core/backend/cpu_backend.h"
 #include "core/backend/matmul_bench.h"
 #include "core/base/log.h"
 #include "core/config/validate.h"
+#include "parallel/mpi_session.h"
+#include "parallel/nccl_communicator.h"
 
 namespace dstrain {
 namespace {
@@ -75,6 +84,36 @@ ProductsTime time_products_of_step(const Config& config) {
   return {time_products(products, threads, 5), std::ssize(products)};
 }
 
+int launch_ranks(const std::vector<HostRanks>& hosts, const std::vector<std::string>& words) {
+  LaunchJob job;
+  job.plan.hosts = hosts;
+  job.plan.mpirun = find_mpirun(std::getenv, "bench comm");
+  job.plan.machine = look_at_machine(std::getenv);
+  job.plan.program = program_path();
+  job.words = words;
+  job.temporary_folders.back() = temporary_folder(std::getenv);
+  return run_launcher(job);
+}
+
+void bench_comm_as_rank(const Config& config, const RankEnvironment& place, Communicator& world,
+                        const BenchOptions& options) {
+  char machine[256] = "";
+  ::gethostname(machine, sizeof machine - 1);
+  const std::unique_ptr<Backend> backend = make_backend(config, place);
+  const auto device_ranks = make_device_ranks(config, world, machine, *backend);
+  const bool on_gpus = device_ranks != nullptr;
+  const std::vector<CommTiming> timings = bench_comm(
+      on_gpus ? *device_ranks : world, *backend,
+      options.sizes.empty() ? default_sizes(on_gpus) : parse_sizes(options.sizes, "--sizes"));
+  if (!place.is_first()) return;
+  const std::string device =
+      fmt::format("{}, {}", backend->describe(), on_gpus ? "NCCL " + nccl_version() : "Open MPI");
+  const std::string text =
+      options.json ? comm_json(timings, world.size(), device)
+                   : fmt::format("{} ranks, each {}\n", world.size(), device) + comm_table(timings);
+  std::printf("%s", text.c_str());
+}
+
 }  // namespace
 
 int cmd_bench_step(const BenchOptions& options) {
@@ -105,6 +144,28 @@ int cmd_bench_ops(const BenchOptions& options) {
                               ? report.operations_json(options.filter)
                               : report.heading() + "\n" + report.operations_text(options.filter);
   std::printf("%s", out.c_str());
+  return 0;
+}
+
+int cmd_bench_comm(const BenchOptions& options) {
+  if (!options.sizes.empty()) parse_sizes(options.sizes, "--sizes");
+  LoadedConfig loaded = load_config(options.config);
+  validate(loaded, Purpose::inspect);
+  Config config = loaded.config;
+  if (options.threads) config.run.threads = *options.threads;
+  const std::optional<RankEnvironment> launched = rank_environment(std::getenv);
+  const std::vector<HostRanks> hosts = ranks_to_start(config, gpus_for_ranks());
+  if (launch_mode(launched, hosts) == LaunchMode::launcher)
+    return launch_ranks(hosts, options.words);
+  if (!launched || launched->size == 1)
+    throw UsageError(
+        "bench comm needs two ranks or more: add --set launch.ranks=2, or start it with mpirun");
+  config.run.threads = threads_per_rank(config.run.threads, *launched, available_cores());
+  MpiOptions mpi;
+  mpi.expected_ranks = static_cast<int>(launched->size);
+  MpiSession session(mpi);
+  session.run([&](Communicator& world) { bench_comm_as_rank(config, *launched, world, options); });
+  session.finalize();
   return 0;
 }
 

@@ -160,7 +160,7 @@ struct VerifyOptions {
 };
 int cmd_verify(const VerifyOptions& options);
 
-// bench step | ops (--config FILE | --model-config config.json)
+// bench step | ops (--config FILE | --model-config config.json), bench comm
 struct BenchOptions {
   ConfigSource config;
   std::string model_config;            // JSON with the keys of `model`
@@ -174,10 +174,13 @@ struct BenchOptions {
   bool profile = false;                // time of each operation
   std::optional<int64_t> threads;  // run.threads
   std::string filter;              // ops only: names that contain this
+  std::string sizes;               // comm only: "4K,1M"; empty: default_sizes()
+  std::vector<std::string> words;  // comm only: the command as it was given, for its ranks
   bool json = false;
 };
 int cmd_bench_step(const BenchOptions& options);
 int cmd_bench_ops(const BenchOptions& options);
+int cmd_bench_comm(const BenchOptions& options);
 
 // version
 struct VersionOptions {

@@ -3,8 +3,10 @@
 #include <nlohmann/json.hpp>
 
 #include "apps/ceilings.h"
+#include "apps/comm_bench.h"
 #include "apps/step_bench.h"
 #include "core/backend/cpu_backend.h"
+#include "core/base/error.h"
 #include "test/support/catch.h"
 #include "test/support/run_program.h"
 
@@ -97,6 +99,36 @@ TEST_CASE("bench: packed documents fill their sequences, each from position 0") 
   for (size_t i = 0; i + 1 < offsets.size(); ++i)
     for (int32_t t = offsets[i]; t < offsets[i + 1]; ++t)
       REQUIRE(batch.positions[static_cast<size_t>(t)] == t - offsets[i]);
+}
+
+TEST_CASE("bench comm: each call in each size and type, with rates that agree") {
+  const Finished finished =
+      run_program({"bench", "comm", "--set", "launch.ranks=2", "--set", "run.device=cpu",
+                   "--threads", "1", "--sizes", "4K,24KiB", "--json"});
+  INFO(finished.err);
+  REQUIRE(finished.code == 0);
+  const std::vector<json> rows = objects_of(finished.out);
+  REQUIRE(rows.size() == 5 * 2 * 2);
+  for (const json& row : rows) {
+    CAPTURE(row.dump());
+    CHECK(row["ranks"] == 2);
+    CHECK((row["bytes"] == 4096 || row["bytes"] == 24576));
+    const double rate = row["algorithm_gb_per_s"].get<double>();
+    CHECK(1e-3 * row["bytes"].get<double>() / row["us"].get<double>() == Approx(rate));
+    const bool is_whole = row["call"] == "all_reduce" || row["call"] == "send_recv";
+    CHECK(row["bus_gb_per_s"].get<double>() == Approx(is_whole ? rate : rate / 2));
+  }
+}
+
+TEST_CASE("bench comm: one rank, and sizes that are none, are refused") {
+  const Finished alone = run_program({"bench", "comm", "--set", "run.device=cpu"});
+  CHECK(alone.code == 2);
+  CHECK_THAT(alone.err, Catch::Contains("two ranks or more"));
+  CHECK(parse_sizes("7,4K,1MiB", "--sizes") == std::vector<int64_t>{7, 4096, 1 << 20});
+  for (const char* text : {"", "4K,", "0", "-1", "1T", "4 K", "99999999999999999999", "128G"}) {
+    CAPTURE(text);
+    CHECK_THROWS_AS(parse_sizes(text, "--sizes"), UsageError);
+  }
 }
 
 TEST_CASE("ceilings: the larger of work and traffic counts") {

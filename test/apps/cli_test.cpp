@@ -69,6 +69,7 @@ const std::vector<CommandLine>& command_lines() {
        {"--model-config", "--batch", "--micro-batch", "--seq", "--steps", "--threads"}},
       {{"bench", "ops", "--config", "job.yaml"},
        {"--filter", "--model-config", "--micro-batch", "--documents", "--seq", "--steps", "--threads"}},
+      {{"bench", "comm", "--set", "launch.ranks=2"}, {"--config", "--sizes", "--threads"}},
       {{"version"}, {}},
   };
   return lines;
