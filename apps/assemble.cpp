@@ -1,5 +1,6 @@
 #include "apps/assemble.h"
 
+#include <chrono>
 #include <cstdlib>
 #include <set>
 
@@ -18,6 +19,7 @@
 #ifdef DSTRAIN_HAVE_CUDA
 #include "cuda/cuda_backend.h"
 #include "cuda/cuda_clock.h"
+#include "parallel/nccl_communicator.h"
 #endif
 
 namespace dstrain {
@@ -27,6 +29,7 @@ BuildCapabilities build_capabilities() {
   build.ranks = build.compression = build.restarts = true;
 #ifdef DSTRAIN_HAVE_CUDA
   build.cuda = build.bf16_moments = true;
+  build.cuda_ranks = has_nccl();
 #endif
   return build;
 }
@@ -34,7 +37,8 @@ BuildCapabilities build_capabilities() {
 #ifdef DSTRAIN_HAVE_CUDA
 
 VisibleGpus visible_gpus_here() {
-  return {visible_gpus(), why_no_gpu()};
+  const char* const chosen = std::getenv("CUDA_VISIBLE_DEVICES");
+  return {visible_gpus(), why_no_gpu(), why_no_nccl(), chosen && *chosen};
 }
 
 // Empty where the environment names no place.
@@ -59,10 +63,38 @@ static int64_t free_memory_of_gpu() {
   return visible_gpus() > 0 ? free_gpu_memory() : 0;
 }
 
+// Two ranks on one GPU would wait for each other for ever.
+static void require_own_gpus(Communicator& ranks, const std::string& machine,
+                             const std::string& gpu) {
+  const std::vector<std::string> gpus = ranks.all_gather_text(machine + " " + gpu);
+  for (size_t r = 0; r < gpus.size(); ++r)
+    for (size_t other = 0; other < r; ++other)
+      if (gpus[r] == gpus[other])
+        throw ConfigError(fmt::format(
+            "ranks {} and {} have the same GPU, {}; a rank needs one of its own: start fewer ranks "
+            "on this host, or let CUDA_VISIBLE_DEVICES name a GPU for each",
+            other, r, gpus[r]));
+}
+
+std::unique_ptr<Communicator> make_device_ranks(const Config& config, Communicator& ranks,
+                                                const std::string& machine, Backend& backend) {
+  if (backend.is_cpu() || ranks.size() == 1) return nullptr;
+  require_own_gpus(ranks, machine, gpu_bus_id());
+  NcclOptions options;
+  if (config.launch.hang_timeout > 0)
+    options.timeout = std::chrono::seconds(config.launch.hang_timeout);
+  return make_nccl_communicator(ranks, backend, options);
+}
+
 #else
 
+std::unique_ptr<Communicator> make_device_ranks(const Config&, Communicator&, const std::string&,
+                                                Backend&) {
+  return nullptr;
+}
+
 VisibleGpus visible_gpus_here() {
-  return {0, "this build has no CUDA back end"};
+  return {0, "this build has no CUDA back end", "", false};
 }
 
 static std::unique_ptr<Backend> make_gpu_backend(const Config&, const RankEnvironment&) {
@@ -85,15 +117,15 @@ int64_t gpus_for_ranks() {
 }
 
 std::unique_ptr<Backend> make_backend(const Config& config, const RankEnvironment& rank) {
-  if (choose_device(config, rank.size, visible_gpus_here()).gpu)
+  if (choose_device(config, {rank.size, rank.local_size}, visible_gpus_here()).gpu)
     return make_gpu_backend(config, rank);
   return make_cpu_backend(static_cast<int>(config.run.threads));
 }
 
-std::unique_ptr<Backend> make_planning_backend(const Config& config, int64_t ranks,
+std::unique_ptr<Backend> make_planning_backend(const Config& config, const JobSize& job,
                                                std::string& note) {
   const VisibleGpus gpus = visible_gpus_here();
-  if (!is_gpu_job(config, ranks, gpus))
+  if (!is_gpu_job(config, job, gpus))
     return make_cpu_backend(static_cast<int>(config.run.threads));
   if (gpus.count > 0) return make_gpu_backend(config, {});
   note = "no GPU is here to plan with (" + gpus.why_none +

@@ -23,16 +23,21 @@ BuildCapabilities build_capabilities();
 
 // None, and why, in a build without CUDA. Never throws.
 VisibleGpus visible_gpus_here();
-// GPUs of this host that ranks can be spread over: one at most, until ranks on GPUs can talk to
-// each other.
+// GPUs of this host that launch.ranks: auto spreads ranks over: one at most. Several are taken where
+// the job says so, until ranks on GPUs have been measured.
 int64_t gpus_for_ranks();
 
 // On the device that choose_device() takes; on a GPU, the one of this rank. ConfigError if
 // run.device cannot be had, RuntimeFailure if the GPU cannot be opened.
 std::unique_ptr<Backend> make_backend(const Config& config, const RankEnvironment& rank = {});
+// What the ranks of a job exchange device memory through, made from the communicator over their
+// host memory; none where that one does, which is on CPUs, and for one rank. A collective call;
+// `ranks` and the back end outlive it. ConfigError if two ranks have the same GPU.
+std::unique_ptr<Communicator> make_device_ranks(const Config& config, Communicator& ranks,
+                                                const std::string& machine, Backend& backend);
 // For plans alone. Where the job is for a GPU and none is here, one that is only planned with;
 // `note` is then told what the plan lacks.
-std::unique_ptr<Backend> make_planning_backend(const Config& config, int64_t ranks,
+std::unique_ptr<Backend> make_planning_backend(const Config& config, const JobSize& job,
                                                std::string& note);
 // For TimedOps on a back end of make_backend().
 std::unique_ptr<OpClock> make_op_clock(const Backend& backend);

@@ -73,8 +73,13 @@ int cmd_train(const TrainOptions& options) {
   ConsoleMode mode = decide_console_mode(options.quiet, options.log_json, 2, term);
   const std::vector<HostRanks> hosts = ranks_to_start(loaded.config, gpus_for_ranks());
   // Before any rank starts, so that the user hears it once.
-  const DeviceChoice device =
-      choose_device(loaded.config, launched ? ranks.size : total_ranks(hosts), visible_gpus_here());
+  const JobSize size = launched ? JobSize{ranks.size, ranks.local_size}
+                                : JobSize{total_ranks(hosts), most_ranks_of_host(hosts)};
+  const DeviceChoice device = choose_device(loaded.config, size, visible_gpus_here());
+  if (launched && !ranks.is_supervised && ranks.is_first() && !loaded.config.launch.ranks.is_auto() &&
+      loaded.config.launch.ranks.value != ranks.size)
+    log_warning("launch.ranks: {} is not followed: this job was started from outside with {} ranks",
+                loaded.config.launch.ranks.value, ranks.size);
   if (!device.note.empty() && ranks.is_first() && !ranks.is_supervised) log_info("{}", device.note);
   if (launch_mode(launched, hosts) == LaunchMode::launcher)
     return launch_training(loaded.config, hosts, options.words,

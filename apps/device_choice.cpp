@@ -8,10 +8,6 @@
 namespace dstrain {
 namespace {
 
-// What stands between several ranks and GPUs.
-constexpr const char* kNoRanks =
-    "ranks on GPUs exchange data through NCCL, which this version does not use yet";
-
 // The key and value of `precision` that no CPU can follow; empty if there is none.
 std::string gpu_precision(const PrecisionConfig& precision) {
   if (precision.compute == ComputeType::bf16 || precision.compute == ComputeType::tf32)
@@ -35,40 +31,44 @@ std::string unroutable(const ModelConfig& model) {
   return "";
 }
 
+// Why the ranks of the job cannot have a GPU each; empty if they can.
+std::string too_few(const JobSize& job, const VisibleGpus& gpus) {
+  if (job.ranks > 1 && !gpus.why_no_ranks.empty()) return gpus.why_no_ranks;
+  const bool may_differ = gpus.are_chosen && gpus.count == 1;
+  if (job.on_host <= gpus.count || may_differ) return "";
+  return fmt::format("a rank needs a GPU of its own, and {} ranks share a host with {} GPU{}",
+                     job.on_host, gpus.count, gpus.count == 1 ? "" : "s");
+}
+
 // Why the job gets no GPU; empty if it gets one.
-std::string why_no_gpu_for(const Config& config, int64_t ranks, const VisibleGpus& gpus) {
+std::string why_no_gpu_for(const Config& config, const JobSize& job, const VisibleGpus& gpus) {
   if (config.run.device == Device::cpu) return "run.device is cpu";
   if (gpus.count == 0) return gpus.why_none;
-  if (ranks > 1) return kNoRanks;
-  return unroutable(config.model);
+  const std::string reason = too_few(job, gpus);
+  return reason.empty() ? unroutable(config.model) : reason;
 }
 
 }  // namespace
 
-DeviceChoice choose_device(const Config& config, int64_t ranks, const VisibleGpus& gpus) {
-  const std::string reason = why_no_gpu_for(config, ranks, gpus);
+DeviceChoice choose_device(const Config& config, const JobSize& job, const VisibleGpus& gpus) {
+  const std::string reason = why_no_gpu_for(config, job, gpus);
   if (reason.empty()) return {true, ""};
-  if (config.run.device == Device::cuda && gpus.count > 0 && ranks > 1)
-    throw ConfigError(fmt::format(
-        "run.device: cuda is not available to a job of {} ranks: {}; run.device: cpu works, and "
-        "so does one rank",
-        ranks, reason));
+  const std::string of_job = job.ranks > 1 ? fmt::format(" for a job of {} ranks", job.ranks) : "";
   if (config.run.device == Device::cuda)
-    throw ConfigError(
-        fmt::format("run.device: cuda cannot be had: {}; run.device: auto or cpu trains without a "
-                    "GPU",
-                    reason));
+    throw ConfigError(fmt::format(
+        "run.device: cuda cannot be had{}: {}; run.device: auto or cpu trains without "
+        "a GPU{}",
+        of_job, reason, job.ranks > 1 && gpus.count > 0 ? ", fewer ranks with one" : ""));
   if (const std::string wanted = gpu_precision(config.precision); !wanted.empty())
     throw ConfigError(fmt::format(
         "{} needs a GPU, and this job has none: {}; leave it out, or write fp32", wanted, reason));
   if (config.run.device == Device::cpu || gpus.count == 0) return {};
-  const std::string job = ranks > 1 ? fmt::format(" for a job of {} ranks", ranks) : "";
-  return {false, fmt::format("run.device: auto takes the CPU{}: {}", job, reason)};
+  return {false, fmt::format("run.device: auto takes the CPU{}: {}", of_job, reason)};
 }
 
-bool is_gpu_job(const Config& config, int64_t ranks, const VisibleGpus& gpus) {
+bool is_gpu_job(const Config& config, const JobSize& job, const VisibleGpus& gpus) {
   if (config.run.device != Device::automatic) return config.run.device == Device::cuda;
-  return !gpu_precision(config.precision).empty() || (gpus.count > 0 && ranks == 1);
+  return !gpu_precision(config.precision).empty() || why_no_gpu_for(config, job, gpus).empty();
 }
 
 Config for_any_device(Config config, const VisibleGpus& gpus) {

@@ -100,10 +100,7 @@ StartupInfo plan_of_job(const Config& config, const MeshShape& shape, Backend& b
 
 // Ranks of the job on the machine that has the most of them.
 int64_t ranks_of_a_machine(const Config& config) {
-  int64_t most = 1;
-  for (const HostRanks& host : ranks_to_start(config, gpus_for_ranks()))
-    most = std::max(most, host.ranks);
-  return most;
+  return most_ranks_of_host(ranks_to_start(config, gpus_for_ranks()));
 }
 
 }  // namespace
@@ -123,9 +120,10 @@ int dry_run(const LoadedConfig& loaded, const TrainOptions& options,
   StartupInfo info = startup_info_of(config, nullptr);
   if (is_planned) {
     const MeshShape shape = planned_mesh(config).value_or(smallest_mesh(config));
-    if (missing.empty()) passes([&] { choose_device(config, shape.ranks(), visible_gpus_here()); });
+    const JobSize size{shape.ranks(), ranks_of_a_machine(config)};
+    if (missing.empty()) passes([&] { choose_device(config, size, visible_gpus_here()); });
     std::string note;
-    const std::unique_ptr<Backend> backend = make_planning_backend(config, shape.ranks(), note);
+    const std::unique_ptr<Backend> backend = make_planning_backend(config, size, note);
     if (!note.empty()) log_warning("{}", note);
     info = plan_of_job(config, shape, *backend);
   }

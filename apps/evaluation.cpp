@@ -23,7 +23,7 @@ int64_t evaluation_bytes(const Config& config) {
 }
 
 EvalRecord evaluate_dataset(RankJob& job, const Config& config, const TokenDataset& dataset,
-                            const DeviceMemory& memory) {
+                            const DeviceMemory& memory, const std::function<void()>& at_batch) {
   const auto begin = std::chrono::steady_clock::now();
   BatchStreamOptions options;
   options.pack = {config.data.seq_len, config.data.document_mask, false, 0};
@@ -41,6 +41,7 @@ EvalRecord evaluate_dataset(RankJob& job, const Config& config, const TokenDatas
   job.engine().begin_evaluation();
   for (int64_t i = 0; i < steps; ++i)
     job.runner().evaluate(stream.micro_batches_per_step(), [&](int64_t m) {
+      if (at_batch) at_batch();
       const HostMicroBatch& batch = stream.next();
       if (m == 0) record.tokens += batch.step_valid_tokens;
       job.engine().load(m, to_host_batch(batch));

@@ -94,6 +94,12 @@ int64_t total_ranks(const std::vector<HostRanks>& hosts) {
   return total;
 }
 
+int64_t most_ranks_of_host(const std::vector<HostRanks>& hosts) {
+  int64_t most = 1;
+  for (const HostRanks& host : hosts) most = std::max(most, host.ranks);
+  return most;
+}
+
 LaunchMode launch_mode(const std::optional<RankEnvironment>& ranks,
                        const std::vector<HostRanks>& hosts) {
   if (ranks) return LaunchMode::rank;

@@ -25,6 +25,7 @@ struct HostRanks {
 // fixed layout does not divide over launch.hosts.
 std::vector<HostRanks> ranks_to_start(const Config& config, int64_t gpus);
 int64_t total_ranks(const std::vector<HostRanks>& hosts);
+int64_t most_ranks_of_host(const std::vector<HostRanks>& hosts);  // at least 1
 
 enum class LaunchMode {
   single,    // train in this process

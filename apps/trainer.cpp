@@ -58,11 +58,13 @@ Trainer::Trainer(const Config& config, const TrainerOptions& options, MetricsHub
       backend_(options.make_backend ? options.make_backend() : make_backend(config, ranks.place)),
       only_rank_(ranks.world ? nullptr : std::make_unique<LocalCommunicator>(*backend_)),
       world_(ranks.world ? *ranks.world : *only_rank_),
-      ranks_(ranks) {
+      ranks_(ranks),
+      device_ranks_(make_device_ranks(config_, world_, ranks.machine, *backend_)) {
   train_data_ = open_data(config_.data.train, config_.data.tokenizer);
   valid_data_ = open_data(config_.data.valid, config_.data.tokenizer);
   fingerprints_ = data_fingerprints(config_, train_data_);
-  job_ = std::make_unique<RankJob>(config_, resolve_mesh(config_, world_.size()), world_, *backend_,
+  job_ = std::make_unique<RankJob>(config_, resolve_mesh(config_, world_.size()),
+                                   device_ranks_ ? *device_ranks_ : world_, *backend_,
                                    ranks.machine, /*training=*/true);
   engine_ = &job_->engine();
   flops_per_token_ = model_cost(config_.model, config_.data.seq_len).flops_per_token;
@@ -326,7 +328,7 @@ void Trainer::queue_step() {
     if (m == 0) engine_->begin_step(record.lr, step.valid_tokens = batch.step_valid_tokens);
     engine_->load(m, to_host_batch(batch), batch.last_of_step);
     stream_->release();
-    if (m == 0) enter(RankPhase::forward_backward);
+    enter(RankPhase::forward_backward);  // each micro-batch is progress
   });
   enter(RankPhase::reducing);
   const Clock::time_point update = Clock::now();
@@ -398,7 +400,8 @@ void Trainer::evaluate() {
   evaluated_step_ = step_;
   last_evals_.clear();
   for (size_t i = 0; i < valid_data_.datasets.size(); ++i) {
-    EvalRecord record = evaluate_dataset(*job_, config_, valid_data_.datasets[i], eval_memory_);
+    EvalRecord record = evaluate_dataset(*job_, config_, valid_data_.datasets[i], eval_memory_,
+                                         [this] { enter(RankPhase::evaluating); });
     record.step = step_;
     hub_.on_eval(record);
     last_evals_.push_back(record);

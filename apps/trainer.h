@@ -98,6 +98,7 @@ class Trainer {
   std::unique_ptr<Communicator> only_rank_;
   Communicator& world_;
   JobRanks ranks_;
+  std::unique_ptr<Communicator> device_ranks_;  // of world_, where it reaches host memory alone
   std::unique_ptr<RankJob> job_;
   TrainEngine* engine_ = nullptr;  // the job's
   double flops_per_token_ = 0;

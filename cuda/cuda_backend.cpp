@@ -183,6 +183,14 @@ std::string why_no_gpu() {
   return cudaGetErrorString(error);
 }
 
+std::string gpu_bus_id() {
+  int device = 0;
+  char id[32] = "";
+  check_cuda(cudaGetDevice(&device), "finding the GPU");
+  check_cuda(cudaDeviceGetPCIBusId(id, sizeof id, device), "naming the GPU");
+  return id;
+}
+
 int64_t free_gpu_memory() {
   size_t free = 0, total = 0;
   if (cudaMemGetInfo(&free, &total) == cudaSuccess) return static_cast<int64_t>(free);

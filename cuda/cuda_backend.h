@@ -26,6 +26,8 @@ std::string why_no_gpu();
 // Bytes that are free on the GPU of the last back end that this thread made; 0 if that cannot be
 // told.
 int64_t free_gpu_memory();
+// Where that GPU sits in its host, "0000:1B:00.0": what tells two of them apart.
+std::string gpu_bus_id();
 
 // Throws RuntimeFailure, a sentence, if the device does not exist, is too old, or cannot be opened.
 std::unique_ptr<Backend> make_cuda_backend(const CudaOptions& options);

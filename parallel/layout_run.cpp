@@ -25,9 +25,12 @@ class RankRun {
         options_(options),
         shared_(shared),
         world_(world),
-        backend_(options.make_backend ? options.make_backend() : make_cpu_backend(options.threads)),
-        job_(config, shape, world, *backend_, "this machine", /*training=*/true,
-             options.fault.wrap),
+        backend_(options.make_backend ? options.make_backend(world.rank())
+                                      : make_cpu_backend(options.threads)),
+        device_ranks_(options.make_device_ranks ? options.make_device_ranks(world, *backend_)
+                                                : nullptr),
+        job_(config, shape, device_ranks_ ? *device_ranks_ : world, *backend_, "this machine",
+             /*training=*/true, options.fault.wrap),
         sequences_(config) {
     TrainEngine& engine = job_.engine();
     engine.allocate();
@@ -124,6 +127,7 @@ class RankRun {
   Shared& shared_;
   Communicator& world_;
   std::unique_ptr<Backend> backend_;
+  std::unique_ptr<Communicator> device_ranks_;
   RankJob job_;
   RandomSequences sequences_;
   std::unique_ptr<RoutingTap> tap_;

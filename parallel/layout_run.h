@@ -48,7 +48,11 @@ struct LayoutRunOptions {
   std::shared_ptr<RoutingRecord> record;  // filled, or replayed; all ranks of the process share it
   bool replay = false;
   int threads = 1;  // of each rank's back end
-  std::function<std::unique_ptr<Backend>()> make_backend;  // of a rank; empty for a CPU's
+  // Of a rank; empty for a CPU's.
+  std::function<std::unique_ptr<Backend>(int rank)> make_backend;
+  // Of ranks whose memory theirs does not reach; may give none.
+  std::function<std::unique_ptr<Communicator>(Communicator& ranks, Backend& backend)>
+      make_device_ranks;
   PlantedFault fault;
   // Called on each rank after the last step; rank threads one after another.
   std::function<void(TrainEngine&)> at_end;

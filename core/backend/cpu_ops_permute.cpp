@@ -1,5 +1,6 @@
 // Rows sorted by expert, rows summed back to their tokens, rows gathered.
 // T tokens, K experts per token, E experts, R = T*K routed rows, D columns.
+#include <algorithm>
 #include <cstring>
 
 #include "core/backend/cpu_ops.h"
@@ -133,6 +134,41 @@ void CpuOps::gather_rows(Stream&, const Tensor& x_XD, const Tensor& index_R, con
                   static_cast<size_t>(row_bytes));
     }
   });
+}
+
+void CpuOps::arrange_arrivals(Stream&, const Tensor& counts_NE, int64_t first_expert, int64_t round,
+                              const Tensor& order_C, const Tensor& arrival_C,
+                              const Tensor& offsets_L1) {
+  const int64_t N = counts_NE.size(0), E = counts_NE.size(1), L = offsets_L1.numel() - 1;
+  const Tensor& any = order_C.defined() ? order_C : arrival_C;
+  DSTRAIN_CHECK(any.defined(), "arrange_arrivals: nothing is asked for");
+  const int64_t C = any.numel(), begin = round * C, end = begin + C;
+  expect(counts_NE, "arrange_arrivals: counts_NE", DType::i64, {N, E});
+  expect(offsets_L1, "arrange_arrivals: offsets_L1", DType::i32, {L + 1});
+  for (const Tensor* x : {&order_C, &arrival_C})
+    if (x->defined()) {
+      expect(*x, "arrange_arrivals: order_C or arrival_C", DType::i32, {C});
+      std::fill_n(x->data<int32_t>(), C, 0);
+    }
+  DSTRAIN_CHECK(first_expert >= 0 && first_expert + L <= E, "arrange_arrivals: no such experts");
+  int64_t row = 0;  // in expert order
+  for (int64_t own = 0; own < L; ++own) {
+    offsets_L1.data<int32_t>()[own] = static_cast<int32_t>(row);
+    int64_t number = 0;  // in the order of arrival, over all rounds
+    for (int64_t source = 0; source < N; ++source)
+      for (int64_t other = 0; other < L; ++other) {
+        const int64_t count = counts_NE.data<int64_t>()[source * E + first_expert + other];
+        const int64_t first = std::clamp(number, begin, end);
+        const int64_t last = std::clamp(number + count, begin, end);
+        number += count;
+        if (other != own) continue;
+        for (int64_t at = first - begin; at < last - begin; ++at, ++row) {
+          if (order_C.defined()) order_C.data<int32_t>()[row] = static_cast<int32_t>(at);
+          if (arrival_C.defined()) arrival_C.data<int32_t>()[at] = static_cast<int32_t>(row);
+        }
+      }
+  }
+  offsets_L1.data<int32_t>()[L] = static_cast<int32_t>(row);
 }
 
 }  // namespace dstrain

@@ -243,6 +243,15 @@ class Ops {
   // y[r] = x[index[r]]; also for row weights and their gradients (matrices of one column).
   virtual void gather_rows(Stream&, const Tensor& x_XD, const Tensor& index_R,
                            const Tensor& y_RD) = 0;
+  // Expert parallelism: rows arrive at a rank source after source, each source's by expert, and its
+  // experts want theirs together. counts_NE (i64): choices of N ranks for each of E experts. Of the
+  // rows on their way to experts [first_expert, first_expert + L), in the order of arrival, the round
+  // carries numbers [round * C, (round + 1) * C). offsets_L1: where the experts' rows begin in expert
+  // order; order_C[r]: the place of row r of that order among what arrived; arrival_C: its inverse.
+  // All i32; beyond the last offset zeros. order_C or arrival_C may be absent.
+  virtual void arrange_arrivals(Stream&, const Tensor& counts_NE, int64_t first_expert,
+                                int64_t round, const Tensor& order_C, const Tensor& arrival_C,
+                                const Tensor& offsets_L1) = 0;
 
   // --- embedding and loss -----------------------------------------------------------------------------
   // weight holds rows [vocab_begin, vocab_begin + its size) of the vocabulary; other tokens give zeros.

@@ -322,6 +322,16 @@ void TimedOps::gather_rows(Stream& stream, const Tensor& x_XD, const Tensor& ind
         [&] { inner_.gather_rows(stream, x_XD, index_R, y_RD); });
 }
 
+void TimedOps::arrange_arrivals(Stream& stream, const Tensor& counts_NE, int64_t first_expert,
+                                int64_t round, const Tensor& order_C, const Tensor& arrival_C,
+                                const Tensor& offsets_L1) {
+  timed(stream, "arrange_arrivals", 0, bytes_of({&counts_NE, &order_C, &arrival_C, &offsets_L1}),
+        [&] {
+          inner_.arrange_arrivals(stream, counts_NE, first_expert, round, order_C, arrival_C,
+                                  offsets_L1);
+        });
+}
+
 void TimedOps::embedding(Stream& stream, const Tensor& tokens_T, const Tensor& weight_VD,
                          int64_t vocab_begin, const Tensor& x_TD) {
   timed(stream, "embedding", 0, bytes_of({&tokens_T, &x_TD, &x_TD}),

@@ -57,7 +57,9 @@ struct Routing {
   Tensor token_of_row_R;  // i32
   Tensor row_of_slot_TK;  // i32
   Tensor row_weight_R;    // S
-  // [ranks, E] choices of each rank of the expert group for each expert, for the dispatcher; on the host.
+  // For the dispatcher: choices of each rank of the expert group for each expert, on the device (i64)
+  // and, once it has waited for them, on the host.
+  Tensor counts_NE;
   std::vector<int64_t> counts;
 };
 

@@ -165,8 +165,7 @@ TEST_CASE("dry run: a job for a GPU is planned in its types, on any machine", "[
   CHECK_THAT(plan(job, {"--set", "precision.compute=tf32", "--set", "precision.moments=bf16"}).out,
              Contains(", tf32, moments bf16\n"));
   const Finished ranks = plan(job, {"--set", "parallel.data=2", "--set", "train.global_batch=4"});
-  CHECK_THAT(ranks.out, Contains("not available: run.device: cuda (") && Contains(", bf16\n") &&
-                            Contains("lower halves of values"));
+  CHECK_THAT(ranks.out, Contains(", bf16\n") && Contains("lower halves of values"));
 }
 
 TEST_CASE("dry run: a job that holds nowhere is refused", "[dry_run]") {

@@ -12,6 +12,7 @@
 #include "test/support/catch.h"
 #include "test/support/cuda_device.h"
 #include "test/support/layout_jobs.h"
+#include "test/support/staged_communicator.h"
 #include "test/support/tiny_model.h"
 
 namespace dstrain::test {
@@ -72,7 +73,7 @@ void make_learnable(int64_t vocab, SequenceBatch& batch) {
 }
 
 LayoutRunOptions on_gpu(LayoutRunOptions options, bool deterministic = false) {
-  options.make_backend = [deterministic] {
+  options.make_backend = [deterministic](int) {
     CudaOptions cuda;
     cuda.deterministic = deterministic;
     return make_cuda_backend(cuda);
@@ -134,6 +135,63 @@ TEST_CASE("cuda: trains as the CPU does: grouped queries, biases, tied head, odd
 TEST_CASE("cuda: trains as the CPU does: multi-token prediction", "[cuda]") {
   if (skipped_without_gpu()) return;
   check_against_cpu(job_of(tiny_mtp(), Recompute::full));
+}
+
+// --- ranks
+
+// Ranks that share one GPU, and exchange tensors through the host: what they compute is what ranks
+// with a GPU each do.
+LayoutRunOptions on_shared_gpu(LayoutRunOptions options) {
+  options = on_gpu(std::move(options));
+  options.make_device_ranks = [](Communicator& ranks, Backend& backend) {
+    return std::make_unique<StagedCommunicator>(ranks, backend);
+  };
+  options.timeout = std::chrono::minutes(2);
+  return options;
+}
+
+TEST_CASE("cuda: ranks train as one rank on the CPU does", "[cuda]") {
+  if (skipped_without_gpu()) return;
+  Config config = tiny_moe_job(4);
+  config.optimizer.grad_clip = 0.5;
+  config.precision.compute = ComputeType::fp32;
+  const LayoutReference cpu(config, 20);
+  const auto [shape, zero] = GENERATE(table<MeshShape, int64_t>({
+      {{.data = 2}, 0},
+      {{.data = 2}, 1},
+      {{.data = 2}, 2},
+      {{.data = 2}, 3},
+      {{.data = 2, .expert = 2}, 1},
+      {{.tensor = 2}, 1},
+      {{.context = 2}, 1},
+      {{.pipeline = 2}, 1},
+      {{.data = 2, .tensor = 2, .expert = 4}, 2},
+  }));
+  CAPTURE(to_text(shape), zero);
+  const LayoutJob job = job_at(config, shape, zero);
+  LayoutTolerances tolerances;
+  tolerances.gradient = 1e-4;
+  tolerances.loss = 1e-5;
+  tolerances.parameter = std::numeric_limits<double>::infinity();
+  const LayoutRun gpu = run_layout(job.config, shape, on_shared_gpu(replay_options(cpu)));
+  CHECK(failures(compare_layouts(config, cpu.run, gpu, tolerances)) == "");
+}
+
+TEST_CASE("cuda: compressed gradients of ranks train as on the CPU", "[cuda]") {
+  if (skipped_without_gpu()) return;
+  const CompressionMethod method = GENERATE(CompressionMethod::topk, CompressionMethod::int8);
+  Config config = tiny_dense_job(4);
+  config.precision.compute = ComputeType::fp32;
+  config.compression.method = method;
+  const MeshShape shape{.data = 2};
+  config = job_at(config, shape, 1).config;
+  LayoutRunOptions options;
+  options.steps = 5;
+  const LayoutRun cpu = run_layout(config, shape, options),
+                  gpu = run_layout(config, shape, on_shared_gpu(options));
+  for (size_t s = 0; s < cpu.steps.size(); ++s)
+    CHECK(gpu.steps[s].loss == Approx(cpu.steps[s].loss).epsilon(1e-4));
+  CHECK(gpu.traffic.reduce.sent == cpu.traffic.reduce.sent);
 }
 
 // --- bf16

@@ -168,6 +168,11 @@ class ForwardingOps : public Ops {
     ops_.gather_rows(s, x_XD, index_R, y_RD);
     after_op();
   }
+  void arrange_arrivals(Stream& s, const Tensor& counts_NE, int64_t first_expert, int64_t round,
+                        const Tensor& order_C, const Tensor& arrival_C,
+                        const Tensor& offsets_L1) override {
+    ops_.arrange_arrivals(s, counts_NE, first_expert, round, order_C, arrival_C, offsets_L1);
+  }
   void embedding(Stream& s, const Tensor& tokens_T, const Tensor& weight_VD, int64_t vocab_begin,
                  const Tensor& x_TD) override {
     ops_.embedding(s, tokens_T, weight_VD, vocab_begin, x_TD);

@@ -32,9 +32,8 @@ struct SortCase {
 }  // namespace
 
 TEST_CASE("sort_by_expert is a stable sort", "[op]") {
-  const auto [T, K, E] =
-      GENERATE(table<int64_t, int64_t, int64_t>(
-          {{0, 2, 3}, {1, 1, 1}, {5, 3, 40}, {700, 3, 600}, {9001, 4, 16}, {22000, 6, 65}}));
+  const auto [T, K, E] = GENERATE(table<int64_t, int64_t, int64_t>(
+      {{0, 2, 3}, {1, 1, 1}, {5, 3, 40}, {700, 3, 600}, {9001, 4, 16}, {22000, 6, 65}}));
   CAPTURE(T, K, E);
   const SortCase z(T, K, E);
   const Bound b = check_op(z.c, [&](Ops& ops, Stream& s, const Bound& t) { z.sort(ops, s, t); },
@@ -137,18 +136,18 @@ TEST_CASE("combine_rows and gather_rows: columns of wider matrices, long and sho
   SortCase z(T, K, 3);
   const Slot y = z.c.normal({T * K, D + 16}), out = z.c.normal({T, D + 16});
   const Slot sum = z.c.output({T, D}), rows = z.c.output({T * K, D});
-  const Bound b = check_op(z.c,
-                           [&, first = begin](Ops& ops, Stream& s, const Bound& t) {
-                             z.sort(ops, s, t);
-                             const Tensor part = t[out].columns(first, end);
-                             ops.combine_rows(s, t[y].columns(first, end), t[z.row_of_slot], part,
-                                              part);
-                             ops.convert(s, part, t[sum]);
-                             ops.gather_rows(s, part, t[z.token_of_row], t[rows]);
-                           },
-                           {{out, {.sum_length = K + 1, .roundings = 2}},
-                            {sum, {.sum_length = K + 1, .roundings = 2}},
-                            {rows, {.sum_length = K + 1, .roundings = 2}}});
+  const Bound b =
+      check_op(z.c,
+               [&, first = begin](Ops& ops, Stream& s, const Bound& t) {
+                 z.sort(ops, s, t);
+                 const Tensor part = t[out].columns(first, end);
+                 ops.combine_rows(s, t[y].columns(first, end), t[z.row_of_slot], part, part);
+                 ops.convert(s, part, t[sum]);
+                 ops.gather_rows(s, part, t[z.token_of_row], t[rows]);
+               },
+               {{out, {.sum_length = K + 1, .roundings = 2}},
+                {sum, {.sum_length = K + 1, .roundings = 2}},
+                {rows, {.sum_length = K + 1, .roundings = 2}}});
   bool same = true;
   for (int64_t r = 0; r < T * K; ++r) {
     const auto t = static_cast<int64_t>(b.at(z.token_of_row).get(r));
@@ -173,6 +172,55 @@ TEST_CASE("permutations refuse rows out of range", "[ops]") {
                              ops.combine_rows(s, b[x], b[slots], Tensor(), b[y]);
                            }),
                     Catch::Contains("combine_rows: row -1 of 3"));
+}
+
+TEST_CASE("arrange_arrivals puts the rows of each expert together", "[op]") {
+  // Sources, experts of all, of this rank, rows of a round.
+  const auto [N, E, L, C] = GENERATE(table<int64_t, int64_t, int64_t, int64_t>(
+      {{1, 1, 1, 5}, {2, 8, 4, 40}, {3, 6, 2, 7}, {8, 64, 8, 300}, {2, 130, 65, 9000}}));
+  CAPTURE(N, E, L, C);
+  const int64_t first_expert = E - L;
+  std::vector<double> counts(static_cast<size_t>(N * E));
+  for (size_t i = 0; i < counts.size(); ++i)
+    counts[i] = i % 3 == 1 ? 0.0 : static_cast<double>((i * 7919) % (C / 2 + 2));
+  // Rows on their way to this rank, in the order of arrival: the expert of each.
+  std::vector<int64_t> expert_of_row;
+  for (int64_t s = 0; s < N; ++s)
+    for (int64_t e = 0; e < L; ++e)
+      expert_of_row.insert(
+          expert_of_row.end(),
+          static_cast<size_t>(counts[static_cast<size_t>(s * E + first_expert + e)]), e);
+  const int64_t rounds = std::ssize(expert_of_row) / C + 1;
+  for (int64_t round = 0; round < rounds; ++round) {
+    OpCase c(5);
+    const Slot table = c.fixed(DType::i64, {N, E}, counts);
+    const Slot order = c.output(DType::i32, {C}), arrival = c.output(DType::i32, {C});
+    const Slot offsets = c.output(DType::i32, {L + 1}), only_arrival = c.output(DType::i32, {C}),
+               again = c.output(DType::i32, {L + 1});
+    const Bound b = check_op(
+        c,
+        [&](Ops& ops, Stream& s, const Bound& t) {
+          ops.arrange_arrivals(s, t[table], first_expert, round, t[order], t[arrival], t[offsets]);
+          ops.arrange_arrivals(s, t[table], first_expert, round, {}, t[only_arrival], t[again]);
+        },
+        {});
+    std::vector<double> want_order(static_cast<size_t>(C)), want_arrival(static_cast<size_t>(C)),
+        want_offsets(1);
+    size_t row = 0;
+    for (int64_t e = 0; e < L; ++e) {
+      for (int64_t at = 0; at < C && round * C + at < std::ssize(expert_of_row); ++at)
+        if (expert_of_row[static_cast<size_t>(round * C + at)] == e) {
+          want_order[row] = static_cast<double>(at);
+          want_arrival[static_cast<size_t>(at)] = static_cast<double>(row++);
+        }
+      want_offsets.push_back(static_cast<double>(row));
+    }
+    CHECK(b.at(order).values() == want_order);
+    CHECK(b.at(arrival).values() == want_arrival);
+    CHECK(b.at(only_arrival).values() == want_arrival);
+    CHECK(b.at(offsets).values() == want_offsets);
+    CHECK(b.at(again).values() == want_offsets);
+  }
 }
 
 }  // namespace dstrain::test

@@ -163,8 +163,9 @@ TEST_CASE("async_saver: device memory is copied by the owner's function", "[asyn
   CHECK(TinyState(10).equals(folder / checkpoint_name(10)));
 }
 
-TEST_CASE("async_saver: request returns before copies arrive; the writing thread waits for them",
-          "[async_saver]") {
+TEST_CASE(
+    "async_saver: request returns before copies arrive, and the writing thread waits for them",
+    "[async_saver]") {
   const ScratchFolder folder;
   CheckpointStore store(folder.path(), 3);
   LiveState state(10);
