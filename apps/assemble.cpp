@@ -38,7 +38,7 @@ BuildCapabilities build_capabilities() {
 
 VisibleGpus visible_gpus_here() {
   const char* const chosen = std::getenv("CUDA_VISIBLE_DEVICES");
-  return {visible_gpus(), why_no_gpu(), why_no_nccl(), chosen && *chosen};
+  return {visible_gpus(), why_no_gpu(), why_no_nccl, chosen && *chosen};
 }
 
 // Empty where the environment names no place.
@@ -94,7 +94,7 @@ std::unique_ptr<Communicator> make_device_ranks(const Config&, Communicator&, co
 }
 
 VisibleGpus visible_gpus_here() {
-  return {0, "this build has no CUDA back end", "", false};
+  return {0, "this build has no CUDA back end", {}, false};
 }
 
 static std::unique_ptr<Backend> make_gpu_backend(const Config&, const RankEnvironment&) {

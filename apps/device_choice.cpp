@@ -33,7 +33,8 @@ std::string unroutable(const ModelConfig& model) {
 
 // Why the ranks of the job cannot have a GPU each; empty if they can.
 std::string too_few(const JobSize& job, const VisibleGpus& gpus) {
-  if (job.ranks > 1 && !gpus.why_no_ranks.empty()) return gpus.why_no_ranks;
+  const std::string silent = job.ranks > 1 && gpus.why_no_ranks ? gpus.why_no_ranks() : "";
+  if (!silent.empty()) return silent;
   const bool may_differ = gpus.are_chosen && gpus.count == 1;
   if (job.on_host <= gpus.count || may_differ) return "";
   return fmt::format("a rank needs a GPU of its own, and {} ranks share a host with {} GPU{}",

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <string>
 
 #include "core/config/config.h"
@@ -11,9 +12,11 @@ namespace dstrain {
 // What this process finds of GPUs.
 struct VisibleGpus {
   int64_t count = 0;
-  std::string why_none;      // a clause, where the count is 0: "there is no NVIDIA driver"
-  std::string why_no_ranks;  // a clause, where ranks on GPUs could not exchange data; else empty
-  bool are_chosen = false;   // the environment names them: each rank may see others
+  std::string why_none;  // a clause, where the count is 0: "there is no NVIDIA driver"
+  // A clause, where ranks on GPUs could not exchange data, else empty; asked of jobs with several
+  // ranks alone, since it loads NCCL. Absent: they could.
+  std::function<std::string()> why_no_ranks;
+  bool are_chosen = false;  // the environment names them: each rank may see others
 };
 
 struct JobSize {

@@ -4,6 +4,7 @@
 #include "core/backend/expect.h"
 #include "cuda/cuda_ops.h"
 #include "cuda/kernel.cuh"
+#include "cuda/scan.cuh"
 
 namespace dstrain {
 namespace {
@@ -17,23 +18,6 @@ struct Arrivals {
   int64_t begin;  // the number of the round's first row
   int32_t *order_C, *arrival_C, *offsets_L1;
 };
-
-// In place: values become the sums of those before them. One warp.
-__device__ __forceinline__ void exclusive_scan(int64_t* values, int size) {
-  const int lane = threadIdx.x % 32;
-  int64_t carry = 0;
-  for (int first = 0; first < size; first += 32) {
-    const int64_t own = first + lane < size ? values[first + lane] : 0;
-    int64_t sum = own;
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-      const int64_t before = __shfl_up_sync(0xffffffffu, sum, step);
-      if (lane >= step) sum += before;
-    }
-    if (first + lane < size) values[first + lane] = carry + sum - own;
-    carry += __shfl_sync(0xffffffffu, sum, 31);
-  }
-}
 
 __global__ void __launch_bounds__(kThreads) arrange_arrivals_kernel(const Arrivals a) {
   extern __shared__ int64_t number[];  // [M + 1] of each entry's first row, over all rounds

@@ -9,6 +9,7 @@
 #include "cuda/kernel.cuh"
 #include "cuda/planning_ops.h"
 #include "cuda/rows.cuh"
+#include "cuda/scan.cuh"
 
 namespace dstrain {
 namespace {
@@ -44,23 +45,6 @@ __global__ void __launch_bounds__(512)
     atomicAdd(&run_counts[checked_index(expert_of_slot[slot], E)], 1);
   __syncthreads();
   for (int e = threadIdx.x; e < E; e += blockDim.x) counts[blockIdx.x * E + e] = run_counts[e];
-}
-
-// In place: counts become the sums of those before them. One warp.
-__device__ __forceinline__ void exclusive_scan(int32_t* counts, int size) {
-  const int lane = threadIdx.x % 32;
-  int carry = 0;
-  for (int first = 0; first < size; first += 32) {
-    const int own = first + lane < size ? counts[first + lane] : 0;
-    int sum = own;
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-      const int before = __shfl_up_sync(kAllLanes, sum, step);
-      if (lane >= step) sum += before;
-    }
-    if (first + lane < size) counts[first + lane] = carry + sum - own;
-    carry += __shfl_sync(kAllLanes, sum, 31);
-  }
 }
 
 // The lanes of this warp whose slot has the same expert; lanes without a slot pass -1.

@@ -11,9 +11,11 @@ namespace {
 
 using Catch::Contains;
 
-const VisibleGpus kOne{1, "", "", false}, kEight{8, "", "", false},
-    kNone{0, "there is no NVIDIA driver", "", false},
-    kSilent{8, "", "ranks on GPUs exchange data through NCCL, which this build lacks", false};
+const VisibleGpus kOne{1, "", {}, false}, kEight{8, "", {}, false},
+    kNone{0, "there is no NVIDIA driver", {}, false},
+    kSilent{8, "",
+            [] { return "ranks on GPUs exchange data through NCCL, which this build lacks"; },
+            false};
 const JobSize kAlone, kTwo{2, 2}, kFour{4, 4}, kEightHosts{64, 8};
 
 Config job(Device device, ComputeType compute = ComputeType::automatic,

@@ -10,9 +10,9 @@
 #include "core/backend/cpu_backend.h"
 #include "cuda/cuda_backend.h"
 #include "test/support/catch.h"
+#include "test/support/copied_communicator.h"
 #include "test/support/cuda_device.h"
 #include "test/support/layout_jobs.h"
-#include "test/support/staged_communicator.h"
 #include "test/support/tiny_model.h"
 
 namespace dstrain::test {
@@ -144,7 +144,7 @@ TEST_CASE("cuda: trains as the CPU does: multi-token prediction", "[cuda]") {
 LayoutRunOptions on_shared_gpu(LayoutRunOptions options) {
   options = on_gpu(std::move(options));
   options.make_device_ranks = [](Communicator& ranks, Backend& backend) {
-    return std::make_unique<StagedCommunicator>(ranks, backend);
+    return std::make_unique<CopiedCommunicator>(ranks, backend, MemoryKind::host);
   };
   options.timeout = std::chrono::minutes(2);
   return options;

@@ -1,9 +1,9 @@
 // Layouts on memory that the host cannot reach: ranks whose tensors travel through the host have
 // the bits of ranks on CPUs. Whoever in parallel/ reads device memory directly crashes here.
 #include "test/support/catch.h"
+#include "test/support/copied_communicator.h"
 #include "test/support/far_backend.h"
 #include "test/support/layout_jobs.h"
-#include "test/support/staged_communicator.h"
 
 namespace dstrain::test {
 namespace {
@@ -22,7 +22,7 @@ LayoutRunOptions on_far_ranks() {
   options.steps = 2;
   options.make_backend = [](int) { return std::make_unique<FarBackend>(); };
   options.make_device_ranks = [](Communicator& ranks, Backend& backend) {
-    return std::make_unique<StagedCommunicator>(ranks, backend);
+    return std::make_unique<CopiedCommunicator>(ranks, backend, MemoryKind::host);
   };
   return options;
 }

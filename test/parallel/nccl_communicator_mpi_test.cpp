@@ -16,7 +16,7 @@
 #include "test/support/communicator_check.h"
 #include "test/support/cuda_device.h"
 #include "test/support/mpi_ranks.h"
-#include "test/support/uploaded_communicator.h"
+#include "test/support/copied_communicator.h"
 
 namespace dstrain::test {
 namespace {
@@ -54,7 +54,7 @@ void run_gpu_rank(const std::function<void(GpuRank&)>& body, const NcclOptions& 
 // Runs checks of ranks on host memory.
 void run_checks(const std::vector<void (*)(RankContext&)>& checks) {
   run_gpu_rank([&](GpuRank& rank) {
-    UploadedCommunicator uploaded(rank.device, rank.backend);
+    CopiedCommunicator uploaded(rank.device, rank.backend, MemoryKind::device);
     RankContext context{uploaded, rank.backend, rank.stream};
     for (const auto check : checks) check(context);
   });
