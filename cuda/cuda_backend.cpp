@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "cuda/cuda_check.h"
+#include "cuda/cuda_clock.h"
 #include "cuda/cuda_device.h"
 #include "cuda/cuda_ops.h"
 #include "cuda/pinned_memory.h"
@@ -104,6 +105,7 @@ class CudaBackend : public Backend {
     return std::make_unique<CudaStream>(0, greatest);
   }
   std::unique_ptr<Event> make_event() override { return std::make_unique<CudaEvent>(); }
+  std::unique_ptr<OpClock> make_clock() override { return make_cuda_clock(); }
 
   void copy(Stream& stream, void* destination, const void* source, int64_t bytes) override {
     DSTRAIN_CHECK(bytes >= 0, "a copy of a negative size");

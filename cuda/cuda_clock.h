@@ -3,7 +3,7 @@
 
 #include <memory>
 
-#include "core/backend/timed_ops.h"
+#include "core/backend/op_clock.h"
 
 namespace dstrain {
 

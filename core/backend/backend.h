@@ -12,6 +12,7 @@
 
 namespace dstrain {
 
+class OpClock;
 class Ops;
 
 // An ordered queue of work on one device.
@@ -62,6 +63,8 @@ class Backend {
   // here goes first, and operations find no scratch.
   virtual std::unique_ptr<Stream> make_copy_stream() { return make_stream(); }
   virtual std::unique_ptr<Event> make_event() = 0;
+  // core/backend/op_clock.h; the host's, unless a device has its own.
+  virtual std::unique_ptr<OpClock> make_clock();
 
   // Any direction between host and device memory; asynchronous on the stream, so both sides must
   // stay valid until it has passed.

@@ -2,29 +2,11 @@
 
 #include <fmt/format.h>
 
-#include <chrono>
 #include <initializer_list>
 #include <utility>
 
 namespace dstrain {
 namespace {
-
-class CpuClock : public OpClock {
- public:
-  int mark(Stream&) override {
-    marks_.push_back(std::chrono::steady_clock::now());
-    return static_cast<int>(marks_.size()) - 1;
-  }
-  double seconds_between(int first, int second) override {
-    return std::chrono::duration<double>(marks_.at(static_cast<size_t>(second)) -
-                                         marks_.at(static_cast<size_t>(first)))
-        .count();
-  }
-  void clear() override { marks_.clear(); }
-
- private:
-  std::vector<std::chrono::steady_clock::time_point> marks_;
-};
 
 double bytes_of(std::initializer_list<const Tensor*> tensors) {
   double bytes = 0;
@@ -56,10 +38,6 @@ double attention_flops(const Tensor& q_THQ, const Tensor& v_UGW,
 }
 
 }  // namespace
-
-std::unique_ptr<OpClock> make_cpu_clock() {
-  return std::make_unique<CpuClock>();
-}
 
 template <class Run>
 void TimedOps::timed(Stream& stream, std::string name, double flops, double bytes, const Run& run) {

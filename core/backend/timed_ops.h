@@ -7,22 +7,10 @@
 #include <string>
 #include <vector>
 
+#include "core/backend/op_clock.h"
 #include "core/backend/ops.h"
 
 namespace dstrain {
-
-// Marks points of a stream and tells how far apart the device passed them.
-class OpClock {
- public:
-  virtual ~OpClock() = default;
-  // The number of the mark. Asynchronous.
-  virtual int mark(Stream& stream) = 0;
-  // Seconds between two marks; waits for the device.
-  virtual double seconds_between(int first, int second) = 0;
-  // Forgets all marks.
-  virtual void clear() = 0;
-};
-std::unique_ptr<OpClock> make_cpu_clock();
 
 struct OpTotal {
   int64_t calls = 0;
@@ -186,6 +174,7 @@ class TimedBackend : public Backend {
   std::unique_ptr<Stream> make_stream() override { return inner_->make_stream(); }
   std::unique_ptr<Stream> make_copy_stream() override { return inner_->make_copy_stream(); }
   std::unique_ptr<Event> make_event() override { return inner_->make_event(); }
+  std::unique_ptr<OpClock> make_clock() override { return inner_->make_clock(); }
   void copy(Stream& stream, void* destination, const void* source, int64_t bytes) override {
     inner_->copy(stream, destination, source, bytes);
   }
