@@ -75,6 +75,7 @@ std::string json_line(const StartupInfo& info, double ts) {
   put(line, "parameter_memory", info.parameter_memory);
   put(line, "in_flight", info.in_flight);
   put(line, "expert_buffer", info.expert_buffer);
+  put(line, "compression", info.compression);
   put(line, "memory_rank", info.memory_rank);
   put(line, "model", info.model);
   put(line, "parameters_total", info.parameters_total);

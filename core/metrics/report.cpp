@@ -110,6 +110,7 @@ void add_layout(Table& table, const StartupInfo& info) {
   table.row("parameters", info.parameter_memory);
   table.row("in flight", info.in_flight);
   table.row("expert buffer", info.expert_buffer);
+  table.row("compression", info.compression);
 }
 
 void add_model(Table& table, const StartupInfo& info) {

@@ -46,6 +46,7 @@ struct StartupInfo {
   std::string parameter_memory;  // of one rank: "values 1.20 GiB, gradients ... = 4.1 GiB"
   std::string in_flight;         // micro-batches whose activations a rank keeps
   std::string expert_buffer;     // empty without expert parallelism
+  std::string compression;       // what compression.method auto has chosen; empty without it
   std::string memory_rank;  // whose memory the rows below are, where it is not the same for all
 
   std::string model;  // one line; see describe_model
