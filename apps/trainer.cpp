@@ -321,6 +321,7 @@ void Trainer::queue_step() {
   record.steps = config_.train.steps;
   record.lr = learning_rate(config_.schedule, config_.optimizer.lr, step_, config_.train.steps);
   enter(RankPhase::data);
+  job_->exposed().begin_step();
   job_->runner().run([&](int64_t m) {
     const Clock::time_point wait = Clock::now();
     const HostMicroBatch& batch = stream_->next();
@@ -336,6 +337,7 @@ void Trainer::queue_step() {
   if (left_by_.empty()) left_by_ = leave_requested();
   engine_->request(!left_by_.empty(), take_save_request());
   engine_->finish_step();
+  job_->exposed().end_step();
   if (world_.size() > 1) {
     const GradTraffic sent = job_->distribution().traffic();
     record.traffic = traffic_between(last_traffic_, sent);
@@ -362,6 +364,7 @@ void Trainer::complete_step() {
   last_completed_ = end;
   wants_to_leave_ = wants_to_leave_ || result.ranks_leaving > 0;
   wants_to_save_ = wants_to_save_ || result.ranks_saving > 0;
+  if (world_.size() > 1) exposed_ += *(record.exposed = job_->exposed().take());
   record.loss = last_loss_ = result.loss;
   if (config_.model.num_nextn_predict_layers > 0) record.mtp_loss = result.mtp_loss;
   record.grad_norm = result.grad_norm;
@@ -384,6 +387,7 @@ void Trainer::complete_step() {
   if (step.valid_tokens == 0) log_warning("step {}: no token of the batch has a target", record.step);
   step_seconds_ += seconds;
   step_tokens_ += record.tokens;
+  ++steps_done_;
   hub_.on_step(record);
 }
 
@@ -493,6 +497,10 @@ RunSummary Trainer::summary(const std::string& outcome) const {
   s.tokens_per_s = step_seconds_ > 0 ? static_cast<double>(step_tokens_) / step_seconds_ : 0;
   s.skipped_total = skipped_steps_;
   if (world_.size() > 1) s.traffic = describe(job_->distribution().traffic());
+  if (steps_done_ > 0) {
+    s.step_ms = 1e3 * step_seconds_ / static_cast<double>(steps_done_);
+    if (world_.size() > 1) s.exposed = exposed_.mean_of(steps_done_);
+  }
   s.checkpoint = newest_checkpoint_;
   if (config_.metrics.jsonl) s.metrics = paths_.metrics;
   if (config_.metrics.tensorboard) s.tensorboard = paths_.tensorboard;

@@ -134,7 +134,8 @@ class Trainer {
   // Of this process.
   Clock::time_point started_;
   double step_seconds_ = 0;
-  int64_t step_tokens_ = 0;
+  int64_t step_tokens_ = 0, steps_done_ = 0;
+  ExposedRecord exposed_;
   double last_loss_ = 0;
   std::vector<EvalRecord> last_evals_;
 };

@@ -6,13 +6,17 @@
 
 #include "core/backend/backend.h"
 #include "core/dist/param_store.h"
+#include "parallel/exposed_time.h"
 
 namespace dstrain {
 
 class CommQueue {
  public:
-  explicit CommQueue(Backend& backend)
-      : stream_(backend.make_stream()), caller_(backend.make_event()) {}
+  // `exposed` outlives it.
+  CommQueue(Backend& backend, ExposedTime& exposed)
+      : exposed_(exposed), stream_(backend.make_stream()), caller_(backend.make_event()) {}
+
+  ExposedTime& exposed() { return exposed_; }
 
   // What is queued on the result runs after everything that is queued on dist.stream now. In a dry
   // run it is `dist`.
@@ -24,6 +28,7 @@ class CommQueue {
   }
 
  private:
+  ExposedTime& exposed_;
   std::unique_ptr<Stream> stream_;
   std::unique_ptr<Event> caller_;
 };
@@ -45,6 +50,11 @@ class CommPoint {
     if (!set_ || dist.dry) return;
     event_->wait_on(dist.stream);
     set_ = false;
+  }
+  // The same by a stream that computes.
+  void wait(DistStream dist, ExposedTime& exposed, CommKind kind) {
+    if (!set_ || dist.dry) return;
+    exposed.on_computing(kind, dist.stream, [&] { wait(dist); });
   }
 
  private:

@@ -4,8 +4,9 @@
 
 namespace dstrain {
 
-ContextParallel::ContextParallel(Communicator& ranks, int64_t sequences, int64_t sequence_length)
-    : ranks_(ranks) {
+ContextParallel::ContextParallel(Communicator& ranks, ExposedTime& exposed, int64_t sequences,
+                                 int64_t sequence_length)
+    : ranks_(ranks), exposed_(exposed) {
   const int64_t U = sequences * sequence_length;
   gathered_row_U_.resize(static_cast<size_t>(U));
   sequence_row_U_.resize(static_cast<size_t>(U));
@@ -37,7 +38,8 @@ Tensor ContextParallel::gather(DistStream dist, const Tensor& x_TGX, Arena& aren
   const Tensor whole_UGX = arena.make(x_TGX.dtype(), {U, G, X}, tag);
   const Tensor by_rank_UGX = arena.make(x_TGX.dtype(), {U, G, X}, "rows of all ranks");
   if (dist.dry) return whole_UGX;
-  ranks_.all_gather(dist.stream, x_TGX, by_rank_UGX);
+  exposed_.on_computing(CommKind::context, dist.stream,
+                        [&] { ranks_.all_gather(dist.stream, x_TGX, by_rank_UGX); });
   dist.ops.gather_rows(dist.stream, by_rank_UGX.view({U, G * X}), gathered_row_, whole_UGX.view({U, G * X}));
   return whole_UGX;
 }
@@ -55,7 +57,8 @@ Tensor ContextParallel::scatter(DistStream dist, const Tensor& dx_UGX, Arena& ar
   const Tensor by_rank_UGX = arena.make(dx_UGX.dtype(), {U, G, X}, "gradients for all ranks");
   if (dist.dry) return dx_TGX;
   dist.ops.gather_rows(dist.stream, dx_UGX.view({U, G * X}), sequence_row_, by_rank_UGX.view({U, G * X}));
-  ranks_.reduce_scatter_sum(dist.stream, by_rank_UGX, dx_TGX);
+  exposed_.on_computing(CommKind::context, dist.stream,
+                        [&] { ranks_.reduce_scatter_sum(dist.stream, by_rank_UGX, dx_TGX); });
   return dx_TGX;
 }
 

@@ -4,13 +4,15 @@
 #pragma once
 
 #include "core/dist/dist_context.h"
+#include "parallel/exposed_time.h"
 
 namespace dstrain {
 
 class ContextParallel : public KvExchange {
  public:
   // sequences and sequence_length of a micro-batch.
-  ContextParallel(Communicator& ranks, int64_t sequences, int64_t sequence_length);
+  ContextParallel(Communicator& ranks, ExposedTime& exposed, int64_t sequences,
+                  int64_t sequence_length);
   // The row tables; run on measuring arenas, then on real ones.
   void make_memory(Backend& backend, Stream& stream, const OwnerVisitor& visit);
 
@@ -26,6 +28,7 @@ class ContextParallel : public KvExchange {
   Tensor scatter(DistStream dist, const Tensor& dx_UGX, Arena& arena, const char* tag);
 
   Communicator& ranks_;
+  ExposedTime& exposed_;
   // Where row u of the sequences lies in the ranks' rows one after another, and the other way round.
   std::vector<int32_t> gathered_row_U_, sequence_row_U_;
   Tensor gathered_row_, sequence_row_;

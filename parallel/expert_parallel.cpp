@@ -8,11 +8,12 @@
 
 namespace dstrain {
 
-ExpertParallel::ExpertParallel(Communicator& ranks, Backend& backend, double buffer_factor)
+ExpertParallel::ExpertParallel(Communicator& ranks, Backend& backend, ExposedTime& exposed,
+                               double buffer_factor)
     : ranks_(ranks),
       backend_(backend),
       buffer_factor_(buffer_factor),
-      queue_(backend),
+      queue_(backend, exposed),
       done_(backend),
       counted_(backend.make_event()) {}
 
@@ -32,7 +33,9 @@ void ExpertParallel::route(DistStream dist, int64_t num_experts, Routing& routin
   const Tensor own_E = routing.counts_NE.rows(ranks_.rank(), ranks_.rank() + 1).view({num_experts});
   dist.ops.fill(dist.stream, own_E, 0.0);
   dist.ops.count_experts(dist.stream, routing.indices_TK, own_E);
-  ranks_.all_gather(dist.stream, own_E, routing.counts_NE);
+  queue_.exposed().on_computing(CommKind::experts, dist.stream, [&] {
+    ranks_.all_gather(dist.stream, own_E, routing.counts_NE);
+  });
   const int64_t bytes = routing.counts_NE.bytes();
   if (counts_.bytes() < bytes) counts_ = DeviceMemory(backend_, bytes, MemoryKind::host);
   backend_.copy(dist.stream, counts_.data(), routing.counts_NE.raw(), bytes);
@@ -109,18 +112,23 @@ void ExpertParallel::dispatch_start(DistStream dist, int round, const Tensor& x_
   if (dist.dry) return;
   dispatch_.emplace(Dispatch{queue_.after(dist), round, x_TD, send_RD, send_R, received_C});
   if (counting_) return;  // the host would wait: see dispatch_finish
-  send(*dispatch_, routing);
+  queue_.exposed().beside(CommKind::experts, dispatch_->comm.stream,
+                          [&] { send(*dispatch_, routing); });
   dispatch_.reset();
 }
 
+// Where rows leave only here, computing waits from here on, also while the host has no counts yet.
 ExpertRows ExpertParallel::dispatch_finish(DistStream dist, int, const Tensor&,
                                            const Routing& routing) {
-  if (dispatch_) {
-    wait_for_counts();
-    send(*dispatch_, routing);
-    dispatch_.reset();
-  }
-  done_.wait(dist);
+  if (dist.dry) return arrived_;
+  queue_.exposed().on_computing(CommKind::experts, dist.stream, [&] {
+    if (dispatch_) {
+      wait_for_counts();
+      send(*dispatch_, routing);
+      dispatch_.reset();
+    }
+    done_.wait(dist);
+  });
   return arrived_;
 }
 
@@ -162,13 +170,14 @@ void ExpertParallel::return_start(DistStream dist, int round, const Tensor& y_CX
   if (dist.dry) return;
 
   const DistStream comm = queue_.after(dist);
-  const Traffic& t = traffic(round, routing);
-  const int64_t received = t.received();
-  comm.ops.arrange_arrivals(comm.stream, routing.counts_NE, ranks_.rank() * local, round, {},
-                            arrival_C, offsets_E1);
-  comm.ops.gather_rows(comm.stream, y_CX, arrival_C.rows(0, received), send_CX.rows(0, received));
-  ranks_.all_to_all(comm.stream, send_CX, t.recv_offsets, part_RX, t.send_offsets);
-  if (several)
+  queue_.exposed().beside(CommKind::experts, comm.stream, [&] {
+    const Traffic& t = traffic(round, routing);
+    const int64_t received = t.received();
+    comm.ops.arrange_arrivals(comm.stream, routing.counts_NE, ranks_.rank() * local, round, {},
+                              arrival_C, offsets_E1);
+    comm.ops.gather_rows(comm.stream, y_CX, arrival_C.rows(0, received), send_CX.rows(0, received));
+    ranks_.all_to_all(comm.stream, send_CX, t.recv_offsets, part_RX, t.send_offsets);
+    if (!several) return;
     for (size_t rank = 0; rank + 1 < t.send_offsets.size(); ++rank) {
       const int64_t at = t.send_offsets[rank], count = t.send_offsets[rank + 1] - at;
       const Tensor source = part_RX.rows(at, at + count);
@@ -176,6 +185,7 @@ void ExpertParallel::return_start(DistStream dist, int round, const Tensor& y_CX
                     returned_RX.rows(t.first_row[rank], t.first_row[rank] + count).raw(),
                     source.raw(), source.bytes());
     }
+  });
   done_.set(comm);
 }
 

@@ -24,7 +24,8 @@ namespace dstrain {
 class ExpertParallel : public TokenDispatcher {
  public:
   // buffer_factor: the receive buffer in balanced loads, at least 1.
-  ExpertParallel(Communicator& ranks, Backend& backend, double buffer_factor);
+  ExpertParallel(Communicator& ranks, Backend& backend, ExposedTime& exposed,
+                 double buffer_factor);
 
   bool local() const override { return false; }
   int64_t max_rows(int64_t tokens, int64_t experts_per_token) const override;
@@ -37,7 +38,7 @@ class ExpertParallel : public TokenDispatcher {
   void return_start(DistStream dist, int round, const Tensor& y_RX, const Routing& routing,
                     const Tensor& returned_RX, Arena& scratch) override;
   void return_finish(DistStream dist, int, const Tensor&, const Routing&, const Tensor&) override {
-    done_.wait(dist);
+    done_.wait(dist, queue_.exposed(), CommKind::experts);
   }
 
  private:

@@ -26,13 +26,14 @@ GroupPlaces ShardRanks::places() const {
 
 ParamShards::ParamShards(Backend& backend, ParameterSet& parameters,
                          const ParamStoreOptions& options, const ZeroOptions& zero,
-                         const ShardRanks& ranks, const ReducerFactory& make_reducer)
+                         const ShardRanks& ranks, const ReducerFactory& make_reducer,
+                         ExposedTime& exposed)
     : parameters_(parameters),
       options_(options),
       zero_(zero),
       ranks_of_group_(ranks),
       layout_(parameters, ranks.places(), zero.head_block),
-      queue_(backend),
+      queue_(backend, exposed),
       values_(backend, layout_, ranks.groups, queue_, zero, options.dtype) {
   DSTRAIN_CHECK(zero.stage >= 0 && zero.stage <= 3, "ZeRO has stages 0 to 3");
   if (options.training)

@@ -25,9 +25,10 @@ struct ShardRanks {
 // Thread-compatible.
 class ParamShards : public ParamStore {
  public:
-  // `parameters` has its layout; it and the backend outlive the store.
+  // `parameters` has its layout; it, the backend and `exposed` outlive the store.
   ParamShards(Backend& backend, ParameterSet& parameters, const ParamStoreOptions& options,
-              const ZeroOptions& zero, const ShardRanks& ranks, const ReducerFactory& make_reducer);
+              const ZeroOptions& zero, const ShardRanks& ranks, const ReducerFactory& make_reducer,
+              ExposedTime& exposed);
 
   void make_memory(const OwnerVisitor& visit) override;
   void clear(DistStream dist) override;

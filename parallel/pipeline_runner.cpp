@@ -13,8 +13,12 @@ void fit_engine(const PipelineSchedule& schedule, int stage, EngineOptions& opti
 }
 
 PipelineRunner::PipelineRunner(TrainEngine& engine, const PipelineSchedule& schedule,
-                               Communicator& pipeline)
-    : engine_(engine), schedule_(schedule), stage_(pipeline.rank()), pipeline_(pipeline) {
+                               Communicator& pipeline, ExposedTime& exposed)
+    : engine_(engine),
+      schedule_(schedule),
+      stage_(pipeline.rank()),
+      pipeline_(pipeline),
+      exposed_(exposed) {
   DSTRAIN_CHECK(schedule.stages == pipeline.size(), "a stage for each rank of the pipeline");
   for (const EngineChunk& chunk : engine.options().chunks)
     sent_.emplace_back(static_cast<size_t>(chunk.in_flight));
@@ -54,7 +58,20 @@ void PipelineRunner::run_actions(const PipelineSchedule& schedule, const LoadMic
         break;
     }
   }
-  pipeline_.wait_sends(engine_.stream());
+  if (pipeline_.size() == 1) return;
+  exposed_.on_computing(CommKind::pipeline, engine_.stream(),
+                        [&] { pipeline_.wait_sends(engine_.stream()); });
+}
+
+// A send holds up nothing but a CPU, whose time it takes.
+void PipelineRunner::send(const Tensor& x, int to) {
+  exposed_.beside(CommKind::pipeline, engine_.stream(),
+                  [&] { pipeline_.send(engine_.stream(), x, to); });
+}
+
+void PipelineRunner::receive(const Tensor& x, int from) {
+  exposed_.on_computing(CommKind::pipeline, engine_.stream(),
+                        [&] { pipeline_.recv(engine_.stream(), x, from); });
 }
 
 void PipelineRunner::forward(const PipelineSchedule& schedule, const PipelineAction& action) {
@@ -62,32 +79,32 @@ void PipelineRunner::forward(const PipelineSchedule& schedule, const PipelineAct
   Stream& stream = engine_.stream();
   Sent& sent = sent_from(action.chunk, action.micro_batch);
   for (Tensor* x : {&sent.out_tD, &sent.dx_in_tD}) {
-    if (x->defined()) pipeline_.wait_send(stream, *x);
+    if (x->defined())
+      exposed_.on_computing(CommKind::pipeline, stream, [&] { pipeline_.wait_send(stream, *x); });
     *x = {};
   }
   Tensor x_in;
   if (!is_first(action.chunk)) {
     x_in = engine_.receive_buffer(action.chunk, action.micro_batch, false);
-    pipeline_.recv(stream, x_in, neighbour(-1));
+    receive(x_in, neighbour(-1));
   }
   const Tensor out = engine_.forward(action.chunk, action.micro_batch, x_in, pass);
   if (is_last(action.chunk)) return;
-  pipeline_.send(stream, out, neighbour(+1));
+  send(out, neighbour(+1));
   sent.out_tD = out;
 }
 
 void PipelineRunner::backward(const PipelineAction& action) {
-  Stream& stream = engine_.stream();
   const int64_t m = action.micro_batch;
   Tensor dx_out;
   if (!is_last(action.chunk)) {
     dx_out = engine_.receive_buffer(action.chunk, m, true);
-    pipeline_.recv(stream, dx_out, neighbour(+1));
+    receive(dx_out, neighbour(+1));
   }
   const Tensor dx_in = action.kind == ActionKind::backward ? engine_.backward(action.chunk, m, dx_out)
                                                            : engine_.backward_input(action.chunk, m, dx_out);
   if (is_first(action.chunk)) return;
-  pipeline_.send(stream, dx_in, neighbour(-1));
+  send(dx_in, neighbour(-1));
   sent_from(action.chunk, m).dx_in_tD = dx_in;
 }
 

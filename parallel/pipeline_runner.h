@@ -7,6 +7,7 @@
 
 #include "core/dist/communicator.h"
 #include "core/engine/train_engine.h"
+#include "parallel/exposed_time.h"
 #include "parallel/pipeline_schedule.h"
 
 namespace dstrain {
@@ -18,7 +19,8 @@ void fit_engine(const PipelineSchedule& schedule, int stage, EngineOptions& opti
 class PipelineRunner {
  public:
   // `pipeline`: the ranks with the same place in all stages, in order. All outlive the runner.
-  PipelineRunner(TrainEngine& engine, const PipelineSchedule& schedule, Communicator& pipeline);
+  PipelineRunner(TrainEngine& engine, const PipelineSchedule& schedule, Communicator& pipeline,
+                 ExposedTime& exposed);
 
   // Loads micro-batch m into the engine (TrainEngine::load). Called once for each, in order, before it is
   // first needed.
@@ -32,6 +34,8 @@ class PipelineRunner {
   void run_actions(const PipelineSchedule& schedule, const LoadMicroBatch& load);
   void forward(const PipelineSchedule& schedule, const PipelineAction& action);
   void backward(const PipelineAction& action);
+  void send(const Tensor& x, int to);
+  void receive(const Tensor& x, int from);
   int neighbour(int step) const;
   bool is_first(int chunk) const { return schedule_.global_stage(stage_, chunk) == 0; }
   bool is_last(int chunk) const {
@@ -42,6 +46,7 @@ class PipelineRunner {
   PipelineSchedule schedule_;
   int stage_;
   Communicator& pipeline_;
+  ExposedTime& exposed_;
   // What was last sent from the slots, by chunk and slot: it has to have left before the slot is used again.
   struct Sent {
     Tensor out_tD, dx_in_tD;

@@ -26,15 +26,21 @@ MeshGroup ranks_of(ReduceGroup group) {
 
 RankDistribution::RankDistribution(const Config& config, ProcessMesh& mesh, Backend& backend,
                                    const std::string& node)
-    : config_(config), mesh_(mesh), backend_(backend) {
+    : config_(config),
+      mesh_(mesh),
+      backend_(backend),
+      exposed_(backend, /*measures=*/mesh.shape().ranks() > 1) {
   const RankPlace& place = mesh.place();
-  if (place.tensor.size > 1) tensor_.emplace(mesh.group(MeshGroup::tensor));
+  if (place.tensor.size > 1) tensor_.emplace(mesh.group(MeshGroup::tensor), exposed_);
   if (place.expert.size > 1)
-    experts_.emplace(mesh.group(MeshGroup::expert), backend, config.parallel.expert_buffer);
+    experts_.emplace(mesh.group(MeshGroup::expert), backend, exposed_,
+                     config.parallel.expert_buffer);
   if (place.context.size > 1)
-    context_.emplace(mesh.group(MeshGroup::context), config.train.micro_batch, config.data.seq_len);
+    context_.emplace(mesh.group(MeshGroup::context), exposed_, config.train.micro_batch,
+                     config.data.seq_len);
   if (place.tensor.size * place.context.size > 1)
-    sequences_.emplace(mesh.group(MeshGroup::tensor_context));
+    sequences_.emplace(mesh.group(MeshGroup::tensor_context), exposed_,
+                       place.tensor.size > 1 ? CommKind::tensor : CommKind::context);
   for (const ReduceGroup group : {ReduceGroup::tensor_cut, ReduceGroup::replicated, ReduceGroup::expert})
     reduce_[index_of(group)] = split_by_node(mesh.group(ranks_of(group)), node);
 }
@@ -75,7 +81,8 @@ std::unique_ptr<ParamStore> RankDistribution::make_param_store(ParameterSet& par
       [this, reducer](ReduceGroup group, const ParameterSet& set, std::vector<GradRange> ranges) {
         return std::make_unique<TimedReducer>(
             make_grad_reducer(reducer, reduce_[index_of(group)].ranks, set, std::move(ranges)));
-      });
+      },
+      exposed_);
   stores_.push_back(store.get());
   return store;
 }
@@ -85,7 +92,9 @@ void RankDistribution::make_memory(Backend& backend, Stream& stream, const Owner
 }
 
 void RankDistribution::sum_over_ranks(DistStream dist, const Tensor& x) {
-  if (!dist.dry && mesh_.world().size() > 1) mesh_.world().all_reduce_sum(dist.stream, x);
+  if (dist.dry || mesh_.world().size() == 1) return;
+  exposed_.on_computing(CommKind::results, dist.stream,
+                        [&] { mesh_.world().all_reduce_sum(dist.stream, x); });
 }
 
 GradTraffic RankDistribution::traffic() const {

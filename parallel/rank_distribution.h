@@ -12,6 +12,7 @@
 #include "core/dist/local.h"
 #include "parallel/context_parallel.h"
 #include "parallel/expert_parallel.h"
+#include "parallel/exposed_time.h"
 #include "parallel/grad_reducer.h"
 #include "parallel/mesh.h"
 #include "parallel/param_shards.h"
@@ -37,6 +38,8 @@ class RankDistribution : public Distribution {
 
   // What gradients cost on the wire since the start, over this rank's stores, which must still live.
   GradTraffic traffic() const;
+  // How long computing waits in all of these.
+  ExposedTime& exposed() { return exposed_; }
   // What the stores hold of parameters; nothing where one rank is alone. Likewise.
   ShardBytes parameter_bytes() const;
   // Residuals of compressed gradients: what to read after TrainEngine::loaded_state(), in this
@@ -47,6 +50,7 @@ class RankDistribution : public Distribution {
   Config config_;
   ProcessMesh& mesh_;
   Backend& backend_;
+  ExposedTime exposed_;
   LocalDistribution local_;
   std::optional<RankTensorParallel> tensor_;
   std::optional<ExpertParallel> experts_;

@@ -56,7 +56,8 @@ void RankJob::make_engine(const Config& config, Backend& backend, bool training)
       backend, config.model,
       rank_engine_options(config, mesh_.shape(), mesh_.place(), schedule, training, backend),
       wrapped_ ? wrapped_.get() : &distribution_);
-  runner_ = std::make_unique<PipelineRunner>(*engine_, schedule, mesh_.group(MeshGroup::pipeline));
+  runner_ = std::make_unique<PipelineRunner>(*engine_, schedule, mesh_.group(MeshGroup::pipeline),
+                                             exposed());
 }
 
 }  // namespace dstrain

@@ -35,6 +35,9 @@ class RankJob {
   RankDistribution& distribution() { return distribution_; }
   TrainEngine& engine() { return *engine_; }
   PipelineRunner& runner() { return *runner_; }
+  // begin_step() before engine().begin_step(), end_step() after its finish_step(), take() after its
+  // take_result().
+  ExposedTime& exposed() { return distribution_.exposed(); }
 
  private:
   void make_engine(const Config& config, Backend& backend, bool training);

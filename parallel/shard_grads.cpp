@@ -117,7 +117,7 @@ void ShardGrads::take_slot(const ShardBlock& block) {
     if (slot.block >= 0) sum_block(*caller_, layout_.blocks()[layout_.block_index(slot.block)]);
     slot.block = block.number;
   }
-  slot.summed.wait(*caller_);
+  slot.summed.wait(*caller_, queue_.exposed(), CommKind::gradients);
 }
 
 void ShardGrads::grads_ready(DistStream dist, int block) {
@@ -130,8 +130,10 @@ void ShardGrads::grads_ready(DistStream dist, int block) {
 void ShardGrads::sum_block(DistStream dist, const ShardBlock& block) {
   const bool sharded = zero_.shards_gradients();
   const DistStream comm = queue_after(dist);
-  for (size_t i = block.first; i < block.last; ++i)
-    if (sharded ? states_[i].contributed : !states_[i].summed) sum_range(comm, i);
+  queue_.exposed().beside(CommKind::gradients, comm.stream, [&] {
+    for (size_t i = block.first; i < block.last; ++i)
+      if (sharded ? states_[i].contributed : !states_[i].summed) sum_range(comm, i);
+  });
   if (!sharded) return;
   contributions_.begin(block.number);
   slots_[block.slot].summed.set(comm);
@@ -170,11 +172,13 @@ void ShardGrads::reduce(DistStream dist) {
   set_caller(dist);
   for (const ShardBlock& block : layout_.blocks()) sum_block(dist, block);
   const DistStream comm = queue_after(dist);
-  for (size_t i = 0; i < states_.size(); ++i)
-    if (!states_[i].summed) comm.ops.fill(comm.stream, shard(layout_.ranges()[i]), 0.0);
-  sum_ties(comm);
+  queue_.exposed().beside(CommKind::gradients, comm.stream, [&] {
+    for (size_t i = 0; i < states_.size(); ++i)
+      if (!states_[i].summed) comm.ops.fill(comm.stream, shard(layout_.ranges()[i]), 0.0);
+    sum_ties(comm);
+  });
   all_summed_.set(comm);
-  all_summed_.wait(dist);
+  all_summed_.wait(dist, queue_.exposed(), CommKind::gradients);
 }
 
 // Both stages come to the same bits, so that both update alike.
@@ -190,8 +194,10 @@ void ShardGrads::sum_ties(DistStream comm) {
 
 void ShardGrads::end_step(DistStream dist, const StepScalars* scalars) {
   const DistStream comm = queue_after(dist);
-  for (const auto& reducer : reducers_)
-    if (reducer) reducer->end_step(comm, scalars);
+  queue_.exposed().beside(CommKind::gradients, comm.stream, [&] {
+    for (const auto& reducer : reducers_)
+      if (reducer) reducer->end_step(comm, scalars);
+  });
   step_ended_.set(comm);
 }
 

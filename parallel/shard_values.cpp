@@ -51,13 +51,15 @@ Tensor ShardValues::owned(const ShardRange& range) const {
   return shard(range).rows(0, range.owned().elements());
 }
 
-void ShardValues::gather(DistStream dist, const ShardBlock& block, const Tensor& whole_ranges) {
-  if (dist.dry) return;
-  for (const ShardRange& range : ranges_of(block)) {
-    if (range.shard == 0) continue;
-    comms_[number_of(range.group.reduce)]->all_gather(dist.stream, shard(range),
-                                                      range_in_block(whole_ranges, range));
-  }
+void ShardValues::gather(DistStream comm, const ShardBlock& block, const Tensor& whole_ranges) {
+  if (comm.dry) return;
+  queue_.exposed().beside(CommKind::parameters, comm.stream, [&] {
+    for (const ShardRange& range : ranges_of(block)) {
+      if (range.shard == 0) continue;
+      comms_[number_of(range.group.reduce)]->all_gather(comm.stream, shard(range),
+                                                        range_in_block(whole_ranges, range));
+    }
+  });
 }
 
 void ShardValues::bind(const ShardBlock& block, const Tensor& whole_ranges) const {
@@ -100,7 +102,7 @@ void ShardValues::acquire_finish(DistStream dist, int number) {
     if (state.acquired == 0) bind(block, slot.data);
   }
   ++state.acquired;
-  state.ready.wait(dist);
+  state.ready.wait(dist, queue_.exposed(), CommKind::parameters);
 }
 
 void ShardValues::release(int number) {

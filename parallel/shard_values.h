@@ -49,7 +49,7 @@ class ShardValues {
   // This rank's shard with its padding.
   Tensor shard(const ShardRange& range) const;
   std::span<const ShardRange> ranges_of(const ShardBlock& block) const;
-  void gather(DistStream dist, const ShardBlock& block, const Tensor& whole_ranges);
+  void gather(DistStream comm, const ShardBlock& block, const Tensor& whole_ranges);
   void bind(const ShardBlock& block, const Tensor& whole_ranges) const;
   void unbind(const ShardBlock& block) const;
 

@@ -1,5 +1,7 @@
 #include "core/metrics/record_json.h"
 
+#include <fmt/format.h>
+
 #include <chrono>
 #include <cmath>
 #include <nlohmann/json.hpp>
@@ -46,6 +48,15 @@ void put(Json& line, const std::string& phase, const TrafficRecord& traffic) {
   if (traffic.baseline_between_nodes == 0) return;
   line[phase + "_between_nodes_bytes"] = traffic.sent_between_nodes;
   line[phase + "_between_nodes_fp32_bytes"] = traffic.baseline_between_nodes;
+}
+
+// "exposed_ms" and its parts, "exposed_gradients_ms", ...
+void put(Json& line, const std::optional<ExposedRecord>& exposed) {
+  if (!exposed) return;
+  put(line, "exposed_ms", exposed->total_ms());
+  for (size_t kind = 0; kind < kCommKinds; ++kind)
+    put(line, fmt::format("exposed_{}_ms", kind_name(static_cast<CommKind>(kind))),
+        exposed->ms[kind]);
 }
 
 }  // namespace
@@ -132,6 +143,7 @@ std::string json_line(const StepRecord& record, double ts) {
     put(line, "reduce_scatter", record.traffic->reduce_scatter);
     put(line, "all_gather", record.traffic->all_gather);
   }
+  put(line, record.exposed);
   put(line, "gflops_per_s", record.gflops_per_s);
   put(line, "mfu", record.mfu);
   return close_line(line);
@@ -177,6 +189,8 @@ std::string json_line(const RunSummary& summary, double ts) {
   put(line, "mfu", summary.mfu);
   line["skipped_total"] = summary.skipped_total;
   put(line, "traffic", summary.traffic);
+  if (summary.step_ms > 0) put(line, "step_ms", summary.step_ms);
+  put(line, summary.exposed);
   put(line, "checkpoint", summary.checkpoint);
   Json next = Json::array();
   for (const NextCommand& command : summary.next) next.push_back(command.command);

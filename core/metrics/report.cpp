@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "core/base/format_units.h"
@@ -223,6 +224,23 @@ std::string eval_figures(const EvalRecord& eval) {
   return out;
 }
 
+// "held up computing for 3.1% of a step (2.4 ms): gradients 2.0%, parameters 1.1%"
+std::string exposed_text(const ExposedRecord& exposed, double step_ms) {
+  const auto share = [&](double ms) {
+    return fmt::format("{:.1f}%", step_ms > 0 ? 100.0 * ms / step_ms : 0.0);
+  };
+  const double total = exposed.total_ms();
+  std::string text =
+      fmt::format("held up computing for {} of a step ({:.3g} ms)", share(total), total);
+  const char* separator = ": ";
+  for (size_t kind = 0; kind < kCommKinds; ++kind) {
+    if (!exposed.ms[kind]) continue;
+    text += fmt::format("{}{} {}", std::exchange(separator, ", "),
+                        kind_name(static_cast<CommKind>(kind)), share(*exposed.ms[kind]));
+  }
+  return text;
+}
+
 }  // namespace
 
 std::string startup_table(const StartupInfo& info, bool color) {
@@ -269,6 +287,7 @@ std::string final_report(const RunSummary& summary, bool color) {
     table.row("traffic", rest.substr(0, end));
     rest.remove_prefix(std::min(end + 2, rest.size()));
   }
+  if (summary.exposed) table.row("communication", exposed_text(*summary.exposed, summary.step_ms));
   table.row("checkpoint", summary.checkpoint);
   table.row("metrics", summary.metrics);
   table.row("tensorboard", summary.tensorboard);

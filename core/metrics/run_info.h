@@ -96,6 +96,9 @@ struct RunSummary {
   std::optional<double> mfu;
   int64_t skipped_total = 0;
   std::string traffic;      // of gradients, first rank, this process; empty with one rank
+  // The first rank's mean over this process's steps; absent with one rank.
+  std::optional<ExposedRecord> exposed;
+  double step_ms = 0;  // mean over this process's steps
   std::string checkpoint;   // path of the newest; empty = none
   std::string metrics;      // path of metrics.jsonl; empty = not written
   std::string tensorboard;  // folder; empty = not written

@@ -6,6 +6,8 @@
 #include <optional>
 #include <string>
 
+#include "core/metrics/exposed_record.h"
+
 namespace dstrain {
 
 // Balance of the routed experts in one step, over all tokens of the global batch. "Load" is a
@@ -55,6 +57,7 @@ struct StepRecord {
   int64_t skipped_total = 0;
   StepPhases phases;
   std::optional<GradientTraffic> traffic;  // absent with one rank
+  std::optional<ExposedRecord> exposed;    // of the first rank; likewise
   std::optional<double> gflops_per_s;
   std::optional<double> mfu;  // share of the device's peak, 0 to 1
 };

@@ -101,6 +101,16 @@ void TensorBoardSink::on_step(const StepRecord& record) {
     add(scalars, kReduceScatterTags, record.traffic->reduce_scatter);
     add(scalars, kAllGatherTags, record.traffic->all_gather);
   }
+  std::vector<std::string> tags;  // that the scalars point to
+  if (record.exposed) {
+    tags.reserve(kCommKinds);
+    scalars.push_back({"time/exposed_ms", record.exposed->total_ms()});
+    for (size_t kind = 0; kind < kCommKinds; ++kind) {
+      if (!record.exposed->ms[kind]) continue;
+      tags.push_back(fmt::format("time/exposed_{}_ms", kind_name(static_cast<CommKind>(kind))));
+      scalars.push_back({tags.back(), *record.exposed->ms[kind]});
+    }
+  }
   write(record.step, scalars);
 }
 

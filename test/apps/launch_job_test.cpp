@@ -126,6 +126,25 @@ TEST_CASE("launch: a fault that every rank meets is told once", "[launch][job]")
   CHECK(count(end.err, "starting ") == 1);
 }
 
+TEST_CASE("launch: ranks report how long communication held up each step", "[launch][job]") {
+  const TinyJob two({"launch.ranks=2", "train.steps=5"}), one({"launch.ranks=1", "train.steps=5"});
+  const Finished end = two.must_train();
+  CHECK_THAT(end.err, Contains("  communication  held up computing for "));
+  const std::vector<std::string> steps = events(two, "step");
+  REQUIRE(steps.size() == 5);
+  for (const std::string& line : steps) {
+    CAPTURE(line);
+    const auto ms = [&](const char* key) { return std::stod(json_field(line, key)); };
+    CHECK(ms("exposed_ms") < ms("step_ms"));
+    for (const char* part : {"exposed_gradients_ms", "exposed_results_ms"}) {
+      CHECK(ms(part) > 0);
+      CHECK(ms(part) < ms("exposed_ms"));
+    }
+  }
+  CHECK_THAT(one.must_train().err, !Contains("communication"));
+  for (const std::string& line : events(one, "step")) CHECK(json_field(line, "exposed_ms") == "");
+}
+
 TEST_CASE("launch: on a terminal rank 0 has its live line", "[launch][job]") {
   Pty pty(90);
   const TinyJob job(kTwoRanks);

@@ -38,17 +38,20 @@ class StrictDistribution : public LocalDistribution {
     ranks.groups.fill(&alone_);
     return std::make_unique<ParamShards>(
         backend_, parameters, options, ZeroOptions{zero_, false, norm ? norm->spec.block : -1},
-        ranks, [this](ReduceGroup, const ParameterSet& set, std::vector<GradRange> ranges) {
+        ranks,
+        [this](ReduceGroup, const ParameterSet& set, std::vector<GradRange> ranges) {
           ReduceRanks all;
           all.all = &alone_;
           return make_grad_reducer({.compression = {}, .gathers = true, .dtype = DType::f32}, all,
                                    set, std::move(ranges));
-        });
+        },
+        exposed_);
   }
 
   Backend& backend_;
   const int zero_;
   LocalCommunicator alone_;
+  ExposedTime exposed_{backend_, /*measures=*/false};
 };
 
 struct Run {

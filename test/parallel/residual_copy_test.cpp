@@ -62,10 +62,12 @@ CopiedResidual copy_beside_step(const ZeroOptions& zero, const Use& use) {
   declare_some(parameters);
   ShardRanks ranks;
   for (Communicator*& group : ranks.groups) group = &world;
+  ExposedTime exposed(late, /*measures=*/false);
   ParamShards store(late, parameters, {DType::f32}, zero, ranks,
                     [](ReduceGroup, const ParameterSet& set, const std::vector<GradRange>&) {
                       return std::make_unique<CountingReducer>(set);
-                    });
+                    },
+                    exposed);
   std::vector<DeviceMemory> memory;
   const auto make_memory = [&](const char* owner, MemoryKind kind, const auto& make) {
     Arena measuring(owner);

@@ -481,9 +481,10 @@ ReducerFactory reducers_of(const ShardJob& job, ProcessMesh& mesh) {
 ShardRank::ShardRank(const ShardJob& job, RankContext& rank)
     : mesh_(job.shape, rank.world, rank.backend),
       parameters_(),
+      exposed_(rank.backend, /*measures=*/false),
       store_(rank.backend, parameters_of_rank(parameters_, job, rank.world.rank()), {job.dtype},
              {job.zero, job.keep_full_grads, kShardJobHead}, ranks_of(job, mesh_),
-             reducers_of(job, mesh_)) {
+             reducers_of(job, mesh_), exposed_) {
   std::vector<int64_t> bytes;
   store_.make_memory([&](const char* owner, MemoryKind, const std::function<void(Arena&)>& make) {
     Arena arena(owner);

@@ -97,6 +97,7 @@ class ShardRank {
  private:
   ProcessMesh mesh_;
   ParameterSet parameters_;
+  ExposedTime exposed_;
   ParamShards store_;
   std::map<std::string, int64_t> planned_;
   std::vector<DeviceMemory> memory_;

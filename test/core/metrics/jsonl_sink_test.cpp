@@ -62,6 +62,42 @@ TEST_CASE("json_line: traffic by phase beside its baseline, where there is any")
   CHECK_FALSE(object.contains("all_gather_bytes"));
 }
 
+TEST_CASE("json_line: exposed communication and its parts, where ranks communicate") {
+  StepRecord record = example_step(120);
+  CHECK_FALSE(nlohmann::json::parse(json_line(record, 0)).contains("exposed_ms"));
+  record.exposed.emplace();
+  CHECK(nlohmann::json::parse(json_line(record, 0))["exposed_ms"] == 0.0);
+  record.exposed->ms[static_cast<size_t>(CommKind::gradients)] = 2.5;
+  record.exposed->ms[static_cast<size_t>(CommKind::results)] = 0.25;
+  const auto object = nlohmann::json::parse(json_line(record, 0));
+  CHECK(object["exposed_ms"] == 2.75);
+  CHECK(object["exposed_gradients_ms"] == 2.5);
+  CHECK(object["exposed_results_ms"] == 0.25);
+  CHECK_FALSE(object.contains("exposed_experts_ms"));
+
+  RunSummary summary = example_summary();
+  CHECK_FALSE(nlohmann::json::parse(json_line(summary, 0)).contains("exposed_ms"));
+  summary.step_ms = 50;
+  summary.exposed = record.exposed;
+  const auto end = nlohmann::json::parse(json_line(summary, 0));
+  CHECK(end["step_ms"] == 50.0);
+  CHECK(end["exposed_ms"] == 2.75);
+}
+
+TEST_CASE("ExposedRecord: sums and means keep what is absent apart from zero") {
+  ExposedRecord sum, step;
+  step.ms[1] = 2;
+  sum += step;
+  step.ms[1] = 4;
+  step.ms[2] = 0;
+  sum += step;
+  const ExposedRecord mean = sum.mean_of(2);
+  CHECK_FALSE(mean.ms[0]);
+  CHECK(mean.ms[1] == 3.0);
+  CHECK(mean.ms[2] == 0.0);
+  CHECK(mean.total_ms() == 3);
+}
+
 TEST_CASE("json_line: doubles read back to the same bits") {
   StepRecord record = example_step(1);
   for (const double value : {0.1, 1.0 / 3, 3.0, 1e-310, 1.7976931348623157e308, -0.0, 5e-324}) {

@@ -163,6 +163,16 @@ TEST_CASE("final_report: figures, places and the next command") {
   CHECK_THAT(text, Catch::Contains("40.0% of the device's peak\n"
                                    "  traffic        reduce-scatter 1.98 MiB sent\n"
                                    "  traffic        all-gather 2.00 MiB sent\n"));
+  CHECK_THAT(text, !Catch::Contains("communication"));
+  summary.step_ms = 80;
+  summary.exposed.emplace();
+  summary.exposed->ms[static_cast<size_t>(CommKind::gradients)] = 1.6;
+  summary.exposed->ms[static_cast<size_t>(CommKind::parameters)] = 0.8;
+  summary.exposed->ms[static_cast<size_t>(CommKind::experts)] = 0;
+  CHECK_THAT(final_report(summary, false),
+             Catch::Contains("  communication  held up computing for 3.0% of a step (2.4 ms): "
+                             "gradients 2.0%, parameters 1.0%,\n"
+                             "                 experts 0.0%\n"));
 }
 
 TEST_CASE("describe: model, schedule, checkpoints, optimizer in a line each") {

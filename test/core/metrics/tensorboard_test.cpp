@@ -104,6 +104,9 @@ TEST_CASE("TensorBoardSink: one file per process, named so that readers find it"
   StepRecord sent = example_step(301);
   sent.traffic.emplace();
   sent.traffic->reduce_scatter = {50, 1000, 0, 0, 1.5};
+  sent.exposed.emplace();
+  sent.exposed->ms[static_cast<size_t>(CommKind::gradients)] = 2.5;
+  sent.exposed->ms[static_cast<size_t>(CommKind::pipeline)] = 0.5;
   second.on_step(sent);
   const std::vector<std::string> resumed = records_of(read_text(second.path()));
   REQUIRE(resumed.size() == 3);                           // version, restart, step
@@ -112,7 +115,11 @@ TEST_CASE("TensorBoardSink: one file per process, named so that readers find it"
                              Catch::Contains("traffic/reduce_scatter_fp32_bytes") &&
                              Catch::Contains("time/reduce_scatter_ms") &&
                              !Catch::Contains("between_nodes") && !Catch::Contains("all_gather"));
-  CHECK_THAT(records[1], !Catch::Contains("traffic"));
+  CHECK_THAT(resumed[2], Catch::Contains("time/exposed_ms") &&
+                             Catch::Contains("time/exposed_gradients_ms") &&
+                             Catch::Contains("time/exposed_pipeline_ms") &&
+                             !Catch::Contains("time/exposed_experts_ms"));
+  CHECK_THAT(records[1], !Catch::Contains("traffic") && !Catch::Contains("exposed"));
 }
 
 TEST_CASE("TensorBoardSink: a folder that cannot be made is an error with the path") {
