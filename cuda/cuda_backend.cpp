@@ -47,6 +47,13 @@ class CudaEvent : public Event {
   cudaEvent_t event_ = nullptr;
 };
 
+// Of streams: it goes first.
+int greatest_priority() {
+  int least = 0, greatest = 0;
+  check_cuda(cudaDeviceGetStreamPriorityRange(&least, &greatest), "reading stream priorities");
+  return greatest;
+}
+
 class CudaBackend : public Backend {
  public:
   CudaBackend(const CudaDevice& device, std::string cache_folder)
@@ -99,10 +106,11 @@ class CudaBackend : public Backend {
   std::unique_ptr<Stream> make_stream() override {
     return std::make_unique<CudaStream>(kFirstScratch);
   }
+  std::unique_ptr<Stream> make_urgent_stream() override {
+    return std::make_unique<CudaStream>(kFirstScratch, greatest_priority());
+  }
   std::unique_ptr<Stream> make_copy_stream() override {
-    int least = 0, greatest = 0;
-    check_cuda(cudaDeviceGetStreamPriorityRange(&least, &greatest), "reading stream priorities");
-    return std::make_unique<CudaStream>(0, greatest);
+    return std::make_unique<CudaStream>(0, greatest_priority());
   }
   std::unique_ptr<Event> make_event() override { return std::make_unique<CudaEvent>(); }
   std::unique_ptr<OpClock> make_clock() override { return make_cuda_clock(); }

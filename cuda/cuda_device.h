@@ -3,6 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <string>
 
@@ -32,6 +33,8 @@ class CudaStream : public Stream {
 
   void* native() const override { return stream_; }
   void synchronize() override;
+  void leave_room(int multiprocessors) override { room_ = multiprocessors; }
+  int room() const { return room_; }
   cudaStream_t get() const { return stream_; }
 
   // Device memory for the call under way, aligned to 256 bytes: what an operation takes holds until
@@ -45,6 +48,7 @@ class CudaStream : public Stream {
   cudaStream_t stream_ = nullptr;
   void* scratch_ = nullptr;
   int64_t scratch_bytes_ = 0;
+  int room_ = 0;
 };
 
 inline cudaStream_t cuda(Stream& stream) {
@@ -52,6 +56,11 @@ inline cudaStream_t cuda(Stream& stream) {
 }
 inline CudaStream& cuda_stream(Stream& stream) {
   return static_cast<CudaStream&>(stream);
+}
+// SMs for a kernel that would take all: an even number, some are left to others
+// (Stream::leave_room).
+inline int sms_for(Stream& stream, int num_sms) {
+  return std::max(num_sms / 2, num_sms - cuda_stream(stream).room()) / 2 * 2;
 }
 
 // Hands out the scratch of one operation piece by piece:

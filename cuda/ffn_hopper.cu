@@ -94,7 +94,7 @@ void HopperFfn::up(Stream& stream, const HopperFfnCall& c) const {
                            .y_stride = c.D,
                            .z_stride = 2 * c.I * c.D,
                            .box_y = Up::kBoxRows};
-  launch<Up>(cuda(stream), num_sms_, c, weight,
+  launch<Up>(cuda(stream), sms_for(stream, num_sms_), c, weight,
              {.gate_up_R2I = static_cast<bf16*>(c.gate_up_R2I),
               .h_RI = static_cast<bf16*>(c.h_RI),
               .row_weight_R = c.row_weight_R,
@@ -113,7 +113,7 @@ void HopperFfn::down_backward_input(Stream& stream, const HopperFfnCall& c, floa
                            .y_stride = c.I,
                            .z_stride = c.D * c.I,
                            .box_y = Down::kBoxRows};
-  launch<Down>(cuda(stream), num_sms_, c, weight,
+  launch<Down>(cuda(stream), sms_for(stream, num_sms_), c, weight,
                {.gate_up_R2I = static_cast<const bf16*>(c.gate_up_R2I),
                 .dgate_up_R2I = static_cast<bf16*>(c.dgate_up_R2I),
                 .h_RI = static_cast<bf16*>(c.h_RI),

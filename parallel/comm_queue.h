@@ -14,7 +14,7 @@ class CommQueue {
  public:
   // `exposed` outlives it.
   CommQueue(Backend& backend, ExposedTime& exposed)
-      : exposed_(exposed), stream_(backend.make_stream()), caller_(backend.make_event()) {}
+      : exposed_(exposed), stream_(backend.make_urgent_stream()), caller_(backend.make_event()) {}
 
   ExposedTime& exposed() { return exposed_; }
 

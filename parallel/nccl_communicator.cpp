@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include <bit>
 #include <utility>
 #include <vector>
 
@@ -81,6 +82,11 @@ Introduction introduce(const NcclJob& job, Communicator& host, int world_rank) {
   return all;
 }
 
+// Of an exchange.
+int exchange_ctas(const NcclOptions& options) {
+  return static_cast<int>(std::bit_ceil(static_cast<unsigned>(options.max_ctas)));
+}
+
 class NcclCommunicator : public Communicator {
  public:
   // A collective call of the ranks of `host`, which is owned where own_host is set.
@@ -92,7 +98,8 @@ class NcclCommunicator : public Communicator {
         introduction_(introduce(*job_, host_, world_rank)),
         link_(job_, introduction_.group),
         rank_(host_.rank()),
-        size_(host_.size()) {
+        size_(host_.size()),
+        exchange_ctas_(exchange_ctas(job_->options())) {
     connect_ring();
   }
 
@@ -113,6 +120,7 @@ class NcclCommunicator : public Communicator {
   void barrier() override { host_.barrier(); }
   std::vector<std::string> all_gather_text(const std::string& text) override;
   std::unique_ptr<Communicator> split(int color, int key) override;
+  int exchange_multiprocessors() const override { return exchange_ctas_; }
   int64_t bytes_sent() const override { return bytes_sent_; }
 
  private:
@@ -133,7 +141,7 @@ class NcclCommunicator : public Communicator {
   const Introduction introduction_;
   NcclLink link_;
   std::unique_ptr<NcclMessages> messages_;
-  const int rank_, size_;
+  const int rank_, size_, exchange_ctas_;
   int64_t bytes_sent_ = 0;
 };
 

@@ -21,6 +21,9 @@ class Stream {
   virtual ~Stream() = default;
   virtual void* native() const = 0;  // cudaStream_t, or null on a CPU
   virtual void synchronize() = 0;    // the host waits for everything queued so far
+  // Kernels queued from now on that would fill the device leave so many of its multiprocessors to other
+  // streams, where they can.
+  virtual void leave_room(int multiprocessors) { static_cast<void>(multiprocessors); }
 };
 
 // A point in a stream.
@@ -59,6 +62,8 @@ class Backend {
   virtual void prepare(Stream&) {}
 
   virtual std::unique_ptr<Stream> make_stream() = 0;
+  // What is queued here goes before what other streams have not begun: others wait for it.
+  virtual std::unique_ptr<Stream> make_urgent_stream() { return make_stream(); }
   // For copies, and element-wise work on their way, beside streams that compute: what is queued
   // here goes first, and operations find no scratch.
   virtual std::unique_ptr<Stream> make_copy_stream() { return make_stream(); }

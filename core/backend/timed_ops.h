@@ -172,6 +172,7 @@ class TimedBackend : public Backend {
   Ops& planning_ops() override { return inner_->planning_ops(); }
   void prepare(Stream& stream) override { inner_->prepare(stream); }
   std::unique_ptr<Stream> make_stream() override { return inner_->make_stream(); }
+  std::unique_ptr<Stream> make_urgent_stream() override { return inner_->make_urgent_stream(); }
   std::unique_ptr<Stream> make_copy_stream() override { return inner_->make_copy_stream(); }
   std::unique_ptr<Event> make_event() override { return inner_->make_event(); }
   std::unique_ptr<OpClock> make_clock() override { return inner_->make_clock(); }

@@ -57,6 +57,9 @@ class Communicator {
   virtual void all_to_all(Stream&, const Tensor& send, std::span<const int64_t> send_offsets,
                           const Tensor& recv, std::span<const int64_t> recv_offsets) = 0;
 
+  // Multiprocessors that an all_to_all of device memory takes while it runs.
+  virtual int exchange_multiprocessors() const { return 0; }
+
   // Messages from one rank to another arrive in the order sent. send() never waits for the receiver: x must
   // stay untouched until wait_send(x), which passes when no send of x is under way. recv() passes when
   // x has arrived.
