@@ -1,5 +1,5 @@
-// Rows to experts and back. T tokens, K experts per token, R = T*K slots and as many rows sorted by expert,
-// E experts, D columns.
+// Rows to experts and back. T tokens, K experts per token, T*K slots, R rows sorted by expert, E experts, D
+// columns.
 //
 // The sort is stable and takes two launches. Slots are cut into runs, the number of which depends on R only; one
 // block counts the experts of a run. In the second launch each block adds the counts of all runs and of those
@@ -22,17 +22,17 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 struct SlotRuns {
   int slots = 0, length = 0, count = 0;
 
-  explicit SlotRuns(int64_t R) {
+  explicit SlotRuns(int64_t all) {
     constexpr int64_t kMostRuns = 128, kUnit = 1024;
-    DSTRAIN_CHECK(R <= INT32_MAX - kMostRuns * kUnit, "sort_by_expert: more rows than an i32 can number");
-    slots = static_cast<int>(R);
-    length = static_cast<int>(kUnit * std::max<int64_t>(1, ceil_div(R, kMostRuns * kUnit)));
-    count = static_cast<int>(std::max<int64_t>(1, ceil_div(R, length)));  // offsets are written even if R is 0
+    DSTRAIN_CHECK(all <= INT32_MAX - kMostRuns * kUnit, "sort_by_expert: more rows than an i32 can number");
+    slots = static_cast<int>(all);
+    length = static_cast<int>(kUnit * std::max<int64_t>(1, ceil_div(all, kMostRuns * kUnit)));
+    count = static_cast<int>(std::max<int64_t>(1, ceil_div(all, length)));  // offsets are written even without slots
   }
   int64_t scratch_bytes(int64_t E) const { return count * E * static_cast<int64_t>(sizeof(int32_t)); }
 };
 
-// Warps of a block that deals out rows: each has E counters, and there are 2 E more.
+// Warps of a block that deals out rows: each has E counters, and there are 2 E + 1 more.
 int sort_warps(int64_t E) { return static_cast<int>(std::clamp<int64_t>(10240 / std::max<int64_t>(1, E) - 2, 1, 16)); }
 
 __global__ void __launch_bounds__(512)
@@ -41,13 +41,15 @@ __global__ void __launch_bounds__(512)
   for (int e = threadIdx.x; e < E; e += blockDim.x) run_counts[e] = 0;
   __syncthreads();
   const int begin = blockIdx.x * runs.length, end = min(begin + runs.length, runs.slots);
-  for (int slot = begin + threadIdx.x; slot < end; slot += blockDim.x)
-    atomicAdd(&run_counts[checked_index(expert_of_slot[slot], E)], 1);
+  for (int slot = begin + threadIdx.x; slot < end; slot += blockDim.x) {
+    const int expert = checked_or_none(expert_of_slot[slot], E);
+    if (expert >= 0) atomicAdd(&run_counts[expert], 1);
+  }
   __syncthreads();
   for (int e = threadIdx.x; e < E; e += blockDim.x) counts[blockIdx.x * E + e] = run_counts[e];
 }
 
-// The lanes of this warp whose slot has the same expert; lanes without a slot pass -1.
+// The lanes of this warp whose slot has the same expert; lanes without a slot, or an expert, pass -1.
 struct SameExpert {
   unsigned lanes;
   __device__ __forceinline__ explicit SameExpert(int expert) : lanes(__match_any_sync(kAllLanes, expert)) {}
@@ -58,13 +60,13 @@ struct SameExpert {
 __global__ void __launch_bounds__(512)
     deal_rows_kernel(const int32_t* __restrict__ expert_of_slot, const float* __restrict__ weights,
                      const int32_t* __restrict__ counts, SlotRuns runs, int E, int K, int32_t* offsets_E1,
-                     int32_t* token_of_row, int32_t* row_of_slot, float* row_weight) {
+                     int32_t* token_of_row, int32_t* row_of_slot, float* row_weight, int R) {
   extern __shared__ int32_t shared[];
-  int32_t* const offset_E = shared;         // first row of an expert
-  int32_t* const before_E = shared + E;     // its rows in earlier runs
-  int32_t* const next_row = shared + 2 * E; // of a warp and an expert
+  int32_t* const offset_E1 = shared;             // first row of an expert
+  int32_t* const before_E = shared + E + 1;      // its rows in earlier runs
+  int32_t* const next_row = shared + 2 * E + 1;  // of a warp and an expert
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32, run = blockIdx.x;
-  for (int i = threadIdx.x; i < (2 + warps) * E; i += blockDim.x) shared[i] = 0;
+  for (int i = threadIdx.x; i < (2 + warps) * E + 1; i += blockDim.x) shared[i] = 0;
   __syncthreads();
 
   // Several threads an expert, each with every `sharers`-th run.
@@ -78,7 +80,7 @@ __global__ void __launch_bounds__(512)
       all += count;
       before += other < run ? count : 0;
     }
-    atomicAdd(&offset_E[e], all);
+    atomicAdd(&offset_E1[e], all);
     atomicAdd(&before_E[e], before);
   }
   // Each warp has a part of the run.
@@ -87,37 +89,43 @@ __global__ void __launch_bounds__(512)
   const int end = min(min(begin + part, (run + 1) * runs.length), runs.slots);
   int32_t* const own_next_row = next_row + warp * E;
   for (int first = begin; first < end; first += 32) {
-    const int expert = first + lane < end ? expert_of_slot[first + lane] : -1;
+    const int expert = first + lane < end ? max(expert_of_slot[first + lane], -1) : -1;
     const SameExpert same(expert);
     if (expert >= 0 && same.before() == 0) own_next_row[expert] += same.count();
     __syncwarp();
   }
   __syncthreads();
 
-  if (warp == 0) exclusive_scan(offset_E, E);
+  if (warp == 0) exclusive_scan(offset_E1, E + 1);
   __syncthreads();
   for (int e = threadIdx.x; e < E; e += blockDim.x) {
-    if (run == 0) offsets_E1[e] = offset_E[e];
-    int row = offset_E[e] + before_E[e];
+    if (run == 0) offsets_E1[e] = offset_E1[e];
+    int row = offset_E1[e] + before_E[e];
     for (int w = 0; w < warps; ++w) {
       const int count = next_row[w * E + e];
       next_row[w * E + e] = row;
       row += count;
     }
   }
-  if (run == 0 && threadIdx.x == 0) offsets_E1[E] = runs.slots;
+  const int used = offset_E1[E];
+  if (run == 0 && threadIdx.x == 0) offsets_E1[E] = used;
+  if (used > R) __trap();
+  for (int row = used + run * blockDim.x + threadIdx.x; row < R; row += gridDim.x * blockDim.x) {
+    token_of_row[row] = 0;
+    row_weight[row] = 0;
+  }
   __syncthreads();
 
   for (int first = begin; first < end; first += 32) {
     const int slot = first + lane;
-    const int expert = slot < end ? expert_of_slot[slot] : -1;
+    const int expert = slot < end ? max(expert_of_slot[slot], -1) : -1;
     const SameExpert same(expert);
     const int row = expert >= 0 ? own_next_row[expert] + same.before() : 0;
     __syncwarp();
     if (expert >= 0 && same.before() == 0) own_next_row[expert] += same.count();
     __syncwarp();
+    if (slot < end) row_of_slot[slot] = expert < 0 ? -1 : row;
     if (expert < 0) continue;
-    row_of_slot[slot] = row;
     token_of_row[row] = slot / K;
     row_weight[row] = weights[slot];
   }
@@ -170,12 +178,12 @@ __global__ void __launch_bounds__(256)
     for (int first = 0; first < K; first += kAtOnce) {
       int32_t row[kAtOnce];
 #pragma unroll
-      for (int k = 0; k < kAtOnce; ++k) row[k] = first + k < K ? rows[first + k] : 0;
+      for (int k = 0; k < kAtOnce; ++k) row[k] = first + k < K ? rows[first + k] : -1;
       check_indices(row, R);
       V part[kAtOnce] = {};
 #pragma unroll
       for (int k = 0; k < kAtOnce; ++k)
-        if (first + k < K) part[k] = V::stream(y_RD[row[k]] + d);
+        if (row[k] >= 0) part[k] = V::stream(y_RD[row[k]] + d);
 #pragma unroll
       for (int k = 0; k < kAtOnce; ++k) add(part[k]);
     }
@@ -196,16 +204,16 @@ __global__ void __launch_bounds__(256)
   const int64_t first = int64_t{blockIdx.x} * blockDim.y * kGatherRows + threadIdx.y;
   int32_t row[kGatherRows];
 #pragma unroll
-  for (int i = 0; i < kGatherRows; ++i) row[i] = first + i * blockDim.y < R ? index[first + i * blockDim.y] : 0;
+  for (int i = 0; i < kGatherRows; ++i) row[i] = first + i * blockDim.y < R ? index[first + i * blockDim.y] : -1;
   check_indices(row, x_rows);
   for (int column = threadIdx.x; column < columns; column += blockDim.x) {
     Unit unit[kGatherRows];
 #pragma unroll
     for (int i = 0; i < kGatherRows; ++i)
-      if (first + i * blockDim.y < R) unit[i] = x[row[i]][column];
+      if (row[i] >= 0) unit[i] = x[row[i]][column];
 #pragma unroll
     for (int i = 0; i < kGatherRows; ++i)
-      if (first + i * blockDim.y < R) y[first + i * blockDim.y][column] = unit[i];
+      if (row[i] >= 0) y[first + i * blockDim.y][column] = unit[i];
   }
 }
 
@@ -232,7 +240,8 @@ void PlanningOps::sort_by_expert(Stream&, const Tensor& indices_TK, const Tensor
 void CudaOps::sort_by_expert(Stream& stream, const Tensor& indices_TK, const Tensor& weights_TK,
                              const Tensor& offsets_E1, const Tensor& token_of_row_R, const Tensor& row_of_slot_TK,
                              const Tensor& row_weight_R) {
-  const int64_t T = indices_TK.size(0), K = indices_TK.size(1), R = T * K, E = offsets_E1.numel() - 1;
+  const int64_t T = indices_TK.size(0), K = indices_TK.size(1), E = offsets_E1.numel() - 1;
+  const int64_t R = token_of_row_R.numel();
   expect(indices_TK, "sort_by_expert: indices_TK", DType::i32, {T, K});
   expect(weights_TK, "sort_by_expert: weights_TK", DType::f32, {T, K});
   expect(offsets_E1, "sort_by_expert: offsets_E1", DType::i32, {E + 1});
@@ -241,7 +250,8 @@ void CudaOps::sort_by_expert(Stream& stream, const Tensor& indices_TK, const Ten
   expect(row_weight_R, "sort_by_expert: row_weight_R", DType::f32, {R});
   DSTRAIN_CHECK(E >= 1 && E <= 4096,
                 "sort_by_expert: " + std::to_string(E) + " experts; the CUDA back end sorts by 1 to 4096");
-  const SlotRuns runs(R);
+  DSTRAIN_CHECK(R <= INT32_MAX / 2, "sort_by_expert: more rows than an i32 can number");
+  const SlotRuns runs(T * K);
   auto* const counts = static_cast<int32_t*>(cuda_stream(stream).scratch(runs.scratch_bytes(E)));
   const auto experts = static_cast<int>(E);
   const auto row_bytes = static_cast<size_t>(E) * sizeof(int32_t);
@@ -249,10 +259,10 @@ void CudaOps::sort_by_expert(Stream& stream, const Tensor& indices_TK, const Ten
                                                                   counts);
   check_launch("sort_by_expert");
   const int warps = sort_warps(E);
-  deal_rows_kernel<<<runs.count, 32 * warps, (2 + warps) * row_bytes, cuda(stream)>>>(
+  deal_rows_kernel<<<runs.count, 32 * warps, (2 + warps) * row_bytes + sizeof(int32_t), cuda(stream)>>>(
       pointer<const int32_t>(indices_TK), pointer<const float>(weights_TK), counts, runs, experts,
       static_cast<int>(K), pointer<int32_t>(offsets_E1), pointer<int32_t>(token_of_row_R),
-      pointer<int32_t>(row_of_slot_TK), pointer<float>(row_weight_R));
+      pointer<int32_t>(row_of_slot_TK), pointer<float>(row_weight_R), static_cast<int>(R));
   check_launch("sort_by_expert");
 }
 

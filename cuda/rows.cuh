@@ -29,12 +29,17 @@ __device__ __forceinline__ int32_t checked_index(int32_t index, int32_t size) {
   if (static_cast<uint32_t>(index) >= static_cast<uint32_t>(size)) __trap();
   return index;
 }
-// Of several at once: one branch, so that what is loaded from there can be under way together.
+// Below 0 stands for none.
+__device__ __forceinline__ int32_t checked_or_none(int32_t index, int32_t size) {
+  if (index >= size) __trap();
+  return index;
+}
+// Of several at once, none among them: one branch, so that what is loaded from there can be under way together.
 template <int kCount>
 __device__ __forceinline__ void check_indices(const int32_t (&indices)[kCount], int32_t size) {
   bool good = true;
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) good &= static_cast<uint32_t>(indices[i]) < static_cast<uint32_t>(size);
+  for (int i = 0; i < kCount; ++i) good &= indices[i] < size;
   if (!good) __trap();
 }
 

@@ -18,11 +18,15 @@ inline int32_t checked_expert(int32_t index, int64_t experts) {
   return index;
 }
 
+// Whether a choice below 0, of no expert, is legal.
+enum class NoExpert { refused, left_out };
+
 // Counts i32 choices (any shape, contiguous) in the workspace. Throws if an index is not in [0,
 // experts).
 class ExpertCounts {
  public:
-  ExpertCounts(ThreadPool& pool, const Workspace& workspace, const Tensor& indices, int64_t experts)
+  ExpertCounts(ThreadPool& pool, const Workspace& workspace, const Tensor& indices, int64_t experts,
+               NoExpert none = NoExpert::refused)
       : stride_(partial_stride<int32_t>(experts)),
         runs_(indices.numel(), stride_ * static_cast<int64_t>(sizeof(int32_t)),
               /*min_rows=*/4096),
@@ -34,6 +38,7 @@ class ExpertCounts {
       int32_t* const counts = of_chunk(chunk);
       std::fill(counts, counts + experts, 0);
       for (int64_t i = runs_.begin(chunk); i < runs_.end(chunk); ++i) {
+        if (chosen[i] < 0 && none == NoExpert::left_out) continue;
         ++counts[checked_expert(chosen[i], experts)];
       }
     });

@@ -56,8 +56,9 @@ class NullOps : public Ops {
                       const Tensor&, const Tensor&) override {}
   void combine_rows(Stream&, const Tensor&, const Tensor&, const Tensor&, const Tensor&) override {}
   void gather_rows(Stream&, const Tensor&, const Tensor&, const Tensor&) override {}
-  void arrange_arrivals(Stream&, const Tensor&, int64_t, int64_t, const Tensor&, const Tensor&,
-                        const Tensor&) override {}
+  void count_tokens_by_rank(Stream&, const Tensor&, int64_t, const Tensor&) override {}
+  void address_tokens(Stream&, const Tensor&, const Tensor&, int64_t, int64_t, int64_t, const Tensor&,
+                      const Tensor&, const Tensor&) override {}
   void embedding(Stream&, const Tensor&, const Tensor&, int64_t, const Tensor&) override {}
   void embedding_backward(Stream&, const Tensor&, const Tensor&, int64_t, Accumulate,
                           const Tensor&) override {}

@@ -231,27 +231,38 @@ class Ops {
   virtual void router_bias_update(Stream&, const Tensor& counts_E, double speed,
                                   const StepScalars* scalars, const Tensor& bias_E) = 0;
 
-  // Stable sort of the T*K choices by expert: row r of the sorted order holds token token_of_row[r];
-  // slot (t,k) became row row_of_slot[t,k]; offsets_E1[e] is the first row of expert e (all i32);
-  // row_weight_R = weights of the slot.
+  // Rows of tokens for experts. An i32 index below 0 means "none": of a choice that it has no
+  // expert here, of a slot that it has no row, of a row that no token goes there. Stable sort of
+  // the T*K choices by expert: row r of the sorted order holds token token_of_row[r]; slot (t,k)
+  // became row row_of_slot[t,k] (-1: a choice of none); offsets_E1[e] is the first row of expert e
+  // (all i32); row_weight_R = weights of the slot. R may be any number from that of the choices on;
+  // rows at and after offsets_E1[E] become zeros.
   virtual void sort_by_expert(Stream&, const Tensor& indices_TK, const Tensor& weights_TK,
                               const Tensor& offsets_E1, const Tensor& token_of_row_R,
                               const Tensor& row_of_slot_TK, const Tensor& row_weight_R) = 0;
-  // out[t] = addend[t] + sum_k y[row_of_slot[t,k]]; addend may be absent and may alias out.
+  // out[t] = addend[t] + sum_k y[row_of_slot[t,k]], over slots that have a row; addend may be
+  // absent and may alias out.
   virtual void combine_rows(Stream&, const Tensor& y_RD, const Tensor& row_of_slot_TK,
                             const Tensor& addend_TD, const Tensor& out_TD) = 0;
-  // y[r] = x[index[r]]; also for row weights and their gradients (matrices of one column).
+  // y[r] = x[index[r]]; rows whose index is below 0 stay what they were.
   virtual void gather_rows(Stream&, const Tensor& x_XD, const Tensor& index_R,
                            const Tensor& y_RD) = 0;
-  // Expert parallelism: rows arrive at a rank source after source, each source's by expert, and its
-  // experts want theirs together. counts_NE (i64): choices of N ranks for each of E experts. Of the
-  // rows on their way to experts [first_expert, first_expert + L), in the order of arrival, the round
-  // carries numbers [round * C, (round + 1) * C). offsets_L1: where the experts' rows begin in expert
-  // order; order_C[r]: the place of row r of that order among what arrived; arrival_C: its inverse.
-  // All i32; beyond the last offset zeros. order_C or arrival_C may be absent.
-  virtual void arrange_arrivals(Stream&, const Tensor& counts_NE, int64_t first_expert,
-                                int64_t round, const Tensor& order_C, const Tensor& arrival_C,
-                                const Tensor& offsets_L1) = 0;
+  // tokens_N (i64)[n] += tokens that chose an expert of rank n, which are [n L, (n+1) L).
+  virtual void count_tokens_by_rank(Stream&, const Tensor& indices_TK, int64_t experts_per_rank,
+                                    const Tensor& tokens_N) = 0;
+  // Expert parallelism: which of this rank's tokens goes where in a round. A token goes once to
+  // each rank that has experts of its choice. counts_NX (i64) [N, E + N]: how often each of N ranks
+  // chose each of E experts, and then its tokens by rank (above). The choices on their way to a
+  // rank are numbered source by source, those of a source token by token; the round carries the
+  // tokens whose first choice there has a number in [round * window, (round + 1) * window). A
+  // source sends a rank as many rows as it has choices with such numbers, and no more than tokens:
+  // some of these may stay without a token. Rows lie rank by rank. token_of_row_Z; row_of_token_TN
+  // (-1: not in this round); choices_ZK: the choices of a row's token as experts of its rank, from
+  // 0 on, and -1 for those of other ranks. All i32; rows without a token are -1.
+  virtual void address_tokens(Stream&, const Tensor& indices_TK, const Tensor& counts_NX,
+                              int64_t rank, int64_t round, int64_t window,
+                              const Tensor& token_of_row_Z, const Tensor& row_of_token_TN,
+                              const Tensor& choices_ZK) = 0;
 
   // --- embedding and loss -----------------------------------------------------------------------------
   // weight holds rows [vocab_begin, vocab_begin + its size) of the vocabulary; other tokens give zeros.

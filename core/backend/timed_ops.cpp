@@ -300,13 +300,20 @@ void TimedOps::gather_rows(Stream& stream, const Tensor& x_XD, const Tensor& ind
         [&] { inner_.gather_rows(stream, x_XD, index_R, y_RD); });
 }
 
-void TimedOps::arrange_arrivals(Stream& stream, const Tensor& counts_NE, int64_t first_expert,
-                                int64_t round, const Tensor& order_C, const Tensor& arrival_C,
-                                const Tensor& offsets_L1) {
-  timed(stream, "arrange_arrivals", 0, bytes_of({&counts_NE, &order_C, &arrival_C, &offsets_L1}),
-        [&] {
-          inner_.arrange_arrivals(stream, counts_NE, first_expert, round, order_C, arrival_C,
-                                  offsets_L1);
+void TimedOps::count_tokens_by_rank(Stream& stream, const Tensor& indices_TK,
+                                    int64_t experts_per_rank, const Tensor& tokens_N) {
+  timed(stream, "count_tokens_by_rank", 0, bytes_of({&indices_TK, &tokens_N}),
+        [&] { inner_.count_tokens_by_rank(stream, indices_TK, experts_per_rank, tokens_N); });
+}
+
+void TimedOps::address_tokens(Stream& stream, const Tensor& indices_TK, const Tensor& counts_NX,
+                              int64_t rank, int64_t round, int64_t window,
+                              const Tensor& token_of_row_Z, const Tensor& row_of_token_TN,
+                              const Tensor& choices_ZK) {
+  timed(stream, "address_tokens", 0,
+        bytes_of({&indices_TK, &counts_NX, &token_of_row_Z, &row_of_token_TN, &choices_ZK}), [&] {
+          inner_.address_tokens(stream, indices_TK, counts_NX, rank, round, window, token_of_row_Z,
+                                row_of_token_TN, choices_ZK);
         });
 }
 

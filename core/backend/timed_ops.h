@@ -98,9 +98,11 @@ class TimedOps : public Ops {
   void combine_rows(Stream&, const Tensor& y_RD, const Tensor& row_of_slot_TK,
                     const Tensor& addend_TD, const Tensor& out_TD) override;
   void gather_rows(Stream&, const Tensor& x_XD, const Tensor& index_R, const Tensor& y_RD) override;
-  void arrange_arrivals(Stream&, const Tensor& counts_NE, int64_t first_expert, int64_t round,
-                        const Tensor& order_C, const Tensor& arrival_C,
-                        const Tensor& offsets_L1) override;
+  void count_tokens_by_rank(Stream&, const Tensor& indices_TK, int64_t experts_per_rank,
+                            const Tensor& tokens_N) override;
+  void address_tokens(Stream&, const Tensor& indices_TK, const Tensor& counts_NX, int64_t rank,
+                      int64_t round, int64_t window, const Tensor& token_of_row_Z,
+                      const Tensor& row_of_token_TN, const Tensor& choices_ZK) override;
   void embedding(Stream&, const Tensor& tokens_T, const Tensor& weight_VD, int64_t vocab_begin,
                  const Tensor& x_TD) override;
   void embedding_backward(Stream&, const Tensor& tokens_T, const Tensor& dx_TD, int64_t vocab_begin,

@@ -48,40 +48,59 @@ class SequenceSums {
 };
 
 // A micro-batch's routing: made once, in the first forward; recomputation reads it. Letters: t tokens of
-// this rank, K experts per token, R = t K choices, E experts.
+// this rank, K experts per token, E experts.
 struct Routing {
-  Tensor indices_TK;      // i32
-  Tensor weights_TK;      // S
-  // The choices sorted by expert (Ops::sort_by_expert), over all experts.
+  Tensor indices_TK;  // i32
+  Tensor weights_TK;  // S
+  // What the dispatcher's route() made of them. Without expert parallelism the choices sorted by expert
+  // (Ops::sort_by_expert):
   Tensor offsets_E1;      // i32
   Tensor token_of_row_R;  // i32
   Tensor row_of_slot_TK;  // i32
   Tensor row_weight_R;    // S
-  // For the dispatcher: choices of each rank of the expert group for each expert, on the device (i64)
-  // and, once it has waited for them, on the host.
-  Tensor counts_NE;
+  // With it, what each of N ranks of the expert group sends (Ops::address_tokens), on the device (i64)
+  // and, once the host has waited for them, there.
+  Tensor counts_NX;
   std::vector<int64_t> counts;
 };
 
-// Rows for the experts of this rank, sorted by expert: row r is x[row_index[r]], or x[r] where row_index is
-// absent. Rows at and after the last offset are unused.
+// Rows for the experts of this rank, sorted by expert: row r is x[row_index[r]]. Rows at and after the
+// last offset are unused.
 struct ExpertRows {
+  int round = 0;
   Tensor x_XD;
   Tensor row_index_R;   // i32
   Tensor offsets_E1;    // i32, over this rank's experts
   Tensor row_weight_R;  // S
+  // For the dispatcher: of each row that this rank sent its token, and the other way round; of each row
+  // of x its rows for experts here (i32, -1: none).
+  Tensor token_of_sent_Z{}, sent_of_token_TN{}, row_of_slot_UK{};
 };
 
-// Carries rows to their experts and back. The local version moves nothing.
+// What experts have made of a round's rows.
+struct ExpertResults {
+  Tensor y_RD;        // outputs, or gradients of inputs
+  Tensor dweight_R1{};  // S: gradients of the row weights; absent in forward
+};
+
+// Where a round's results are added up for the tokens: out = addend (may be absent, and may be out) +
+// what the experts of the token's choices gave. dweights_TK (absent in forward): the gradients of the
+// choices' weights, of which round 0 overwrites all.
+struct TokenResults {
+  Tensor addend_TD, out_TD;
+  Tensor dweights_TK{};
+};
+
+// Carries tokens' rows to the experts of their choice and results back. The local version moves nothing.
 //
-// What a rank's experts receive lies in buffers of max_rows() rows. Where more arrive, further rounds
-// follow, as many on every rank of the group as the fullest one needs: nothing is dropped. A layer
-// dispatches, computes and returns once per round. Backward is the same two calls: gradients of outputs are
-// dispatched, gradients of inputs and of row weights are returned.
+// What a rank's experts compute on lies in buffers of max_rows() rows. Where more choices arrive, further
+// rounds follow, as many on every rank of the group as the fullest one needs: nothing is dropped. A layer
+// dispatches, computes and returns once per round. Backward dispatches gradients of outputs to where the
+// round's rows went, and returns gradients of inputs and of row weights.
 class TokenDispatcher {
  public:
   virtual ~TokenDispatcher() = default;
-  virtual bool local() const = 0;  // nothing moves: outputs are written where return_finish would put them
+  virtual bool local() const = 0;  // experts read the tokens' own rows
   // Rows of a round's buffers for t local tokens.
   virtual int64_t max_rows(int64_t tokens, int64_t experts_per_token) const = 0;
   // Makes the routing's tables in `keep` from its indices and weights.
@@ -93,13 +112,17 @@ class TokenDispatcher {
   // until finish. One dispatch is under way at a time.
   virtual void dispatch_start(DistStream, int round, const Tensor& x_TD, const Routing&, Arena& rows,
                               Arena& scratch) = 0;
-  virtual ExpertRows dispatch_finish(DistStream, int round, const Tensor& x_TD, const Routing&) = 0;
-  // y_RX: a row (of any type and length) per row of the round's ExpertRows. Fills this rank's choices that
-  // the round carried in returned_RX, whose rows are in the order of Routing::token_of_row_R.
-  virtual void return_start(DistStream, int round, const Tensor& y_RX, const Routing&,
-                            const Tensor& returned_RX, Arena& scratch) = 0;
-  virtual void return_finish(DistStream, int round, const Tensor& y_RX, const Routing&,
-                             const Tensor& returned_RX) = 0;
+  virtual ExpertRows dispatch_finish(DistStream, const Tensor& x_TD, const Routing&) = 0;
+  // The tokens' rows of dy_TD go where those of a round went: finish returns dy_XD, to be read through
+  // the round's row_index_R.
+  virtual void dispatch_again_start(DistStream, const ExpertRows& round, const Tensor& dy_TD,
+                                    const Routing&, Arena& rows, Arena& scratch) = 0;
+  virtual Tensor dispatch_again_finish(DistStream, const Tensor& dy_TD) = 0;
+  // One return is under way at a time.
+  virtual void return_start(DistStream, const ExpertRows& round, const ExpertResults&, const Routing&,
+                            Arena& scratch) = 0;
+  virtual void return_finish(DistStream, const ExpertRows& round, const ExpertResults&, const Routing&,
+                             const TokenResults&) = 0;
 };
 
 struct KeysValues {

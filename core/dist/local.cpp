@@ -4,7 +4,7 @@
 
 namespace dstrain {
 
-void sort_routing(DistStream dist, int64_t num_experts, Routing& routing, Arena& keep) {
+void LocalDispatcher::route(DistStream dist, int64_t num_experts, Routing& routing, Arena& keep) {
   const int64_t T = routing.indices_TK.size(0), K = routing.indices_TK.size(1);
   routing.offsets_E1 = keep.make(DType::i32, {num_experts + 1}, "expert offsets");
   routing.token_of_row_R = keep.make(DType::i32, {T * K}, "token of row");
@@ -14,8 +14,14 @@ void sort_routing(DistStream dist, int64_t num_experts, Routing& routing, Arena&
                           routing.token_of_row_R, routing.row_of_slot_TK, routing.row_weight_R);
 }
 
-void LocalDispatcher::route(DistStream dist, int64_t num_experts, Routing& routing, Arena& keep) {
-  sort_routing(dist, num_experts, routing, keep);
+void LocalDispatcher::return_finish(DistStream dist, const ExpertRows&, const ExpertResults& results,
+                                    const Routing& routing, const TokenResults& tokens) {
+  dist.ops.combine_rows(dist.stream, results.y_RD, routing.row_of_slot_TK, tokens.addend_TD,
+                        tokens.out_TD);
+  if (!tokens.dweights_TK.defined()) return;
+  const int64_t R = routing.row_of_slot_TK.numel();
+  dist.ops.gather_rows(dist.stream, results.dweight_R1, routing.row_of_slot_TK.view({R}),
+                       tokens.dweights_TK.view({R, 1}));
 }
 
 GradContributions::GradContributions(const ParameterSet& parameters) {

@@ -31,15 +31,21 @@ class LocalDispatcher : public TokenDispatcher {
   void route(DistStream, int64_t num_experts, Routing& routing, Arena& keep) override;
   int rounds(DistStream, const Routing&) const override { return 1; }
   void dispatch_start(DistStream, int, const Tensor&, const Routing&, Arena&, Arena&) override {}
-  ExpertRows dispatch_finish(DistStream, int, const Tensor& x_TD, const Routing& routing) override {
-    return {x_TD, routing.token_of_row_R, routing.offsets_E1, routing.row_weight_R};
+  ExpertRows dispatch_finish(DistStream, const Tensor& x_TD, const Routing& routing) override {
+    return {.round = 0,
+            .x_XD = x_TD,
+            .row_index_R = routing.token_of_row_R,
+            .offsets_E1 = routing.offsets_E1,
+            .row_weight_R = routing.row_weight_R};
   }
-  void return_start(DistStream, int, const Tensor&, const Routing&, const Tensor&, Arena&) override {}
-  void return_finish(DistStream, int, const Tensor&, const Routing&, const Tensor&) override {}
+  void dispatch_again_start(DistStream, const ExpertRows&, const Tensor&, const Routing&, Arena&,
+                            Arena&) override {}
+  Tensor dispatch_again_finish(DistStream, const Tensor& dy_TD) override { return dy_TD; }
+  void return_start(DistStream, const ExpertRows&, const ExpertResults&, const Routing&,
+                    Arena&) override {}
+  void return_finish(DistStream dist, const ExpertRows& round, const ExpertResults& results,
+                     const Routing& routing, const TokenResults& tokens) override;
 };
-
-// Sorts the choices by expert: what every dispatcher's route() starts with.
-void sort_routing(DistStream dist, int64_t num_experts, Routing& routing, Arena& keep);
 
 class LocalKvExchange : public KvExchange {
  public:

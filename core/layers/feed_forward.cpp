@@ -13,23 +13,43 @@ FeedForward::FeedForward(const Declare& declare, int64_t hidden_size, int64_t in
 
 void FeedForward::forward(StepContext& ctx, const Tensor& x_tD, FeedForwardSaved& saved,
                           const Tensor& out_tD) const {
-  const int64_t T = ctx.batch.num_tokens();
-  Arena& scratch = ctx.arena.scratch;
+  begin(ctx, x_tD, saved);
+  ArenaScope scope(ctx.arena.scratch);
+  const Tensor h_TI = up(ctx, saved);
+  if (!ctx.recomputing) down(ctx, h_TI, out_tD);
+}
+
+void FeedForward::begin(StepContext& ctx, const Tensor& x_tD, FeedForwardSaved& saved) const {
   saved.x_tD = x_tD;
-  saved.gate_up_T2I = ctx.arena.saved.make(ctx.dtype, {T, 2 * inner_}, "gate and up");
+  saved.gate_up_T2I =
+      ctx.arena.saved.make(ctx.dtype, {ctx.batch.num_tokens(), 2 * inner_}, "gate and up");
+}
+
+Tensor FeedForward::up(StepContext& ctx, const FeedForwardSaved& saved) const {
+  Arena& scratch = ctx.arena.scratch;
+  const Tensor h_TI = scratch.make(ctx.dtype, {ctx.batch.num_tokens(), inner_}, "SwiGLU output");
   ArenaScope scope(scratch);
-  const Tensor x_TD = gather_tokens(ctx, x_tD, scratch, "all tokens");
-  const Tensor h_TI = scratch.make(ctx.dtype, {T, inner_}, "SwiGLU output");
+  const Tensor x_TD = gather_tokens(ctx, saved.x_tD, scratch, "all tokens");
   ctx.ops.ffn_up(ctx.stream, x_TD, {}, gate_up_.value.view({1, 2 * inner_, hidden_}), {}, {},
                  saved.gate_up_T2I, h_TI);
-  if (ctx.recomputing) return;
-  const Tensor partial_TD = partial_sums(ctx, out_tD, scratch, "partial projection");
+  return h_TI;
+}
+
+void FeedForward::down(StepContext& ctx, const Tensor& h_TI, const Tensor& out_tD) const {
+  ArenaScope scope(ctx.arena.scratch);
+  const Tensor partial_TD = partial_sums(ctx, out_tD, ctx.arena.scratch, "partial projection");
   ctx.ops.grouped_matmul(ctx.stream, h_TI, {}, down_.value.view({1, hidden_, inner_}), {}, partial_TD);
   reduce_tokens(ctx, partial_TD, out_tD);
 }
 
 void FeedForward::backward_input(StepContext& ctx, const Tensor& dout_tD, FeedForwardSaved& saved,
                                  const Tensor& dx_tD) const {
+  down_backward_input(ctx, dout_tD, saved);
+  up_backward_input(ctx, saved, dx_tD);
+}
+
+void FeedForward::down_backward_input(StepContext& ctx, const Tensor& dout_tD,
+                                      FeedForwardSaved& saved) const {
   const int64_t T = ctx.batch.num_tokens();
   Arena& grads = ctx.arena.grads;
   saved.dout_TD = gather_tokens(ctx, dout_tD, grads, "d output of all tokens");
@@ -38,6 +58,10 @@ void FeedForward::backward_input(StepContext& ctx, const Tensor& dout_tD, FeedFo
   saved.h_TI = grads.make(ctx.dtype, {T, inner_}, "SwiGLU output");
   ctx.ops.ffn_down_backward_input(ctx.stream, saved.dout_TD, {}, down_.value.view({1, hidden_, inner_}),
                                   {}, saved.gate_up_T2I, {}, saved.dgate_up_T2I, saved.h_TI, {});
+}
+
+void FeedForward::up_backward_input(StepContext& ctx, const FeedForwardSaved& saved,
+                                    const Tensor& dx_tD) const {
   ArenaScope scope(ctx.arena.scratch);
   const Tensor partial_TD = partial_sums(ctx, dx_tD, ctx.arena.scratch, "partial d input");
   ctx.ops.grouped_matmul_backward_input(ctx.stream, saved.dgate_up_T2I, {},

@@ -21,6 +21,13 @@ class FeedForward {
   void forward(StepContext& ctx, const Tensor& x_tD, FeedForwardSaved& saved, const Tensor& out_tD) const;
   void backward_input(StepContext& ctx, const Tensor& dout_tD, FeedForwardSaved& saved,
                       const Tensor& dx_tD) const;
+  // The same in halves, for callers that have other work beside each. begin makes what is saved, up
+  // returns SwiGLU's output, which it makes in scratch.
+  void begin(StepContext& ctx, const Tensor& x_tD, FeedForwardSaved& saved) const;
+  Tensor up(StepContext& ctx, const FeedForwardSaved& saved) const;
+  void down(StepContext& ctx, const Tensor& h_TI, const Tensor& out_tD) const;
+  void down_backward_input(StepContext& ctx, const Tensor& dout_tD, FeedForwardSaved& saved) const;
+  void up_backward_input(StepContext& ctx, const FeedForwardSaved& saved, const Tensor& dx_tD) const;
   void backward_weight(StepContext& ctx, const FeedForwardSaved& saved) const;
 
  private:

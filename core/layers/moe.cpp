@@ -28,6 +28,25 @@ void Moe::up(StepContext& ctx, ExpertRound& round, Arena& saved, Arena& scratch)
                  round.x.offsets_E1, round.x.row_weight_R, round.gate_up_C2I, round.h_CI);
 }
 
+template <class Work>
+void Moe::give_back(StepContext& ctx, const ExpertRound& round, const ExpertResults& results,
+                    const Routing& routing, const TokenResults& tokens, const Work& beside) const {
+  TokenDispatcher& dispatcher = ctx.dist.dispatcher;
+  const DistStream dist = ctx.dist_stream();
+  dispatcher.return_start(dist, round.x, results, routing, ctx.arena.scratch);
+  beside();
+  dispatcher.return_finish(dist, round.x, results, routing, tokens);
+}
+
+void Moe::further_round(StepContext& ctx, int i, const Tensor& x_tD, const Routing& routing,
+                        ExpertRound& round) const {
+  TokenDispatcher& dispatcher = ctx.dist.dispatcher;
+  Arena& scratch = ctx.arena.scratch;
+  dispatcher.dispatch_start(ctx.dist_stream(), i, x_tD, routing, scratch, scratch);
+  round.x = dispatcher.dispatch_finish(ctx.dist_stream(), x_tD, routing);
+  up(ctx, round, scratch, scratch);
+}
+
 void Moe::forward(StepContext& ctx, const Tensor& x_tD, MoeSaved& saved, const Tensor& out_tD) const {
   saved.x_tD = x_tD;
   router_.forward(ctx, x_tD, saved.router);
@@ -36,34 +55,32 @@ void Moe::forward(StepContext& ctx, const Tensor& x_tD, MoeSaved& saved, const T
   const DistStream dist = ctx.dist_stream();
   Arena& scratch = ctx.arena.scratch;
 
+  // The shared experts' first product runs while rows travel to the experts, the second on their way
+  // back.
   dispatcher.dispatch_start(dist, 0, x_tD, routing, ctx.arena.saved, scratch);
-  if (shared_) shared_->forward(ctx, x_tD, saved.shared, out_tD);
-  saved.first.x = dispatcher.dispatch_finish(dist, 0, x_tD, routing);
+  Tensor shared_h_TI;
+  if (shared_ && ctx.recomputing) shared_->forward(ctx, x_tD, saved.shared, out_tD);
+  if (shared_ && !ctx.recomputing) {
+    shared_->begin(ctx, x_tD, saved.shared);
+    shared_h_TI = shared_->up(ctx, saved.shared);
+  }
+  saved.first.x = dispatcher.dispatch_finish(dist, x_tD, routing);
   // Under full recomputation `saved` is scratch, too: what backward needs lies below the scope.
   up(ctx, saved.first, ctx.arena.saved, scratch);
   if (ctx.recomputing) return;
 
-  ArenaScope scope(scratch);
-  const int64_t R = routing.token_of_row_R.size(0), C = round_rows(ctx);
-  const Tensor returned_RD = scratch.make(ctx.dtype, {R, hidden_}, "returned expert outputs");
-  ExpertRound round = saved.first;
   const int rounds = dispatcher.rounds(dist, routing);
+  ExpertRound round = saved.first;
   for (int i = 0; i < rounds; ++i) {
-    ArenaScope round_scope(scratch);
-    if (i > 0) {
-      dispatcher.dispatch_start(dist, i, x_tD, routing, scratch, scratch);
-      round.x = dispatcher.dispatch_finish(dist, i, x_tD, routing);
-      up(ctx, round, scratch, scratch);
-    }
-    const Tensor y_CD = dispatcher.local()
-                            ? returned_RD
-                            : scratch.make(ctx.dtype, {C, hidden_}, "expert outputs");
+    ArenaScope scope(scratch);
+    if (i > 0) further_round(ctx, i, x_tD, routing, round);
+    const Tensor y_CD = scratch.make(ctx.dtype, {round_rows(ctx), hidden_}, "expert outputs");
     ctx.ops.grouped_matmul(ctx.stream, round.h_CI, {}, down_.value, round.x.offsets_E1, y_CD);
-    dispatcher.return_start(dist, i, y_CD, routing, returned_RD, scratch);
-    dispatcher.return_finish(dist, i, y_CD, routing, returned_RD);
+    give_back(ctx, round, {.y_RD = y_CD}, routing,
+              {.addend_TD = shared_ || i > 0 ? out_tD : Tensor(), .out_TD = out_tD}, [&] {
+                if (shared_ && i == 0) shared_->down(ctx, shared_h_TI, out_tD);
+              });
   }
-  ctx.ops.combine_rows(ctx.stream, returned_RD, routing.row_of_slot_TK, shared_ ? out_tD : Tensor(),
-                       out_tD);
 }
 
 void Moe::restore(StepContext& ctx, const Tensor& x_tD, MoeSaved& saved) const {
@@ -72,13 +89,13 @@ void Moe::restore(StepContext& ctx, const Tensor& x_tD, MoeSaved& saved) const {
   if (ctx.dist.dispatcher.local()) saved.first.x.x_XD = x_tD;
 }
 
-void Moe::round_backward(StepContext& ctx, const ExpertRound& round, const Tensor& dx_CD,
-                         const Tensor& drow_weight_C) const {
-  ctx.ops.ffn_down_backward_input(ctx.stream, round.dy.x_XD, round.dy.row_index_R, down_.value,
+void Moe::round_backward(StepContext& ctx, const ExpertRound& round, const ExpertResults& grads) const {
+  ctx.ops.ffn_down_backward_input(ctx.stream, round.dy_XD, round.x.row_index_R, down_.value,
                                   round.x.offsets_E1, round.gate_up_C2I, round.x.row_weight_R,
-                                  round.dgate_up_C2I, round.h_CI, drow_weight_C);
+                                  round.dgate_up_C2I, round.h_CI,
+                                  grads.dweight_R1.view({grads.dweight_R1.size(0)}));
   ctx.ops.grouped_matmul_backward_input(ctx.stream, round.dgate_up_C2I, {},
-                                        gate_up_matrix(gate_up_.value), round.x.offsets_E1, dx_CD);
+                                        gate_up_matrix(gate_up_.value), round.x.offsets_E1, grads.y_RD);
 }
 
 void Moe::backward_input(StepContext& ctx, const Tensor& dout_tD, MoeSaved& saved,
@@ -86,54 +103,46 @@ void Moe::backward_input(StepContext& ctx, const Tensor& dout_tD, MoeSaved& save
   const Routing& routing = saved.router.routing;
   TokenDispatcher& dispatcher = ctx.dist.dispatcher;
   const DistStream dist = ctx.dist_stream();
-  const int64_t R = routing.token_of_row_R.size(0), C = round_rows(ctx);
+  const int64_t C = round_rows(ctx);
   Arena& grads = ctx.arena.grads;
   Arena& scratch = ctx.arena.scratch;
   saved.router.dlogits_TE = grads.like(saved.router.scores_TE, "d router logits");
 
-  dispatcher.dispatch_start(dist, 0, dout_tD, routing, grads, scratch);
-  if (shared_) shared_->backward_input(ctx, dout_tD, saved.shared, dx_tD);
-  saved.first.dy = dispatcher.dispatch_finish(dist, 0, dout_tD, routing);
+  dispatcher.dispatch_again_start(dist, saved.first.x, dout_tD, routing, grads, scratch);
+  if (shared_) shared_->down_backward_input(ctx, dout_tD, saved.shared);
+  saved.first.dy_XD = dispatcher.dispatch_again_finish(dist, dout_tD);
   saved.first.dgate_up_C2I = grads.make(ctx.dtype, {C, 2 * inner_}, "experts' d gate and up");
   saved.first.h_CI = grads.make(ctx.dtype, {C, inner_}, "experts' SwiGLU output");
 
   ArenaScope scope(scratch);
-  const Tensor returned_RD = scratch.make(ctx.dtype, {R, hidden_}, "returned d expert inputs");
-  const Tensor returned_R1 = scratch.make(ctx.stat(), {R, 1}, "returned d row weights");
+  const Tensor dweights_TK = scratch.like(routing.weights_TK, "d expert weights");
   const int rounds = dispatcher.rounds(dist, routing);
   for (int i = 0; i < rounds; ++i) {
     ExpertRound further;
     ExpertRound& round = i == 0 ? saved.first : further;
     ArenaScope round_scope(scratch);
     if (i > 0) {
-      dispatcher.dispatch_start(dist, i, saved.x_tD, routing, scratch, scratch);
-      round.x = dispatcher.dispatch_finish(dist, i, saved.x_tD, routing);
-      up(ctx, round, scratch, scratch);
+      further_round(ctx, i, saved.x_tD, routing, round);
       round.dgate_up_C2I = scratch.like(round.gate_up_C2I, "experts' d gate and up");
-      dispatcher.dispatch_start(dist, i, dout_tD, routing, scratch, scratch);
-      round.dy = dispatcher.dispatch_finish(dist, i, dout_tD, routing);
+      dispatcher.dispatch_again_start(dist, round.x, dout_tD, routing, scratch, scratch);
+      round.dy_XD = dispatcher.dispatch_again_finish(dist, dout_tD);
     }
-    const bool local = dispatcher.local();
-    const Tensor dx_CD =
-        local ? returned_RD : scratch.make(ctx.dtype, {C, hidden_}, "d expert inputs");
-    const Tensor dweight_C1 = local ? returned_R1 : scratch.make(ctx.stat(), {C, 1}, "d row weight");
-    round_backward(ctx, round, dx_CD, dweight_C1.view({C}));
-    if (i > 0) round_backward_weight(ctx, round);
-    dispatcher.return_start(dist, i, dx_CD, routing, returned_RD, scratch);
-    dispatcher.return_finish(dist, i, dx_CD, routing, returned_RD);
-    dispatcher.return_start(dist, i, dweight_C1, routing, returned_R1, scratch);
-    dispatcher.return_finish(dist, i, dweight_C1, routing, returned_R1);
+    const ExpertResults results{scratch.make(ctx.dtype, {C, hidden_}, "d expert inputs"),
+                                scratch.make(ctx.stat(), {C, 1}, "d row weight")};
+    round_backward(ctx, round, results);
+    const TokenResults tokens{shared_ || i > 0 ? dx_tD : Tensor(), dx_tD, dweights_TK};
+    give_back(ctx, round, results, routing, tokens, [&] {
+      if (shared_ && i == 0) shared_->up_backward_input(ctx, saved.shared, dx_tD);
+      if (i > 0) round_backward_weight(ctx, round);
+    });
   }
-  ctx.ops.combine_rows(ctx.stream, returned_RD, routing.row_of_slot_TK, shared_ ? dx_tD : Tensor(), dx_tD);
-  const Tensor dweights_TK = scratch.like(routing.weights_TK, "d expert weights");
-  ctx.ops.gather_rows(ctx.stream, returned_R1, routing.row_of_slot_TK.view({R}), dweights_TK.view({R, 1}));
   router_.backward_input(ctx, dweights_TK, saved.router, dx_tD);
 }
 
 void Moe::round_backward_weight(StepContext& ctx, const ExpertRound& round) const {
   const Tensor& offsets_E1 = round.x.offsets_E1;
   const GradTarget down = ctx.dist.params.grad(down_);
-  ctx.ops.grouped_matmul_backward_weight(ctx.stream, round.dy.x_XD, round.dy.row_index_R, round.h_CI, {},
+  ctx.ops.grouped_matmul_backward_weight(ctx.stream, round.dy_XD, round.x.row_index_R, round.h_CI, {},
                                          offsets_E1, down.accumulate, down.grad);
   const GradTarget gate_up = ctx.dist.params.grad(gate_up_);
   ctx.ops.grouped_matmul_backward_weight(ctx.stream, round.dgate_up_C2I, {}, round.x.x_XD,

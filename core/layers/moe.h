@@ -14,7 +14,8 @@ namespace dstrain {
 
 // One round of rows through the experts of this rank: C rows at most.
 struct ExpertRound {
-  ExpertRows x, dy;
+  ExpertRows x;
+  Tensor dy_XD;              // read through x.row_index
   Tensor gate_up_C2I, h_CI;  // h is made again in backward
   Tensor dgate_up_C2I;
 };
@@ -42,10 +43,17 @@ class Moe {
  private:
   // gate_up = x W^T and h = SwiGLU of it, times the row weight; both made here.
   void up(StepContext& ctx, ExpertRound& round, Arena& saved, Arena& scratch) const;
+  // A round's results go back to their tokens. `beside` is work of this rank that needs none of them;
+  // it is queued while they travel.
+  template <class Work>
+  void give_back(StepContext& ctx, const ExpertRound& round, const ExpertResults& results,
+                 const Routing& routing, const TokenResults& tokens, const Work& beside) const;
+  // Dispatches round i > 0 once more and goes as far as forward did.
+  void further_round(StepContext& ctx, int i, const Tensor& x_tD, const Routing& routing,
+                     ExpertRound& round) const;
   // From the gradients of a round's outputs to those of its inputs and row weights. dgate_up and h have
   // been made.
-  void round_backward(StepContext& ctx, const ExpertRound& round, const Tensor& dx_CD,
-                      const Tensor& drow_weight_C) const;
+  void round_backward(StepContext& ctx, const ExpertRound& round, const ExpertResults& grads) const;
   void round_backward_weight(StepContext& ctx, const ExpertRound& round) const;
   int64_t round_rows(StepContext& ctx) const {
     return ctx.dist.dispatcher.max_rows(ctx.local_tokens(), experts_per_token_);

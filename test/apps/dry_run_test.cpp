@@ -140,7 +140,7 @@ TEST_CASE("dry run: a job of 64 ranks is planned in one process", "[dry_run][lay
         "  of a rank      1.09B parameters\n",
         "  parameters     values 4.05 GiB, gradients 4.05 GiB, moments 1.84 GiB = 9.94 GiB\n",
         "  in flight      activations of 2 micro-batches\n",
-        "  expert buffer  294,912 rows of 2048, 8 experts on this rank\n",
+        "  expert buffer  294,917 rows of 2048, 8 experts on this rank\n",
         "Memory of rank 0, in stage 0, which needs the most\n"})
     CHECK_THAT(planned.out, Contains(text));
   // All 64 would start here.

@@ -252,20 +252,31 @@ class OneRound : public WrappedDispatcher {
   int rounds(DistStream dist, const Routing& routing) const override {
     return dist.dry ? inner_.rounds(dist, routing) : 1;
   }
-  void return_start(DistStream dist, int round, const Tensor& y_RX, const Routing& routing,
-                    const Tensor& returned_RX, Arena& scratch) override {
-    if (!dist.dry) dist.ops.fill(dist.stream, returned_RX, 0.0);
-    inner_.return_start(dist, round, y_RX, routing, returned_RX, scratch);
-  }
 };
 
 class NoWeightGradients : public WrappedDispatcher {
  public:
   using WrappedDispatcher::WrappedDispatcher;
-  void return_finish(DistStream dist, int round, const Tensor& y_RX, const Routing& routing,
-                     const Tensor& returned_RX) override {
-    inner_.return_finish(dist, round, y_RX, routing, returned_RX);
-    if (!dist.dry && returned_RX.size(1) == 1) dist.ops.fill(dist.stream, returned_RX, 0.0);
+  void return_finish(DistStream dist, const ExpertRows& round, const ExpertResults& results,
+                     const Routing& routing, const TokenResults& tokens) override {
+    inner_.return_finish(dist, round, results, routing, tokens);
+    if (!dist.dry && tokens.dweights_TK.defined())
+      dist.ops.fill(dist.stream, tokens.dweights_TK, 0.0);
+  }
+};
+
+// A token's results from the first rank that has experts of its choice are lost.
+class NoFirstResults : public WrappedDispatcher {
+ public:
+  using WrappedDispatcher::WrappedDispatcher;
+  ExpertRows dispatch_finish(DistStream dist, const Tensor& x_TD, const Routing& routing) override {
+    const ExpertRows rows = inner_.dispatch_finish(dist, x_TD, routing);
+    if (!dist.dry) {
+      const Tensor& sent_TN = rows.sent_of_token_TN;
+      for (int64_t t = 0; t < sent_TN.size(0); ++t)
+        sent_TN.data<int32_t>()[t * sent_TN.size(1)] = -1;
+    }
+    return rows;
   }
 };
 
@@ -408,6 +419,8 @@ void add_expert_faults(std::vector<LayoutFault>& all) {
   all.push_back({"rows of further rounds are dropped", narrow, kLosses, dispatcher<OneRound>()});
   all.push_back({"gradients of expert weights do not come back", moe(kExpert), kGradients,
                  dispatcher<NoWeightGradients>()});
+  all.push_back({"what one rank's experts gave does not come back", moe(kExpert), kLosses,
+                 dispatcher<NoFirstResults>()});
   all.push_back({"balancing biases follow a rank's own tokens", moe(kExpert), kParameters,
                  sum_over_ranks([](Distribution& inner, DistStream dist, const Tensor& x) {
                    if (x.dtype() != DType::i64) inner.sum_over_ranks(dist, x);

@@ -168,10 +168,15 @@ class ForwardingOps : public Ops {
     ops_.gather_rows(s, x_XD, index_R, y_RD);
     after_op();
   }
-  void arrange_arrivals(Stream& s, const Tensor& counts_NE, int64_t first_expert, int64_t round,
-                        const Tensor& order_C, const Tensor& arrival_C,
-                        const Tensor& offsets_L1) override {
-    ops_.arrange_arrivals(s, counts_NE, first_expert, round, order_C, arrival_C, offsets_L1);
+  void count_tokens_by_rank(Stream& s, const Tensor& indices_TK, int64_t experts_per_rank,
+                            const Tensor& tokens_N) override {
+    ops_.count_tokens_by_rank(s, indices_TK, experts_per_rank, tokens_N);
+  }
+  void address_tokens(Stream& s, const Tensor& indices_TK, const Tensor& counts_NX, int64_t rank,
+                      int64_t round, int64_t window, const Tensor& token_of_row_Z,
+                      const Tensor& row_of_token_TN, const Tensor& choices_ZK) override {
+    ops_.address_tokens(s, indices_TK, counts_NX, rank, round, window, token_of_row_Z,
+                        row_of_token_TN, choices_ZK);
   }
   void embedding(Stream& s, const Tensor& tokens_T, const Tensor& weight_VD, int64_t vocab_begin,
                  const Tensor& x_TD) override {

@@ -52,17 +52,23 @@ class WrappedDispatcher : public TokenDispatcher {
                       Arena& rows, Arena& scratch) override {
     inner_.dispatch_start(dist, round, x_TD, routing, rows, scratch);
   }
-  ExpertRows dispatch_finish(DistStream dist, int round, const Tensor& x_TD,
-                             const Routing& routing) override {
-    return inner_.dispatch_finish(dist, round, x_TD, routing);
+  ExpertRows dispatch_finish(DistStream dist, const Tensor& x_TD, const Routing& routing) override {
+    return inner_.dispatch_finish(dist, x_TD, routing);
   }
-  void return_start(DistStream dist, int round, const Tensor& y_RX, const Routing& routing,
-                    const Tensor& returned_RX, Arena& scratch) override {
-    inner_.return_start(dist, round, y_RX, routing, returned_RX, scratch);
+  void dispatch_again_start(DistStream dist, const ExpertRows& round, const Tensor& dy_TD,
+                            const Routing& routing, Arena& rows, Arena& scratch) override {
+    inner_.dispatch_again_start(dist, round, dy_TD, routing, rows, scratch);
   }
-  void return_finish(DistStream dist, int round, const Tensor& y_RX, const Routing& routing,
-                     const Tensor& returned_RX) override {
-    inner_.return_finish(dist, round, y_RX, routing, returned_RX);
+  Tensor dispatch_again_finish(DistStream dist, const Tensor& dy_TD) override {
+    return inner_.dispatch_again_finish(dist, dy_TD);
+  }
+  void return_start(DistStream dist, const ExpertRows& round, const ExpertResults& results,
+                    const Routing& routing, Arena& scratch) override {
+    inner_.return_start(dist, round, results, routing, scratch);
+  }
+  void return_finish(DistStream dist, const ExpertRows& round, const ExpertResults& results,
+                     const Routing& routing, const TokenResults& tokens) override {
+    inner_.return_finish(dist, round, results, routing, tokens);
   }
 
  protected:
