@@ -12,7 +12,6 @@ ExpertParallel::ExpertParallel(Communicator& ranks, Backend& backend, ExposedTim
       backend_(backend),
       buffer_factor_(buffer_factor),
       queue_(backend, exposed),
-      counts_gathered_(backend),
       done_(backend),
       counted_(backend.make_event()) {}
 
@@ -51,7 +50,6 @@ void ExpertParallel::route(DistStream dist, int64_t num_experts, Routing& routin
                                 own_X.rows(num_experts, X));
   queue_.exposed().beside(CommKind::experts, comm.stream,
                           [&] { ranks_.all_gather(comm.stream, own_X, routing.counts_NX); });
-  counts_gathered_.set(comm);
   const int64_t bytes = routing.counts_NX.bytes();
   if (counts_.bytes() < bytes) counts_ = DeviceMemory(backend_, bytes, MemoryKind::host);
   backend_.copy(comm.stream, counts_.data(), routing.counts_NX.raw(), bytes);
@@ -104,9 +102,10 @@ const ExpertParallel::Traffic& ExpertParallel::traffic(int round, const Routing&
 }
 
 // What comm_ carries begins behind dist.stream, which leaves it room until arrive().
-void ExpertParallel::travel(DistStream dist) {
+DistStream ExpertParallel::travel(DistStream dist) {
   comm_.emplace(queue_.after(dist));
   dist.stream.leave_room(ranks_.exchange_multiprocessors());
+  return *comm_;
 }
 
 void ExpertParallel::arrive(DistStream dist) {
@@ -137,15 +136,17 @@ void ExpertParallel::dispatch_start(DistStream dist, int round, const Tensor& x_
   p.choices_UK = scratch.make(DType::i32, {U, K}, "experts of received rows");
   p.weights_UK = scratch.make(stat, {U, K}, "weights of received rows");
   if (dist.dry) return;
-  counts_gathered_.wait(dist, queue_.exposed(), CommKind::experts);
-  dist.ops.address_tokens(dist.stream, routing.indices_TK, routing.counts_NX, ranks_.rank(), round,
-                          window(routing), a.token_of_sent_Z, a.sent_of_token_TN, p.choices_ZK);
-  dist.ops.gather_rows(dist.stream, routing.weights_TK, a.token_of_sent_Z, p.weights_ZK);
-  dist.ops.gather_rows(dist.stream, x_TD, a.token_of_sent_Z, p.rows_ZD);
-  travel(dist);
+  const DistStream comm = travel(dist);
+  queue_.exposed().beside(CommKind::experts, comm.stream, [&] {
+    comm.ops.address_tokens(comm.stream, routing.indices_TK, routing.counts_NX, ranks_.rank(),
+                            round, window(routing), a.token_of_sent_Z, a.sent_of_token_TN,
+                            p.choices_ZK);
+    comm.ops.gather_rows(comm.stream, routing.weights_TK, a.token_of_sent_Z, p.weights_ZK);
+    comm.ops.gather_rows(comm.stream, x_TD, a.token_of_sent_Z, p.rows_ZD);
+  });
   unsent_ = counting_ != nullptr;
   if (unsent_) return;  // the host would wait: see dispatch_finish
-  queue_.exposed().beside(CommKind::experts, comm_->stream, [&] { send_first(routing); });
+  queue_.exposed().beside(CommKind::experts, comm.stream, [&] { send_first(routing); });
 }
 
 // Where rows leave only here, computing waits from here on, also while the host has no counts yet.
@@ -188,12 +189,12 @@ void ExpertParallel::dispatch_again_start(DistStream dist, const ExpertRows& rou
   p.rows_UD = rows.make(dy_TD.dtype(), {most_received(routing), D}, "d outputs of experts here");
   p.rows_ZD = scratch.make(dy_TD.dtype(), {most_sent(routing), D}, "rows for other ranks");
   if (dist.dry) return;
-  dist.ops.gather_rows(dist.stream, dy_TD, round.token_of_sent_Z, p.rows_ZD);
-  travel(dist);
-  queue_.exposed().beside(CommKind::experts, comm_->stream, [&] {
+  const DistStream comm = travel(dist);
+  queue_.exposed().beside(CommKind::experts, comm.stream, [&] {
+    comm.ops.gather_rows(comm.stream, dy_TD, round.token_of_sent_Z, p.rows_ZD);
     const Traffic& t = traffic(round.round, routing);
-    ranks_.all_to_all(comm_->stream, p.rows_ZD, t.send_offsets, p.rows_UD, t.recv_offsets);
-    done_.set(*comm_);
+    ranks_.all_to_all(comm.stream, p.rows_ZD, t.send_offsets, p.rows_UD, t.recv_offsets);
+    done_.set(comm);
   });
 }
 
@@ -219,21 +220,22 @@ void ExpertParallel::return_start(DistStream dist, const ExpertRows& round,
   }
   if (dist.dry) return;
 
-  const Traffic& t = traffic(round.round, routing);
-  const int64_t received = t.received();
-  const Tensor row_of_slot_UK = round.row_of_slot_UK.rows(0, received);
-  if (weights)
-    dist.ops.combine_rows(dist.stream, results.dweight_R1, row_of_slot_UK.view({received * K, 1}),
-                          {}, dweights_UK.rows(0, received).view({received * K, 1}));
-  dist.ops.combine_rows(dist.stream, results.y_RD, row_of_slot_UK, {}, sums_UD.rows(0, received));
-  travel(dist);
-  queue_.exposed().beside(CommKind::experts, comm_->stream, [&] {
+  const DistStream comm = travel(dist);
+  queue_.exposed().beside(CommKind::experts, comm.stream, [&] {
+    const Traffic& t = traffic(round.round, routing);
+    const int64_t received = t.received(), slots = received * K;
+    const Tensor row_of_slot_UK = round.row_of_slot_UK.rows(0, received);
     const auto send = [&](const Tensor& from, const Tensor& to) {
-      ranks_.all_to_all(comm_->stream, from, t.recv_offsets, to, t.send_offsets);
+      ranks_.all_to_all(comm.stream, from, t.recv_offsets, to, t.send_offsets);
     };
-    if (weights) send(dweights_UK, returned_.dweights_ZK);
+    if (weights) {
+      comm.ops.combine_rows(comm.stream, results.dweight_R1, row_of_slot_UK.view({slots, 1}), {},
+                            dweights_UK.rows(0, received).view({slots, 1}));
+      send(dweights_UK, returned_.dweights_ZK);
+    }
+    comm.ops.combine_rows(comm.stream, results.y_RD, row_of_slot_UK, {}, sums_UD.rows(0, received));
     send(sums_UD, returned_.rows_ZD);
-    done_.set(*comm_);
+    done_.set(comm);
   });
 }
 

@@ -11,9 +11,9 @@
 // ranks know how often each chose each expert, so they agree on the number of rounds and on what
 // each carries (Ops::address_tokens).
 //
-// Rows travel on a stream of their own, and computing leaves them room meanwhile. The host has to
-// know the numbers of rows before it can send them: it waits for them once per layer and
-// micro-batch, and only after the work that does not depend on them has been queued (between
+// Rows are packed and travel on a stream of their own, and computing leaves it room meanwhile. The
+// host has to know the numbers of rows before it can send them: it waits for them once per layer
+// and micro-batch, and only after the work that does not depend on them has been queued (between
 // dispatch_start and dispatch_finish: the shared experts). Backward waits for nothing.
 #pragma once
 
@@ -79,7 +79,7 @@ class ExpertParallel : public TokenDispatcher {
   int64_t choices(const Routing& routing, int source, int rank) const;
   const Traffic& traffic(int round, const Routing& routing);
   void send_first(const Routing& routing);
-  void travel(DistStream dist);
+  DistStream travel(DistStream dist);
   void arrive(DistStream dist);
   void wait_for_counts() const;
 
@@ -88,7 +88,6 @@ class ExpertParallel : public TokenDispatcher {
   double buffer_factor_;
   int64_t experts_ = 0;  // of the model
   CommQueue queue_;
-  CommPoint counts_gathered_;
   CommPoint done_;  // of the dispatch or return under way
   // Counts on their way to the host.
   DeviceMemory counts_;
