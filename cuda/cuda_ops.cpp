@@ -4,6 +4,7 @@
 #include "cuda/cudnn_attention.h"
 #include "cuda/ffn_hopper.h"
 #include "cuda/grouped_gemm.h"
+#include "cuda/weight_gradient_hopper.h"
 
 namespace dstrain {
 static constexpr double kTuningSeconds = 2;
@@ -13,7 +14,8 @@ CudaOps::CudaOps(const CudaDevice& device)
       matmul_(std::make_unique<CudaMatmul>(device)),
       cudnn_attention_(std::make_unique<CudnnAttention>(device)),
       grouped_gemm_(std::make_unique<GroupedGemm>(device)),
-      hopper_ffn_(std::make_unique<HopperFfn>(device)) {}
+      hopper_ffn_(std::make_unique<HopperFfn>(device)),
+      hopper_weight_gradient_(std::make_unique<HopperWeightGradient>(device)) {}
 
 CudaOps::~CudaOps() = default;
 

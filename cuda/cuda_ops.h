@@ -16,6 +16,7 @@ class CudaMatmul;
 class CudnnAttention;
 class GroupedGemm;
 class HopperFfn;
+class HopperWeightGradient;
 
 class CudaOps : public Ops {
  public:
@@ -151,6 +152,7 @@ class CudaOps : public Ops {
   std::unique_ptr<CudnnAttention> cudnn_attention_;
   std::unique_ptr<GroupedGemm> grouped_gemm_;
   std::unique_ptr<HopperFfn> hopper_ffn_;
+  std::unique_ptr<HopperWeightGradient> hopper_weight_gradient_;
 };
 
 }  // namespace dstrain

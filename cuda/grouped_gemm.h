@@ -30,12 +30,12 @@ struct GroupedLinear {
 };
 
 // What two blocks that share operands compute at a time: rows x columns of the output.
-enum class GroupedTiling { c256x256, c128x512, c512x128 };
+enum class GroupedTiling { c256x256, c128x512 };
 
-// The tiling that goes least over the edges of the groups. Their sizes are taken as equal. c512x128
-// is for backward_weight, c128x512 for the other two.
+// The tiling that goes least over the edges of the groups. Their sizes are taken as equal.
 GroupedTiling choose_grouped_tiling(GroupedProduct product, const GroupedLinear& linear);
 
+// CUTLASS's kernels for forward and backward_input; weight_gradient_hopper.h has the third.
 // Thread-compatible. In a build without CUTLASS takes() is always false.
 class GroupedGemm {
  public:
@@ -48,10 +48,9 @@ class GroupedGemm {
   // What run() wants of scratch memory.
   int64_t scratch_bytes(int64_t groups) const;
 
-  // Asynchronous on the stream. `scratch` is aligned to 256 bytes. Groups without rows get zeros in
-  // dweight (overwrite) or nothing (add).
+  // Asynchronous on the stream. `scratch` is aligned to 256 bytes.
   void run(Stream& stream, GroupedProduct product, const GroupedLinear& linear,
-           Accumulate accumulate, void* scratch) const;
+           void* scratch) const;
 
  private:
   bool available_ = false;

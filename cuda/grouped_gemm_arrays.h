@@ -35,9 +35,5 @@ void run_grouped_forward(cudaStream_t stream, GroupedTiling tiling, const Groupe
 void prepare_grouped_backward_input();
 void run_grouped_backward_input(cudaStream_t stream, GroupedTiling tiling,
                                 const GroupedGemmArrays& arrays, int groups, int num_sms);
-void prepare_grouped_backward_weight();
-void run_grouped_backward_weight(cudaStream_t stream, GroupedTiling tiling,
-                                 const GroupedGemmArrays& arrays, int groups, int num_sms,
-                                 bool add);
 
 }  // namespace dstrain

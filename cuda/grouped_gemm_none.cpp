@@ -13,7 +13,7 @@ bool GroupedGemm::takes(GroupedProduct, const GroupedLinear&) const {
 int64_t GroupedGemm::scratch_bytes(int64_t) const {
   return 0;
 }
-void GroupedGemm::run(Stream&, GroupedProduct, const GroupedLinear&, Accumulate, void*) const {
+void GroupedGemm::run(Stream&, GroupedProduct, const GroupedLinear&, void*) const {
   DSTRAIN_CHECK(false, "this build has no grouped products for Hopper");
 }
 

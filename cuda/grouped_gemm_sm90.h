@@ -14,28 +14,24 @@
 
 namespace dstrain {
 
-// D = A B, or D += A B where D is f32, per group. A is M x K, B is K x N, D is M x N. A block
+// D = A B per group, in bf16. A is M x K, B is K x N, D is M x N; A and D lie by rows. A block
 // computes 128 x 256 of D. The two blocks of a cluster share what they load of B if one is above
 // the other (cluster 2 x 1), of A if they are side by side (1 x 2).
-template <class ElementD, class LayoutA, class LayoutB, class LayoutD, class ClusterMNK>
+template <class LayoutB, class ClusterMNK>
 class GroupedKernel {
   using TileMNK = cute::Shape<cute::_128, cute::_256, cute::_64>;
   using Element = cutlass::bfloat16_t;
   using Shape = cutlass::gemm::GroupProblemShape<cute::Shape<int, int, int>>;
-  static constexpr bool kAdds = std::is_same_v<ElementD, float>;
-  using ElementC = std::conditional_t<kAdds, ElementD, void>;
-  static constexpr int kAlignment = 16 / sizeof(Element), kAlignmentD = 16 / sizeof(ElementD);
-  // An f32 output passes shared memory in narrow tiles, which leaves room for 4 stages of loads.
-  using StoreTile = std::conditional_t<kAdds, cute::Shape<cute::_128, cute::_16>,
-                                       cutlass::epilogue::collective::EpilogueTileAuto>;
+  using ByRows = cutlass::layout::RowMajor;
+  static constexpr int kAlignment = 16 / sizeof(Element);
 
   using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
-      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, TileMNK, ClusterMNK, StoreTile, float,
-      float, ElementC, LayoutD*, kAlignmentD, ElementD, LayoutD*, kAlignmentD,
-      cutlass::epilogue::PtrArrayTmaWarpSpecializedCooperative,
-      cutlass::epilogue::fusion::LinearCombination<ElementD, float, ElementC, float>>::CollectiveOp;
+      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, TileMNK, ClusterMNK,
+      cutlass::epilogue::collective::EpilogueTileAuto, float, float, void, ByRows*, kAlignment,
+      Element, ByRows*, kAlignment, cutlass::epilogue::PtrArrayTmaWarpSpecializedCooperative,
+      cutlass::epilogue::fusion::LinearCombination<Element, float, void, float>>::CollectiveOp;
   using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
-      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Element, LayoutA*, kAlignment, Element,
+      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Element, ByRows*, kAlignment, Element,
       LayoutB*, kAlignment, float, TileMNK, ClusterMNK,
       cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(
           sizeof(typename Epilogue::SharedStorage))>,
@@ -65,8 +61,7 @@ class GroupedKernel {
                "preparing the grouped product");
   }
 
-  static void run(cudaStream_t stream, const GroupedGemmArrays& arrays, int groups, int num_sms,
-                  bool add) {
+  static void run(cudaStream_t stream, const GroupedGemmArrays& arrays, int groups, int num_sms) {
     typename Kernel::Arguments arguments;
     arguments.mode = cutlass::gemm::GemmUniversalMode::kGrouped;
     arguments.problem_shape.num_groups = groups;
@@ -76,13 +71,8 @@ class GroupedKernel {
     arguments.mainloop.dA = strides<typename Kernel::InternalStrideA>(arrays.a_strides);
     arguments.mainloop.ptr_B = reinterpret_cast<const Element**>(arrays.b);
     arguments.mainloop.dB = strides<typename Kernel::InternalStrideB>(arrays.b_strides);
-    if constexpr (kAdds) {
-      arguments.epilogue.thread.beta = add ? 1.f : 0.f;
-      arguments.epilogue.ptr_C =
-          const_cast<const ElementC**>(reinterpret_cast<ElementC**>(arrays.d));
-    }
     arguments.epilogue.dC = strides<typename Kernel::InternalStrideC>(arrays.d_strides);
-    arguments.epilogue.ptr_D = reinterpret_cast<ElementD**>(arrays.d);
+    arguments.epilogue.ptr_D = reinterpret_cast<Element**>(arrays.d);
     arguments.epilogue.dD = strides<typename Kernel::InternalStrideD>(arrays.d_strides);
     arguments.hw_info.sm_count = num_sms;
     DSTRAIN_CHECK(static_cast<int64_t>(Kernel::get_workspace_size(arguments)) <=

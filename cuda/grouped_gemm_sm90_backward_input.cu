@@ -5,8 +5,7 @@ namespace dstrain {
 namespace {
 
 template <class Cluster>
-using BackwardInput = GroupedKernel<cutlass::bfloat16_t, cutlass::layout::RowMajor,
-                                    cutlass::layout::RowMajor, cutlass::layout::RowMajor, Cluster>;
+using BackwardInput = GroupedKernel<cutlass::layout::RowMajor, Cluster>;
 using BackwardInput256x256 = BackwardInput<cute::Shape<cute::_2, cute::_1, cute::_1>>;
 using BackwardInput128x512 = BackwardInput<cute::Shape<cute::_1, cute::_2, cute::_1>>;
 
@@ -20,9 +19,9 @@ void prepare_grouped_backward_input() {
 void run_grouped_backward_input(cudaStream_t stream, GroupedTiling tiling,
                                 const GroupedGemmArrays& arrays, int groups, int num_sms) {
   if (tiling == GroupedTiling::c128x512)
-    BackwardInput128x512::run(stream, arrays, groups, num_sms, false);
+    BackwardInput128x512::run(stream, arrays, groups, num_sms);
   else
-    BackwardInput256x256::run(stream, arrays, groups, num_sms, false);
+    BackwardInput256x256::run(stream, arrays, groups, num_sms);
 }
 
 }  // namespace dstrain

@@ -5,8 +5,7 @@ namespace dstrain {
 namespace {
 
 template <class Cluster>
-using Forward = GroupedKernel<cutlass::bfloat16_t, cutlass::layout::RowMajor,
-                              cutlass::layout::ColumnMajor, cutlass::layout::RowMajor, Cluster>;
+using Forward = GroupedKernel<cutlass::layout::ColumnMajor, Cluster>;
 using Forward256x256 = Forward<cute::Shape<cute::_2, cute::_1, cute::_1>>;
 using Forward128x512 = Forward<cute::Shape<cute::_1, cute::_2, cute::_1>>;
 
@@ -20,9 +19,9 @@ void prepare_grouped_forward() {
 void run_grouped_forward(cudaStream_t stream, GroupedTiling tiling, const GroupedGemmArrays& arrays,
                          int groups, int num_sms) {
   if (tiling == GroupedTiling::c128x512)
-    Forward128x512::run(stream, arrays, groups, num_sms, false);
+    Forward128x512::run(stream, arrays, groups, num_sms);
   else
-    Forward256x256::run(stream, arrays, groups, num_sms, false);
+    Forward256x256::run(stream, arrays, groups, num_sms);
 }
 
 }  // namespace dstrain

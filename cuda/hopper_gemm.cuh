@@ -127,18 +127,6 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
   return reinterpret_cast<const uint32_t&>(both);
 }
 
-// A position in the ring of stages.
-struct Ring {
-  int stage = 0;
-  uint32_t phase = 0;
-  __device__ __forceinline__ void advance() {
-    if (++stage == kStages) {
-      stage = 0;
-      phase ^= 1;
-    }
-  }
-};
-
 // By one thread.
 template <class Op>
 __device__ __forceinline__ void load_tiles(const CUtensorMap& a_map, const CUtensorMap& b_map,
@@ -148,7 +136,7 @@ __device__ __forceinline__ void load_tiles(const CUtensorMap& a_map, const CUten
   using Memory = SharedMemory<Op>;
   const int rank = static_cast<int>(rank_in_cluster());
   TileWalk walk(problem, shared.tables);
-  Ring ring;
+  Ring<kStages> ring;
   for (Tile tile; walk.next(tile);) {
     for (int k = 0; k < problem.depth; k += kDepth) {
       const uint32_t loaded = shared_address(&shared.loaded[ring.stage]);
@@ -176,7 +164,7 @@ __device__ __forceinline__ void multiply_tiles(const Problem& problem, SharedMem
     if (lane < kCluster) arrive_at(shared_address(&shared.used[stage]), lane);
   };
   TileWalk walk(problem, shared.tables);
-  Ring ring;
+  Ring<kStages> ring;
   uint32_t stored_phase = 1;
   float sums[kTileColumns / 2];
   for (Tile tile; walk.next(tile); stored_phase ^= 1) {

@@ -11,6 +11,7 @@
 #include "cuda/grouped_portable.h"
 #include "cuda/kernel.cuh"
 #include "cuda/planning_ops.h"
+#include "cuda/weight_gradient_hopper.h"
 
 namespace dstrain {
 namespace {
@@ -111,28 +112,60 @@ GroupedLinear gathered(const Request& r) {
   if (r.y_index_R.defined()) l.y_stride = l.O;
   return l;
 }
-bool takes(const GroupedGemm& gemm, const Request& r) {
-  return r.dtype == DType::bf16 && gemm.takes(r.product, r.linear) &&
-         gemm.takes(r.product, gathered(r));
+
+// The kernels for Hopper. Scratch memory is that of a product whose rows lie as they are.
+class HopperKernels {
+ public:
+  HopperKernels(const GroupedGemm& gemm, const HopperWeightGradient& weight_gradient)
+      : gemm_(gemm), weight_gradient_(weight_gradient) {}
+
+  bool takes(const Request& r) const {
+    return is_weight_gradient(r) || (r.dtype == DType::bf16 && gemm_.takes(r.product, r.linear) &&
+                                     gemm_.takes(r.product, gathered(r)));
+  }
+  int64_t scratch_bytes(const Request& r) const {
+    return is_weight_gradient(r) ? 0 : gemm_.scratch_bytes(r.linear.E);
+  }
+  // `linear` is that of the request, with gathered rows.
+  void run(Stream& stream, const Request& r, const GroupedLinear& linear, void* scratch) const {
+    if (is_weight_gradient(r))
+      weight_gradient_.run(stream, linear, r.accumulate);
+    else
+      gemm_.run(stream, r.product, linear, scratch);
+  }
+
+ private:
+  bool is_weight_gradient(const Request& r) const {
+    return r.product == GroupedProduct::backward_weight && r.dtype == DType::bf16 &&
+           weight_gradient_.takes(r.linear) && weight_gradient_.takes(gathered(r));
+  }
+
+  const GroupedGemm& gemm_;
+  const HopperWeightGradient& weight_gradient_;
+};
+
+// Whether a plain product goes to them, too: those of ops_matmul.cu leave no room (Stream::leave_room).
+bool leaves_room(Stream& stream, const HopperKernels& kernels, const Request& r) {
+  return cuda_stream(stream).room() > 0 && kernels.takes(r);
 }
-int64_t scratch_for(const GroupedGemm& gemm, const Request& r) {
-  if (!takes(gemm, r)) return 0;
+int64_t scratch_for(const HopperKernels& kernels, const Request& r) {
+  if (!kernels.takes(r)) return 0;
   return gathered_rows_bytes(r.x_index_R, r.linear.I) +
          gathered_rows_bytes(r.y_index_R, r.linear.O) +
-         ScratchPieces::padded(gemm.scratch_bytes(r.linear.E));
+         ScratchPieces::padded(kernels.scratch_bytes(r));
 }
 
-void run(Stream& stream, const GroupedGemm& gemm, const Request& r) {
-  if (!takes(gemm, r)) {
+void run(Stream& stream, const HopperKernels& kernels, const Request& r) {
+  if (!kernels.takes(r)) {
     run_grouped_portable(stream, r.product, r.dtype, r.linear, pointer<const int32_t>(r.x_index_R),
                          pointer<const int32_t>(r.y_index_R), r.accumulate);
     return;
   }
   GroupedLinear l = r.linear;
-  ScratchPieces scratch(stream, scratch_for(gemm, r));
+  ScratchPieces scratch(stream, scratch_for(kernels, r));
   gather_group_rows(stream, l.offsets_E1, l.E, r.x_index_R, l.I, scratch, &l.x_RI, &l.x_stride);
   gather_group_rows(stream, l.offsets_E1, l.E, r.y_index_R, l.O, scratch, &l.y_RO, &l.y_stride);
-  gemm.run(stream, r.product, l, r.accumulate, scratch.take<char>(gemm.scratch_bytes(l.E)));
+  kernels.run(stream, r, l, scratch.take<char>(kernels.scratch_bytes(r)));
 }
 
 }  // namespace
@@ -141,20 +174,22 @@ void CudaOps::grouped_matmul(Stream& stream, const Tensor& x_XI, const Tensor& r
                              const Tensor& weight_EOI, const Tensor& offsets_E1,
                              const Tensor& y_RO) {
   const Request r = forward_request(x_XI, row_index_R, weight_EOI, offsets_E1, y_RO);
-  if (is_plain(r, offsets_E1))
+  const HopperKernels kernels(*grouped_gemm_, *hopper_weight_gradient_);
+  if (is_plain(r, offsets_E1) && !leaves_room(stream, kernels, r))
     matmul(stream, Trans::no, Trans::yes, 1, x_XI, matrix(weight_EOI), 0, y_RO);
   else
-    run(stream, *grouped_gemm_, r);
+    run(stream, kernels, r);
 }
 
 void CudaOps::grouped_matmul_backward_input(Stream& stream, const Tensor& dy_XO,
                                             const Tensor& row_index_R, const Tensor& weight_EOI,
                                             const Tensor& offsets_E1, const Tensor& dx_RI) {
   const Request r = backward_input_request(dy_XO, row_index_R, weight_EOI, offsets_E1, dx_RI);
-  if (is_plain(r, offsets_E1))
+  const HopperKernels kernels(*grouped_gemm_, *hopper_weight_gradient_);
+  if (is_plain(r, offsets_E1) && !leaves_room(stream, kernels, r))
     matmul(stream, Trans::no, Trans::no, 1, dy_XO, matrix(weight_EOI), 0, dx_RI);
   else
-    run(stream, *grouped_gemm_, r);
+    run(stream, kernels, r);
 }
 
 void CudaOps::grouped_matmul_backward_weight(Stream& stream, const Tensor& dy_XO,
@@ -167,7 +202,7 @@ void CudaOps::grouped_matmul_backward_weight(Stream& stream, const Tensor& dy_XO
     matmul(stream, Trans::yes, Trans::no, 1, dy_XO, x_XI, accumulate == Accumulate::add ? 1 : 0,
            matrix(dweight_EOI));
   else
-    run(stream, *grouped_gemm_, r);
+    run(stream, {*grouped_gemm_, *hopper_weight_gradient_}, r);
 }
 
 void PlanningOps::grouped_matmul(Stream& stream, const Tensor& x_XI, const Tensor& row_index_R,
@@ -177,7 +212,7 @@ void PlanningOps::grouped_matmul(Stream& stream, const Tensor& x_XI, const Tenso
   if (is_plain(r, offsets_E1))
     matmul(stream, Trans::no, Trans::yes, 1, x_XI, matrix(weight_EOI), 0, y_RO);
   else
-    note(scratch_for(*ops_.grouped_gemm_, r));
+    note(scratch_for({*ops_.grouped_gemm_, *ops_.hopper_weight_gradient_}, r));
 }
 
 void PlanningOps::grouped_matmul_backward_input(Stream& stream, const Tensor& dy_XO,
@@ -187,7 +222,7 @@ void PlanningOps::grouped_matmul_backward_input(Stream& stream, const Tensor& dy
   if (is_plain(r, offsets_E1))
     matmul(stream, Trans::no, Trans::no, 1, dy_XO, matrix(weight_EOI), 0, dx_RI);
   else
-    note(scratch_for(*ops_.grouped_gemm_, r));
+    note(scratch_for({*ops_.grouped_gemm_, *ops_.hopper_weight_gradient_}, r));
 }
 
 void PlanningOps::grouped_matmul_backward_weight(Stream& stream, const Tensor& dy_XO,
@@ -200,7 +235,7 @@ void PlanningOps::grouped_matmul_backward_weight(Stream& stream, const Tensor& d
     matmul(stream, Trans::yes, Trans::no, 1, dy_XO, x_XI, accumulate == Accumulate::add ? 1 : 0,
            matrix(dweight_EOI));
   else
-    note(scratch_for(*ops_.grouped_gemm_, r));
+    note(scratch_for({*ops_.grouped_gemm_, *ops_.hopper_weight_gradient_}, r));
 }
 
 }  // namespace dstrain

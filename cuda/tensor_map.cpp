@@ -27,19 +27,22 @@ PFN_cuTensorMapEncodeTiled_v12000 find_encoder() {
 CUtensorMap BoxedTensor::encode() const {
   static const PFN_cuTensorMapEncodeTiled_v12000 encoder = find_encoder();
   constexpr cuuint32_t kDims = 3;
-  constexpr int64_t kBytes = 2;
+  const int bytes = element == Element::bf16 ? 2 : 4;
   const auto unsigned_of = [](int64_t n) { return static_cast<cuuint64_t>(n); };
   const cuuint64_t sizes[kDims] = {unsigned_of(sizes_xyz[0]), unsigned_of(sizes_xyz[1]),
                                    unsigned_of(sizes_xyz[2])};
-  const cuuint64_t strides[kDims - 1] = {unsigned_of(y_stride * kBytes),
-                                         unsigned_of(z_stride * kBytes)};
-  const cuuint32_t box[kDims] = {kBoxColumns, static_cast<cuuint32_t>(box_y), 1};
+  const cuuint64_t strides[kDims - 1] = {unsigned_of(y_stride * bytes),
+                                         unsigned_of(z_stride * bytes)};
+  const cuuint32_t box[kDims] = {static_cast<cuuint32_t>(128 / bytes),
+                                 static_cast<cuuint32_t>(box_y), 1};
   const cuuint32_t steps[kDims] = {1, 1, 1};
   CUtensorMap map;
-  const CUresult result =
-      encoder(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, kDims, const_cast<void*>(data), sizes,
-              strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-              CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result = encoder(
+      &map,
+      element == Element::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
+      kDims, const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   DSTRAIN_CHECK(result == CUDA_SUCCESS, "cuTensorMapEncodeTiled refused a tensor: error " +
                                             std::to_string(static_cast<int>(result)));
   return map;
