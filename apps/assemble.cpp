@@ -18,7 +18,6 @@
 
 #ifdef DSTRAIN_HAVE_CUDA
 #include "cuda/cuda_backend.h"
-#include "cuda/cuda_clock.h"
 #include "parallel/nccl_communicator.h"
 #endif
 
@@ -113,7 +112,8 @@ std::optional<int64_t> gpu_memory_available(const Backend& backend) {
 }
 
 int64_t gpus_for_ranks() {
-  return std::min<int64_t>(1, visible_gpus_here().count);
+  const VisibleGpus gpus = visible_gpus_here();
+  return gpus.count > 1 && !gpus.why_no_ranks().empty() ? 1 : gpus.count;
 }
 
 std::unique_ptr<Backend> make_backend(const Config& config, const RankEnvironment& rank) {
@@ -131,14 +131,6 @@ std::unique_ptr<Backend> make_planning_backend(const Config& config, const JobSi
   note = "no GPU is here to plan with (" + gpus.why_none +
          "): what its operations take for themselves is not in the plan";
   return std::make_unique<PlannedGpu>();
-}
-
-std::unique_ptr<OpClock> make_op_clock(const Backend& backend) {
-#ifdef DSTRAIN_HAVE_CUDA
-  if (!backend.is_cpu()) return make_cuda_clock();
-#endif
-  DSTRAIN_CHECK(backend.is_cpu(), "only a build with CUDA has GPUs");
-  return make_cpu_clock();
 }
 
 EngineOptions engine_options(const Config& config, bool training, const Backend& backend) {

@@ -9,7 +9,6 @@
 #include "apps/device_choice.h"
 #include "apps/hf_origin.h"
 #include "apps/rank_environment.h"
-#include "core/backend/timed_ops.h"
 #include "core/checkpoint/reshard.h"
 #include "core/config/availability.h"
 #include "core/config/config.h"
@@ -23,8 +22,7 @@ BuildCapabilities build_capabilities();
 
 // None, and why, in a build without CUDA. Never throws.
 VisibleGpus visible_gpus_here();
-// GPUs of this host that launch.ranks: auto spreads ranks over: one at most. Several are taken where
-// the job says so, until ranks on GPUs have been measured.
+// GPUs of this host that launch.ranks: auto spreads ranks over: all, or one where NCCL is missing.
 int64_t gpus_for_ranks();
 
 // On the device that choose_device() takes; on a GPU, the one of this rank. ConfigError if
@@ -39,8 +37,6 @@ std::unique_ptr<Communicator> make_device_ranks(const Config& config, Communicat
 // `note` is then told what the plan lacks.
 std::unique_ptr<Backend> make_planning_backend(const Config& config, const JobSize& job,
                                                std::string& note);
-// For TimedOps on a back end of make_backend().
-std::unique_ptr<OpClock> make_op_clock(const Backend& backend);
 EngineOptions engine_options(const Config& config, bool training, const Backend& backend);
 // "fp32", "tf32", "bf16, moments bf16"
 std::string precision_name(const Config& config, const EngineOptions& options);

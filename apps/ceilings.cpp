@@ -4,7 +4,8 @@
 #include <memory>
 #include <vector>
 
-#include "apps/assemble.h"
+#include "core/backend/op_clock.h"
+#include "core/backend/ops.h"
 
 namespace dstrain {
 namespace {
@@ -41,7 +42,7 @@ Ceilings measure_ceilings(Backend& backend, DType dtype) {
   const bool cpu = backend.is_cpu();
   const int64_t N = cpu ? 1024 : 8192, copied = int64_t{cpu ? 64 : 512} << 20;
   const std::unique_ptr<Stream> stream = backend.make_stream();
-  const std::unique_ptr<OpClock> clock = make_op_clock(backend);
+  const std::unique_ptr<OpClock> clock = backend.make_clock();
   Ceilings ceilings;
   {
     const DeviceMemory from(backend, copied, MemoryKind::device),

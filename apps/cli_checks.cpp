@@ -69,8 +69,14 @@ void declare_checks(Command root, CommandOptions& options) {
     app.add_integer("--threads", options.bench.threads, in_range(1, 4096), "run.threads");
     app.add_flag("--json", options.bench.json, "JSON objects");
   }
-  const auto needs_job = [&options](const ScannedLine& line, const char* command) {
+  const auto keep_line = [&options](const ScannedLine& line) {
     options.bench.config = config_source(line);
+    options.bench.words = line.commands;
+    const std::vector<std::string> given = option_words(line);
+    options.bench.words.insert(options.bench.words.end(), given.begin(), given.end());
+  };
+  const auto needs_job = [&options, keep_line](const ScannedLine& line, const char* command) {
+    keep_line(line);
     if (!options.bench.config.path && options.bench.model_config.empty() &&
         options.bench.config.overrides.empty())
       throw UsageError(std::string(command) + " needs --config, --model-config or --set");
@@ -91,11 +97,8 @@ void declare_checks(Command root, CommandOptions& options) {
                 "such as 4K,1M,1GiB (default 4 KiB to 1 GiB, on CPUs to 64 MiB)");
   comm.add_integer("--threads", options.bench.threads, in_range(1, 4096), "run.threads");
   comm.add_flag("--json", options.bench.json, "JSON objects");
-  comm.on_given([&options](const ScannedLine& line) {
-    options.bench.config = config_source(line);
-    options.bench.words = line.commands;
-    const std::vector<std::string> given = option_words(line);
-    options.bench.words.insert(options.bench.words.end(), given.begin(), given.end());
+  comm.on_given([&options, keep_line](const ScannedLine& line) {
+    keep_line(line);
     return invoke("bench comm", options.bench, cmd_bench_comm);
   });
 

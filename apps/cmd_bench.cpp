@@ -2,11 +2,10 @@
 // matrix products alone. bench ops: how long each operation takes in a step, beside what the device
 // reaches on plain work. bench comm: how long ranks take to exchange data.
 #include <fmt/format.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <functional>
 #include <nlohmann/json.hpp>
 
 #include "apps/assemble.h"
@@ -14,11 +13,13 @@
 #include "apps/commands.h"
 #include "apps/launch_machine.h"
 #include "apps/launcher.h"
+#include "apps/rank_environment.h"
 #include "apps/step_bench.h"
 #include "apps/step_report.h"
 #include "core/backend/cpu_backend.h"
 #include "core/backend/matmul_bench.h"
 #include "core/base/log.h"
+#include "core/config/layout.h"
 #include "core/config/validate.h"
 #include "parallel/mpi_session.h"
 #include "parallel/nccl_communicator.h"
@@ -37,6 +38,45 @@ void apply_model_json(const std::string& path, std::vector<Override>& overrides)
                          path + ": " + key});
 }
 
+using RunOnRank = std::function<void(const Config& config, const JobRanks& ranks)>;
+
+int start_ranks(const std::vector<HostRanks>& hosts, const BenchOptions& options) {
+  LaunchJob job;
+  job.plan.hosts = hosts;
+  job.plan.mpirun = find_mpirun(std::getenv, options.words.front() + " " + options.words[1]);
+  job.plan.machine = look_at_machine(std::getenv);
+  job.plan.program = program_path();
+  job.words = options.words;
+  job.temporary_folders.back() = temporary_folder(std::getenv);
+  return run_launcher(job);
+}
+
+// Calls `run` as the only rank, or as the one that mpirun has started; or starts the ranks that the
+// job asks for, which come here again.
+int on_ranks(Config config, const BenchOptions& options, const RunOnRank& run) {
+  const std::optional<RankEnvironment> launched = rank_environment(std::getenv);
+  const std::vector<HostRanks> hosts = ranks_to_start(config, /*gpus=*/1);
+  if (launch_mode(launched, hosts) == LaunchMode::launcher) return start_ranks(hosts, options);
+  if (!launched || launched->size == 1) {
+    run(config, {});
+    return 0;
+  }
+  config.run.threads = threads_per_rank(config.run.threads, *launched, available_cores());
+  MpiOptions mpi;
+  mpi.expected_ranks = static_cast<int>(launched->size);
+  MpiSession session(mpi);
+  session.run([&](Communicator& world) {
+    run(config, {.world = &world, .place = *launched, .machine = machine_name()});
+  });
+  session.finalize();
+  return 0;
+}
+
+int64_t ranks_of_job(const Config& config) {
+  const std::optional<RankEnvironment> launched = rank_environment(std::getenv);
+  return launched ? launched->size : total_ranks(ranks_to_start(config, /*gpus=*/1));
+}
+
 Config bench_config(const BenchOptions& options) {
   ConfigSource source = options.config;
   auto set = [&](const char* key, const std::optional<int64_t>& value, const char* flag) {
@@ -45,14 +85,18 @@ Config bench_config(const BenchOptions& options) {
   if (!options.model_config.empty()) apply_model_json(options.model_config, source.overrides);
   if (options.batch && options.accumulation)
     throw UsageError("--batch and --accumulation say the same in two ways: give one of them");
-  const std::optional<int64_t> micro_batch =
-      options.micro_batch ? options.micro_batch : options.batch;
-  std::optional<int64_t> batch = options.batch ? options.batch : micro_batch;
-  if (options.accumulation) batch = *options.accumulation * micro_batch.value_or(1);
-  set("train.global_batch", batch, "--batch");
-  set("train.micro_batch", micro_batch || !options.accumulation ? micro_batch : 1, "--micro-batch");
   set("data.seq_len", options.seq, "--seq");
   set("run.threads", options.threads, "--threads");
+  const Config given = load_config(source).config;
+  const int64_t ranks = ranks_of_job(given);
+  const std::optional<MeshShape> mesh = mesh_over(given.parallel, ranks);
+  const int64_t data = mesh ? mesh->data : 1;  // what does not fit is refused by validate()
+  std::optional<int64_t> micro_batch = options.micro_batch, batch = options.batch;
+  if (!micro_batch && options.batch) micro_batch = std::max<int64_t>(1, *options.batch / data);
+  if (!micro_batch && options.accumulation) micro_batch = 1;
+  if (!batch && micro_batch) batch = options.accumulation.value_or(1) * *micro_batch * data;
+  set("train.global_batch", batch, "--batch");
+  set("train.micro_batch", micro_batch, "--micro-batch");
   LoadedConfig loaded = load_config(source);
   require_available(unavailable_features(loaded.config, build_capabilities()));
   validate(loaded, Purpose::inspect);
@@ -84,28 +128,18 @@ ProductsTime time_products_of_step(const Config& config) {
   return {time_products(products, threads, 5), std::ssize(products)};
 }
 
-int launch_ranks(const std::vector<HostRanks>& hosts, const std::vector<std::string>& words) {
-  LaunchJob job;
-  job.plan.hosts = hosts;
-  job.plan.mpirun = find_mpirun(std::getenv, "bench comm");
-  job.plan.machine = look_at_machine(std::getenv);
-  job.plan.program = program_path();
-  job.words = words;
-  job.temporary_folders.back() = temporary_folder(std::getenv);
-  return run_launcher(job);
-}
-
-void bench_comm_as_rank(const Config& config, const RankEnvironment& place, Communicator& world,
-                        const BenchOptions& options) {
-  char machine[256] = "";
-  ::gethostname(machine, sizeof machine - 1);
-  const std::unique_ptr<Backend> backend = make_backend(config, place);
-  const auto device_ranks = make_device_ranks(config, world, machine, *backend);
+void bench_comm_as_rank(const Config& config, const JobRanks& ranks, const BenchOptions& options) {
+  if (!ranks.world)
+    throw UsageError(
+        "bench comm needs two ranks or more: add --set launch.ranks=2, or start it with mpirun");
+  Communicator& world = *ranks.world;
+  const std::unique_ptr<Backend> backend = make_backend(config, ranks.place);
+  const auto device_ranks = make_device_ranks(config, world, ranks.machine, *backend);
   const bool on_gpus = device_ranks != nullptr;
   const std::vector<CommTiming> timings = bench_comm(
       on_gpus ? *device_ranks : world, *backend,
       options.sizes.empty() ? default_sizes(on_gpus) : parse_sizes(options.sizes, "--sizes"));
-  if (!place.is_first()) return;
+  if (!ranks.place.is_first()) return;
   const std::string device =
       fmt::format("{}, {}", backend->describe(), on_gpus ? "NCCL " + nccl_version() : "Open MPI");
   const std::string text =
@@ -118,33 +152,41 @@ void bench_comm_as_rank(const Config& config, const RankEnvironment& place, Comm
 
 int cmd_bench_step(const BenchOptions& options) {
   const Config config = bench_config(options);
-  if (!options.synthetic && !config.data.train.empty())
-    log_info("bench step uses random tokens; data.train is not read");
-  const StepBenchResult r = bench_step(config, {.steps = std::max<int64_t>(1, options.steps),
-                                                .warm_up = options.warm_up,
-                                                .documents = options.documents,
-                                                .profiled_steps = options.profile ? 1 : 0});
-  StepReport report(config, r);
-  if (!report.on_gpu()) report.add_products(time_products_of_step(config));
-  if (options.json)
-    std::printf("%s\n", report.json().c_str());
-  else
-    std::printf("%s", report.text().c_str());
-  return 0;
+  const auto run = [&options](const Config& job, const JobRanks& ranks) {
+    if (!options.synthetic && !job.data.train.empty() && ranks.place.is_first())
+      log_info("bench step uses random tokens; data.train is not read");
+    const StepBenchResult r = bench_step(job,
+                                         {.steps = std::max<int64_t>(1, options.steps),
+                                          .warm_up = options.warm_up,
+                                          .documents = options.documents,
+                                          .profiled_steps = options.profile ? 1 : 0},
+                                         ranks);
+    if (!ranks.place.is_first()) return;
+    StepReport report(job, r);
+    if (!r.on_gpu && r.ranks == 1) report.add_products(time_products_of_step(job));
+    const std::string text = options.json ? report.json() + "\n" : report.text();
+    std::printf("%s", text.c_str());
+  };
+  return on_ranks(config, options, run);
 }
 
 int cmd_bench_ops(const BenchOptions& options) {
   const Config config = bench_config(options);
-  const StepBenchResult r = bench_step(config, {.steps = 1,
-                                                .warm_up = options.warm_up,
-                                                .documents = options.documents,
-                                                .profiled_steps = options.steps});
-  const StepReport report(config, r);
-  const std::string out = options.json
-                              ? report.operations_json(options.filter)
-                              : report.heading() + "\n" + report.operations_text(options.filter);
-  std::printf("%s", out.c_str());
-  return 0;
+  const auto run = [&options](const Config& job, const JobRanks& ranks) {
+    const StepBenchResult r = bench_step(job,
+                                         {.steps = 1,
+                                          .warm_up = options.warm_up,
+                                          .documents = options.documents,
+                                          .profiled_steps = options.steps},
+                                         ranks);
+    if (!ranks.place.is_first()) return;
+    const StepReport report(job, r);
+    const std::string text = options.json
+                                 ? report.operations_json(options.filter)
+                                 : report.heading() + "\n" + report.operations_text(options.filter);
+    std::printf("%s", text.c_str());
+  };
+  return on_ranks(config, options, run);
 }
 
 int cmd_bench_comm(const BenchOptions& options) {
@@ -153,20 +195,9 @@ int cmd_bench_comm(const BenchOptions& options) {
   validate(loaded, Purpose::inspect);
   Config config = loaded.config;
   if (options.threads) config.run.threads = *options.threads;
-  const std::optional<RankEnvironment> launched = rank_environment(std::getenv);
-  const std::vector<HostRanks> hosts = ranks_to_start(config, gpus_for_ranks());
-  if (launch_mode(launched, hosts) == LaunchMode::launcher)
-    return launch_ranks(hosts, options.words);
-  if (!launched || launched->size == 1)
-    throw UsageError(
-        "bench comm needs two ranks or more: add --set launch.ranks=2, or start it with mpirun");
-  config.run.threads = threads_per_rank(config.run.threads, *launched, available_cores());
-  MpiOptions mpi;
-  mpi.expected_ranks = static_cast<int>(launched->size);
-  MpiSession session(mpi);
-  session.run([&](Communicator& world) { bench_comm_as_rank(config, *launched, world, options); });
-  session.finalize();
-  return 0;
+  return on_ranks(config, options, [&options](const Config& job, const JobRanks& ranks) {
+    bench_comm_as_rank(job, ranks, options);
+  });
 }
 
 }  // namespace dstrain

@@ -1,6 +1,4 @@
 // deepseek-train --config job.yaml: checks, start-up table, training.
-#include <unistd.h>
-
 #include <chrono>
 #include <cstdlib>
 
@@ -8,6 +6,7 @@
 #include "apps/commands.h"
 #include "apps/dry_run.h"
 #include "apps/launch_training.h"
+#include "apps/rank_environment.h"
 #include "apps/rank_process.h"
 #include "apps/signals.h"
 #include "apps/trainer.h"
@@ -19,12 +18,6 @@
 
 namespace dstrain {
 namespace {
-
-std::string machine_name() {
-  char name[256] = "";
-  ::gethostname(name, sizeof name - 1);
-  return name;
-}
 
 // One rank of several, started by mpirun or srun. Signals are handled already: MPI's threads
 // inherit the mask.

@@ -6,6 +6,8 @@
 #include "apps/commands.h"
 #include "build_info.h"
 #include "core/backend/cpu_gemm.h"
+#include "parallel/mpi_session.h"
+#include "parallel/nccl_communicator.h"
 
 namespace dstrain {
 namespace {
@@ -28,6 +30,11 @@ Json onednn_version() {
   return library.starts_with(prefix) ? Json(library.substr(prefix.size())) : Json(nullptr);
 }
 
+// Of the library that jobs of several ranks would load here; null where there is none.
+Json nccl_here() {
+  return has_nccl() && why_no_nccl().empty() ? Json(nccl_version()) : Json(nullptr);
+}
+
 Json describe_build() {
   Json json;
   json["version"] = DSTRAIN_VERSION;
@@ -38,7 +45,7 @@ Json describe_build() {
   json["sanitizers"] = text_or_null(DSTRAIN_SANITIZERS);
   json["cuda_version"] = text_or_null(DSTRAIN_CUDA_VERSION);
   json["recommended_gpu"] = recommended_gpu();
-  json["new_features"] = {build_capabilities().cuda ? "training on one GPU, in bf16 with fp32 master values"
+  json["new_features"] = {build_capabilities().cuda ? "training on GPUs, one or several, in bf16 with fp32 master values"
                                                     : "training of mixture-of-experts and dense models on a CPU",
                           "exact resume from verified checkpoints, at any layout",
                           "import from and export to Hugging Face folders"};
@@ -51,7 +58,8 @@ Json describe_build() {
                        {"cli11", text_or_null(DSTRAIN_CLI11_VERSION)},
                        {"pcre2", text_or_null(DSTRAIN_PCRE2_VERSION)},
                        {"xxhash", text_or_null(DSTRAIN_XXHASH_VERSION)},
-                       {"open_mpi", text_or_null(DSTRAIN_OPEN_MPI_VERSION)}};
+                       {"open_mpi", text_or_null(mpi_library_version())},
+                       {"nccl", nccl_here()}};
   return json;
 }
 

@@ -160,14 +160,15 @@ struct VerifyOptions {
 };
 int cmd_verify(const VerifyOptions& options);
 
-// bench step | ops (--config FILE | --model-config config.json), bench comm
+// bench step | ops (--config FILE | --model-config config.json), bench comm. Several ranks are
+// started where launch.ranks or launch.hosts says so.
 struct BenchOptions {
   ConfigSource config;
   std::string model_config;            // JSON with the keys of `model`
   bool synthetic = false;              // random tokens instead of data.train
   std::optional<int64_t> batch;        // train.global_batch
   std::optional<int64_t> micro_batch;  // train.micro_batch
-  std::optional<int64_t> accumulation; // micro-batches of a step, instead of batch
+  std::optional<int64_t> accumulation; // micro-batches of a step and rank, instead of batch
   std::optional<int64_t> seq;          // data.seq_len
   int64_t documents = 1;               // of a sequence
   int64_t steps = 10, warm_up = 2;
@@ -175,7 +176,7 @@ struct BenchOptions {
   std::optional<int64_t> threads;  // run.threads
   std::string filter;              // ops only: names that contain this
   std::string sizes;               // comm only: "4K,1M"; empty: default_sizes()
-  std::vector<std::string> words;  // comm only: the command as it was given, for its ranks
+  std::vector<std::string> words;  // the command as it was given, for its ranks
   bool json = false;
 };
 int cmd_bench_step(const BenchOptions& options);

@@ -1,6 +1,7 @@
 #include "apps/rank_environment.h"
 
 #include <fmt/format.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <charconv>
@@ -126,6 +127,12 @@ int64_t device_of_rank(const RankEnvironment& ranks, int64_t visible_gpus) {
         "launch.ranks or the layout under parallel, or set run.device: cpu",
         ranks.local_size, visible_gpus, visible_gpus == 1 ? " is" : "s are"));
   return ranks.local_rank;
+}
+
+std::string machine_name() {
+  char name[256] = "";
+  ::gethostname(name, sizeof name - 1);
+  return name;
 }
 
 }  // namespace dstrain

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <functional>
 #include <optional>
+#include <string>
 
 namespace dstrain {
 
@@ -34,5 +35,20 @@ int64_t threads_per_rank(int64_t configured, const RankEnvironment& ranks, int64
 // The device that this rank computes on: its local rank. Where the starter shows each rank one GPU,
 // that one. ConfigError if there are fewer GPUs than local ranks.
 int64_t device_of_rank(const RankEnvironment& ranks, int64_t visible_gpus);
+
+// Of this host, as it calls itself.
+std::string machine_name();
+
+class Communicator;
+class RankProgress;
+
+// What one rank of several works with: all of it outlives the work. A process that is the only rank
+// has the default.
+struct JobRanks {
+  Communicator* world = nullptr;
+  RankEnvironment place;
+  std::string machine;               // machine_name() of this rank
+  RankProgress* progress = nullptr;  // told where the rank is; may be null
+};
 
 }  // namespace dstrain

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <chrono>
 #include <fstream>
+#include <functional>
 #include <memory>
 #include <set>
 #include <sstream>
@@ -13,6 +14,7 @@
 #include "apps/assemble.h"
 #include "core/base/rng.h"
 #include "core/model/cost.h"
+#include "parallel/rank_job.h"
 
 namespace dstrain {
 namespace {
@@ -45,59 +47,69 @@ double process_age() {
   return field.empty() ? 0 : now - std::stod(field) / static_cast<double>(sysconf(_SC_CLK_TCK));
 }
 
+// Runs steps of a job on random tokens: the same for all ranks that share sequences.
 class StepRunner {
  public:
-  StepRunner(const Config& config, TrainEngine& engine, int64_t documents) : engine_(engine) {
-    micro_batches_ = config.train.global_batch / config.train.micro_batch;
-    for (uint64_t i = 0; i < 8; ++i) batches_.emplace_back(config, i, documents);
+  StepRunner(const Config& config, RankJob& job, int64_t documents)
+      : job_(job),
+        engine_(job.engine()),
+        step_tokens_(config.train.global_batch * config.data.seq_len),
+        micro_batches_(micro_batches_per_step(config, job.mesh().shape())) {
+    const uint64_t first = kBatches * static_cast<uint64_t>(job.mesh().place().data.rank);
+    for (uint64_t i = 0; i < kBatches; ++i) batches_.emplace_back(config, first + i, documents);
   }
 
-  void queue_step() {
-    begin();
-    for (int64_t m = 0; m < micro_batches_; ++m) queue_micro_batch(m);
+  // before_micro_batch() is called before the host queues each, and once after the last.
+  void queue_step(const std::function<void()>& before_micro_batch = [] {}) {
+    job_.exposed().begin_step();
+    job_.runner().run([&](int64_t m) {
+      before_micro_batch();
+      if (m == 0) engine_.begin_step(3e-4, step_tokens_);
+      engine_.load(m, batches_[next_++ % kBatches].batch, m + 1 == micro_batches_);
+    });
+    before_micro_batch();
     engine_.finish_step();
+    job_.exposed().end_step();
   }
-  void begin() {
-    engine_.begin_step(3e-4,
-                       micro_batches_ * engine_.options().micro_batch * engine_.options().seq_len);
+  StepResult take_result() {
+    const StepResult result = engine_.take_result();
+    exposed_.push_back(job_.exposed().take());
+    return result;
   }
-  void queue_micro_batch(int64_t m) {
-    engine_.accumulate(batches_[static_cast<size_t>(next_++ % 8)].batch, m + 1 == micro_batches_);
-  }
-  int64_t micro_batches() const { return micro_batches_; }
+  TrainEngine& engine() { return engine_; }
+  const std::vector<ExposedRecord>& exposed() const { return exposed_; }
 
  private:
+  static constexpr uint64_t kBatches = 8;
+  RankJob& job_;
   TrainEngine& engine_;
-  int64_t micro_batches_ = 1, next_ = 0;
+  const int64_t step_tokens_, micro_batches_;
+  uint64_t next_ = 0;
   std::vector<SyntheticBatch> batches_;
+  std::vector<ExposedRecord> exposed_;  // of every step so far
 };
 
 // Of a device that works while the host goes on: what queueing a step's calls takes, measured where
 // the queue is empty, since a full one makes the host wait.
-double host_seconds(TrainEngine& engine, StepRunner& runner) {
+double host_seconds(StepRunner& runner) {
   double seconds = 0;
-  runner.begin();
-  for (int64_t m = 0; m < runner.micro_batches(); ++m) {
-    engine.stream().synchronize();
-    const Clock::time_point begin = Clock::now();
-    runner.queue_micro_batch(m);
-    seconds += seconds_since(begin);
-  }
-  engine.stream().synchronize();
-  const Clock::time_point begin = Clock::now();
-  engine.finish_step();
-  seconds += seconds_since(begin);
-  engine.take_result();
+  std::optional<Clock::time_point> begin;
+  runner.queue_step([&] {
+    if (begin) seconds += seconds_since(*begin);
+    runner.engine().stream().synchronize();
+    begin = Clock::now();
+  });
+  seconds += seconds_since(*begin);
+  runner.take_result();
   return seconds;
 }
 
-std::map<std::string, OpTotal> profile_steps(int64_t steps, TrainEngine& engine, StepRunner& runner,
-                                             TimedOps& ops) {
+std::map<std::string, OpTotal> profile_steps(int64_t steps, StepRunner& runner, TimedOps& ops) {
   std::map<std::string, std::vector<OpTotal>> all;
   ops.take_totals();
   for (int64_t s = 0; s < steps; ++s) {
     runner.queue_step();
-    engine.take_result();
+    runner.take_result();
     for (auto& [name, total] : ops.take_totals()) all[name].push_back(total);
   }
   std::map<std::string, OpTotal> medians;
@@ -138,33 +150,41 @@ SyntheticBatch::SyntheticBatch(const Config& config, uint64_t index, int64_t doc
            std::ssize(offsets) - 1};
 }
 
-StepBenchResult bench_step(const Config& config, const StepBenchOptions& options) {
+StepBenchResult bench_step(const Config& config, const StepBenchOptions& options,
+                           const JobRanks& ranks) {
   StepBenchResult result;
   result.private_before = private_memory_bytes();
   result.recompute = std::string(enum_name(config.train.recompute));
-  std::unique_ptr<Backend> backend = make_backend(config);
-  const std::unique_ptr<OpClock> clock = make_op_clock(*backend);
+  std::unique_ptr<Backend> backend = make_backend(config, ranks.place);
   TimedBackend* timed = nullptr;
-  const EngineOptions engine_settings = engine_options(config, true, *backend);
   if (options.profiled_steps > 0) {
-    result.ceilings = measure_ceilings(*backend, engine_settings.dtype);
-    auto wrapped = std::make_unique<TimedBackend>(std::move(backend), make_op_clock(*backend));
+    result.ceilings = measure_ceilings(*backend, engine_options(config, true, *backend).dtype);
+    std::unique_ptr<OpClock> op_clock = backend->make_clock();
+    auto wrapped = std::make_unique<TimedBackend>(std::move(backend), std::move(op_clock));
     timed = wrapped.get();
     backend = std::move(wrapped);
   }
+  LocalCommunicator only_rank(*backend);
+  Communicator& world = ranks.world ? *ranks.world : only_rank;
+  const auto device_ranks = make_device_ranks(config, world, ranks.machine, *backend);
+  result.ranks = world.size();
+  result.mesh = resolve_mesh(config, world.size());
+  RankJob job(config, result.mesh, device_ranks ? *device_ranks : world, *backend, ranks.machine,
+              /*training=*/true);
+  TrainEngine& engine = job.engine();
   result.device = backend->describe();
   result.on_gpu = !backend->is_cpu();
-  result.precision = precision_name(config, engine_settings);
-  TrainEngine engine(*backend, config.model, engine_settings);
+  result.precision = precision_name(config, engine.options());
   engine.allocate();
   engine.initialize(static_cast<uint64_t>(config.run.seed));
   result.plan_bytes = engine.memory_bytes();
-  StepRunner runner(config, engine, options.documents);
+  StepRunner runner(config, job, options.documents);
 
   // Results are taken a step late, as the trainer does: the device always has work queued.
+  const std::unique_ptr<OpClock> clock = backend->make_clock();
   std::vector<int> ends{clock->mark(engine.stream())};
   const auto take = [&](int64_t step) {
-    result.loss = engine.take_result().loss;
+    result.loss = runner.take_result().loss;
     if (step == 0) result.startup_seconds = process_age();
   };
   const int64_t steps = options.warm_up + options.steps;
@@ -177,11 +197,15 @@ StepBenchResult bench_step(const Config& config, const StepBenchOptions& options
   if (late == 1) take(steps - 1);
   for (size_t s = static_cast<size_t>(options.warm_up); s + 1 < ends.size(); ++s)
     result.step_seconds.push_back(clock->seconds_between(ends[s], ends[s + 1]));
+  if (world.size() > 1) {
+    ExposedRecord sum;
+    for (size_t s = static_cast<size_t>(options.warm_up); s < runner.exposed().size(); ++s)
+      sum += runner.exposed()[s];
+    result.exposed = sum.mean_of(options.steps);
+  }
 
-  result.host_seconds =
-      backend->is_cpu() ? result.step_seconds.front() : host_seconds(engine, runner);
-  if (timed)
-    result.profile = profile_steps(options.profiled_steps, engine, runner, timed->timed_ops());
+  result.host_seconds = backend->is_cpu() ? result.step_seconds.front() : host_seconds(runner);
+  if (timed) result.profile = profile_steps(options.profiled_steps, runner, timed->timed_ops());
   result.private_after = private_memory_bytes();
   std::sort(result.step_seconds.begin(), result.step_seconds.end());
   result.flops = model_cost(config.model, config.data.seq_len).flops_per_token *

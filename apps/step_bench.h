@@ -2,13 +2,17 @@
 #pragma once
 
 #include <map>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "apps/ceilings.h"
+#include "apps/rank_environment.h"
 #include "core/backend/timed_ops.h"
 #include "core/config/config.h"
+#include "core/config/layout.h"
 #include "core/engine/batch_slot.h"
+#include "core/metrics/exposed_record.h"
 
 namespace dstrain {
 
@@ -22,9 +26,12 @@ struct StepBenchResult {
   std::vector<double> step_seconds;  // sorted
   double startup_seconds = 0;        // from the start of the process to the first step's result
   double host_seconds = 0;           // that a step keeps the host busy; on a CPU the whole step
-  double flops = 0;                  // of a step
+  double flops = 0;                  // of a step, over all ranks
   double loss = 0;                   // of the last step
-  int64_t plan_bytes = 0;            // all that the run allocates
+  int64_t plan_bytes = 0;            // all that this rank allocates
+  int64_t ranks = 1;
+  MeshShape mesh;
+  std::optional<ExposedRecord> exposed;           // of a step, the mean; with several ranks
   int64_t private_before = 0, private_after = 0;  // memory of this process, in bytes
   bool on_gpu = false;
   std::string device, precision, recompute;
@@ -32,9 +39,12 @@ struct StepBenchResult {
   Ceilings ceilings;                       // of the device; with a profile only
 };
 
-StepBenchResult bench_step(const Config& config, const StepBenchOptions& options);
+// A collective call of all ranks of the job. Each gets its own times, of which those of a step are
+// the same but for a little, since ranks wait for each other.
+StepBenchResult bench_step(const Config& config, const StepBenchOptions& options,
+                           const JobRanks& ranks = {});
 
-// Random tokens, in so many documents a sequence; the same for the same index.
+// A micro-batch of random tokens, in so many documents a sequence; the same for the same index.
 struct SyntheticBatch {
   SyntheticBatch(const Config& config, uint64_t index, int64_t documents = 1);
   std::vector<int32_t> tokens, targets, positions, offsets;

@@ -23,6 +23,16 @@ double rounded(double x, int digits) {
   return std::round(x * scale) / scale;
 }
 
+// ": gradients 1.2 ms, experts 3.4 ms", of the kinds that there are.
+std::string kinds_text(const ExposedRecord& exposed) {
+  std::string text;
+  for (int kind = 0; kind < kCommKinds; ++kind)
+    if (const auto& ms = exposed.ms[static_cast<size_t>(kind)])
+      text += fmt::format("{} {} {:.1f} ms", text.empty() ? ":" : ",",
+                          kind_name(static_cast<CommKind>(kind)), *ms);
+  return text;
+}
+
 using Row = std::pair<std::string, OpTotal>;
 
 // The longest first.
@@ -42,24 +52,31 @@ StepReport::StepReport(const Config& config, const StepBenchResult& result)
       result_(result),
       gpu_(result.on_gpu),
       step_(result.step_seconds[result.step_seconds.size() / 2]),
-      tokens_(static_cast<double>(config.train.global_batch * config.data.seq_len)),
+      tokens_(static_cast<double>(config.train.global_batch * config.data.seq_len) /
+              static_cast<double>(result.ranks)),
+      flops_(result.flops / static_cast<double>(result.ranks)),
       parameters_(
           static_cast<double>(model_cost(config.model, config.data.seq_len).parameters_total)) {}
 
 std::string StepReport::heading() const {
-  return fmt::format("{} parameters, {} x {} tokens in micro-batches of {}, {}, {}\n",
+  const std::string ranks = result_.ranks == 1 ? "" : to_text(result_.mesh) + ", each ";
+  return fmt::format("{} parameters, {} x {} tokens in micro-batches of {}, {}, {}{}\n",
                      format_count(parameters_), config_.train.global_batch, config_.data.seq_len,
-                     config_.train.micro_batch, result_.precision, result_.device);
+                     config_.train.micro_batch, result_.precision, ranks, result_.device);
 }
 
 std::string StepReport::text() const {
   const StepBenchResult& r = result_;
   std::string out = heading();
   out += fmt::format(
-      "step            {:8.1f} ms   median of {} (fastest {:.1f})   {} tokens/s   {}/s{}\n",
+      "step            {:8.1f} ms   median of {} (fastest {:.1f})   {} tokens/s   {}/s{}{}\n",
       1e3 * step_, r.step_seconds.size(), 1e3 * r.step_seconds.front(),
-      format_count(tokens_ / step_), format_flops(r.flops / step_),
-      gpu_ ? fmt::format("   {:.1f} % of 989 TFLOP/s", 100 * r.flops / step_ / kPeakFlops) : "");
+      format_count(tokens_ / step_), format_flops(flops_ / step_), r.ranks > 1 ? " a rank" : "",
+      gpu_ ? fmt::format("   {:.1f} % of 989 TFLOP/s", 100 * flops_ / step_ / kPeakFlops) : "");
+  if (r.exposed)
+    out += fmt::format("communication   {:8.1f} ms   {:.1f} % of the step not hidden{}\n",
+                       r.exposed->total_ms(), 0.1 * r.exposed->total_ms() / step_,
+                       kinds_text(*r.exposed));
   if (products_)
     out += fmt::format(
         "its products    {:8.1f} ms   {} calls of the library alone; the step takes {:.2f} x "
@@ -131,17 +148,17 @@ std::string StepReport::json() const {
       {"peer", gpu_ ? "deepseek-train" : "deepseek-train cpu"},
       {"precision", r.precision},
       {"recompute", r.recompute},
-      {"zero", 0},
+      {"zero", r.ranks > 1 ? config_.parallel.zero : 0},
       {"layers", config_.model.num_hidden_layers},
       {"params_b", rounded(parameters_ / 1e9, 3)},
-      {"world", 1},
+      {"world", r.ranks},
       {"micro_batch", config_.train.micro_batch},
-      {"accumulation", config_.train.global_batch / config_.train.micro_batch},
+      {"accumulation", micro_batches_per_step(config_, r.mesh)},
       {"seq", config_.data.seq_len},
       {"step_ms", rounded(1e3 * step_, 2)},
       {"tokens_per_s_per_gpu", rounded(tokens_ / step_, gpu_ ? 0 : 2)},
-      {"model_tflops_per_gpu", rounded(1e-12 * r.flops / step_, gpu_ ? 1 : 4)},
-      {"mfu_989", rounded(r.flops / step_ / kPeakFlops, 4)},
+      {"model_tflops_per_gpu", rounded(1e-12 * flops_ / step_, gpu_ ? 1 : 4)},
+      {"mfu_989", rounded(flops_ / step_ / kPeakFlops, 4)},
       {"peak_gib", rounded(static_cast<double>(r.plan_bytes) / gib, 2)},
       {"loss", r.loss},
       {"step_ms_fastest", 1e3 * r.step_seconds.front()},
@@ -155,6 +172,14 @@ std::string StepReport::json() const {
   if (gpu_) {
     json["host_ms"] = rounded(1e3 * r.host_seconds, 2);
     json["startup_s"] = rounded(r.startup_seconds, 2);
+  }
+  if (r.exposed) {
+    json["layout"] = to_text(r.mesh);
+    json["exposed_ms"] = rounded(r.exposed->total_ms(), 2);
+    json["exposed_share"] = rounded(1e-3 * r.exposed->total_ms() / step_, 4);
+    for (int kind = 0; kind < kCommKinds; ++kind)
+      if (const auto& ms = r.exposed->ms[static_cast<size_t>(kind)])
+        json["exposed"][kind_name(static_cast<CommKind>(kind))] = rounded(*ms, 2);
   }
   for (const auto& [name, total] : r.profile)
     json["profile"][name] = {{"calls", total.calls},

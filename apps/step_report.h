@@ -32,7 +32,8 @@ class StepReport {
   const Config& config_;
   const StepBenchResult& result_;
   bool gpu_ = false;
-  double step_ = 0, tokens_ = 0, parameters_ = 0;
+  double step_ = 0, tokens_ = 0, flops_ = 0;  // of a rank
+  double parameters_ = 0;
   std::optional<ProductsTime> products_;
 };
 

@@ -28,14 +28,6 @@ struct TrainerOptions {
   std::function<std::unique_ptr<Backend>()> make_backend = {};
 };
 
-// Where a trainer is one rank of several: all outlive it.
-struct JobRanks {
-  Communicator* world = nullptr;
-  RankEnvironment place;
-  std::string machine;               // its name
-  RankProgress* progress = nullptr;  // told where the rank is
-};
-
 // Everything that has to hold before the first step is checked by the constructor: data, memory, folder.
 class Trainer {
  public:

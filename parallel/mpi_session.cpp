@@ -4,6 +4,7 @@
 #include <mpi.h>
 #include <signal.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdlib>
 #include <exception>
@@ -136,6 +137,16 @@ void MpiSession::finalize() {
 void MpiSession::abort(int exit_code) {
   MPI_Abort(MPI_COMM_WORLD, exit_code);
   std::_Exit(exit_code);
+}
+
+// It says "Open MPI v4.1.4, package: ...".
+std::string mpi_library_version() {
+  char text[MPI_MAX_LIBRARY_VERSION_STRING] = "";
+  int length = 0;
+  check_mpi(MPI_Get_library_version(text, &length), "MPI_Get_library_version");
+  const std::string all = text;
+  const size_t begin = std::min(all.size(), all.find_first_of("0123456789"));
+  return all.substr(begin, all.find_first_not_of("0123456789.", begin) - begin);
 }
 
 void abort_unfinished_job(int exit_code) {

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <string>
 
 #include "core/dist/communicator.h"
 
@@ -59,6 +60,9 @@ class MpiSession {
   struct State;
   std::unique_ptr<State> state_;
 };
+
+// "4.1.4", of the Open MPI that was loaded; before or after it is initialised.
+std::string mpi_library_version();
 
 // For a process that is about to exit because of a failure, its session gone: ends the other ranks
 // at once, which mpirun by itself does a second later, and passes the exit code on. Returns where
