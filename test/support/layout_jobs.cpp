@@ -88,8 +88,9 @@ std::vector<LayoutJob> all_layouts(TinyModel model, int ranks, int64_t zero) {
   return jobs;
 }
 
-LayoutReference::LayoutReference(const Config& job, int64_t steps,
-                                 const std::function<void(TrainEngine&)>& at_start)
+LayoutReference::LayoutReference(
+    const Config& job, int64_t steps, const std::function<void(TrainEngine&)>& at_start,
+    const std::function<std::unique_ptr<Backend>(int rank)>& make_backend)
     : config(with_shape(job, {})),
       record(std::make_shared<RoutingRecord>(job.train.global_batch, job.data.seq_len,
                                              std::max<int64_t>(1, job.model.num_experts_per_tok))) {
@@ -97,6 +98,7 @@ LayoutReference::LayoutReference(const Config& job, int64_t steps,
   options.steps = steps;
   options.record = record;
   options.at_start = at_start;
+  options.make_backend = make_backend;
   run = run_layout(config, {}, options);
 }
 

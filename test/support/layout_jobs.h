@@ -37,8 +37,10 @@ std::vector<LayoutJob> all_layouts(TinyModel model, int ranks, int64_t zero);
 
 // One rank's run of a job, with its routing.
 struct LayoutReference {
+  // make_backend: as in LayoutRunOptions.
   LayoutReference(const Config& job, int64_t steps,
-                  const std::function<void(TrainEngine&)>& at_start = {});
+                  const std::function<void(TrainEngine&)>& at_start = {},
+                  const std::function<std::unique_ptr<Backend>(int rank)>& make_backend = {});
   Config config;
   std::shared_ptr<RoutingRecord> record;
   LayoutRun run;
