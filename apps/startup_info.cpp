@@ -46,6 +46,12 @@ std::string expert_buffer_text(const Config& config, RankJob& job) {
                      config.model.hidden_size, config.model.n_routed_experts / place.expert.size);
 }
 
+std::string compression_text(RankJob& job) {
+  if (const AutoCompression* chooser = job.distribution().auto_compression())
+    return chooser->describe();
+  return "auto: ranks choose once they have measured their sums; planned as if all were compressed";
+}
+
 void add_layout(StartupInfo& info, const Config& config, RankJob& job) {
   const MeshShape& shape = job.mesh().shape();
   info.ranks = shape.ranks();
@@ -61,6 +67,8 @@ void add_layout(StartupInfo& info, const Config& config, RankJob& job) {
   info.parameter_memory = fmt::format("{} = {}", describe(bytes), format_bytes(bytes.total()));
   info.in_flight = in_flight_text(job.engine().options());
   info.expert_buffer = expert_buffer_text(config, job);
+  if (config.compression.method == CompressionMethod::automatic)
+    info.compression = compression_text(job);
 }
 
 std::vector<MemoryRow> memory_rows(const Config& config, TrainEngine& engine) {

@@ -30,14 +30,32 @@ double seconds_between(std::chrono::steady_clock::time_point a, std::chrono::ste
   return std::chrono::duration<double>(b - a).count();
 }
 
+// Without times, which come with the step's results.
 GradientTraffic traffic_between(const GradTraffic& before, const GradTraffic& after) {
   const auto apart = [](const PhaseTraffic& a, const PhaseTraffic& b) {
     return TrafficRecord{b.sent - a.sent, b.baseline - a.baseline,
                          b.sent_between_nodes - a.sent_between_nodes,
-                         b.baseline_between_nodes - a.baseline_between_nodes,
-                         1e3 * (b.seconds - a.seconds)};
+                         b.baseline_between_nodes - a.baseline_between_nodes};
   };
   return {apart(before.reduce, after.reduce), apart(before.gather, after.gather)};
+}
+
+// The kinds of state that a checkpoint holds, by parameter.
+SavedKinds saved_kinds(const Manifest& manifest) {
+  return [kinds = kinds_by_parameter(manifest)](const Parameter& parameter) {
+    const auto at = kinds.find(parameter.spec.name);
+    return at == kinds.end() ? std::vector<std::string>() : at->second;
+  };
+}
+
+// What compression.method auto had chosen, and for what residuals are there.
+constexpr const char* kCompressionKey = "compression";
+EarlierCompression earlier_compression(const Manifest& manifest) {
+  EarlierCompression earlier;
+  const auto at = manifest.meta.program.find(kCompressionKey);
+  if (at != manifest.meta.program.end()) earlier.methods = ChosenMethods::parse(at->second);
+  earlier.kinds = saved_kinds(manifest);
+  return earlier;
 }
 
 std::map<std::string, std::string> data_fingerprints(const Config& config, const DataSet& train) {
@@ -63,12 +81,6 @@ Trainer::Trainer(const Config& config, const TrainerOptions& options, MetricsHub
   train_data_ = open_data(config_.data.train, config_.data.tokenizer);
   valid_data_ = open_data(config_.data.valid, config_.data.tokenizer);
   fingerprints_ = data_fingerprints(config_, train_data_);
-  job_ = std::make_unique<RankJob>(config_, resolve_mesh(config_, world_.size()),
-                                   device_ranks_ ? *device_ranks_ : world_, *backend_,
-                                   ranks.machine, /*training=*/true);
-  engine_ = &job_->engine();
-  flops_per_token_ = model_cost(config_.model, config_.data.seq_len).flops_per_token;
-  check_memory();
   const std::optional<VerifiedCheckpoint> checkpoint = agree_on_start(options);
   if (checkpoint && checkpoint->manifest.meta.step >= config_.train.steps) {
     nothing_to_do_ = true;
@@ -80,6 +92,8 @@ Trainer::Trainer(const Config& config, const TrainerOptions& options, MetricsHub
     resumed_from_ = newest_checkpoint_ = checkpoint->path;
     resumed_step_ = checkpoint->manifest.meta.step;
   }
+  make_job(checkpoint);
+  check_memory();
   hub_.on_start(startup_info());
   start_from(checkpoint);
   open_stream();
@@ -93,6 +107,19 @@ Trainer::Trainer(const Config& config, const TrainerOptions& options, MetricsHub
 }
 
 Trainer::~Trainer() = default;
+
+void Trainer::make_job(const std::optional<VerifiedCheckpoint>& checkpoint) {
+  job_ = std::make_unique<RankJob>(
+      config_, resolve_mesh(config_, world_.size()), device_ranks_ ? *device_ranks_ : world_,
+      *backend_, ranks_.machine, /*training=*/true, DistributionWrap(),
+      checkpoint ? earlier_compression(checkpoint->manifest) : EarlierCompression());
+  engine_ = &job_->engine();
+  flops_per_token_ = model_cost(config_.model, config_.data.seq_len).flops_per_token;
+  // Stages of a pipeline have other ranges.
+  if (const AutoCompression* chooser = job_->distribution().auto_compression())
+    for (const std::string& text : world_.all_gather_text(chooser->chosen().text()))
+      chosen_methods_.add(ChosenMethods::parse(text));
+}
 
 std::optional<VerifiedCheckpoint> Trainer::agree_on_start(const TrainerOptions& options) {
   std::optional<VerifiedCheckpoint> checkpoint;
@@ -209,11 +236,7 @@ void Trainer::restore(const VerifiedCheckpoint& checkpoint) {
 // What the checkpoint holds of gradients that compression has not sent yet.
 std::vector<StateSlice> Trainer::residuals_in(const Manifest& manifest) const {
   const auto kinds = kinds_by_parameter(manifest);
-  std::vector<StateSlice> residuals =
-      job_->distribution().loaded_residuals([&](const Parameter& parameter) {
-        const auto at = kinds.find(parameter.spec.name);
-        return at == kinds.end() ? std::vector<std::string>() : at->second;
-      });
+  std::vector<StateSlice> residuals = job_->distribution().loaded_residuals(saved_kinds(manifest));
   const bool are_there = std::ranges::any_of(
       kinds, [](const auto& of) { return std::ranges::any_of(of.second, is_residual); });
   if (world_.rank() == 0 && are_there && residuals.empty())
@@ -365,6 +388,11 @@ void Trainer::complete_step() {
   wants_to_leave_ = wants_to_leave_ || result.ranks_leaving > 0;
   wants_to_save_ = wants_to_save_ || result.ranks_saving > 0;
   if (world_.size() > 1) exposed_ += *(record.exposed = job_->exposed().take());
+  if (record.traffic) {
+    const ReduceSeconds seconds_of_sums = job_->distribution().reduce_times().take();
+    record.traffic->reduce_scatter.ms = 1e3 * seconds_of_sums.reduce;
+    record.traffic->all_gather.ms = 1e3 * seconds_of_sums.gather;
+  }
   record.loss = last_loss_ = result.loss;
   if (config_.model.num_nextn_predict_layers > 0) record.mtp_loss = result.mtp_loss;
   record.grad_norm = result.grad_norm;
@@ -428,6 +456,8 @@ CheckpointMeta Trainer::checkpoint_meta() const {
                   {"isa", check_instruction_set()},
                   {"backend", backend_->describe()},
                   {"matmul", matmul_library()}};
+  if (const std::string chosen = chosen_methods_.text(); !chosen.empty())
+    meta.program[kCompressionKey] = chosen;
   if (hf_origin_) put_hf_origin(*hf_origin_, meta);
   meta.layout = world_.size() == 1 ? "one rank" : to_text(job_->mesh().shape());
   meta.config_yaml = dump_config(config_);

@@ -47,6 +47,7 @@ class Trainer {
 
   // The first rank's work before the run, with what all ranks have to know of it: the checkpoint to start from.
   std::optional<VerifiedCheckpoint> agree_on_start(const TrainerOptions& options);
+  void make_job(const std::optional<VerifiedCheckpoint>& checkpoint);
   void prepare_folder();
   void check_memory() const;
   void start_from(const std::optional<VerifiedCheckpoint>& checkpoint);
@@ -93,6 +94,7 @@ class Trainer {
   std::unique_ptr<Communicator> device_ranks_;  // of world_, where it reaches host memory alone
   std::unique_ptr<RankJob> job_;
   TrainEngine* engine_ = nullptr;  // the job's
+  ChosenMethods chosen_methods_;   // by compression.method auto, on all ranks
   double flops_per_token_ = 0;
 
   DeviceMemory batch_memory_, eval_memory_, snapshot_memory_;

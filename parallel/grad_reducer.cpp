@@ -101,14 +101,18 @@ NodeSplit split_by_node(Communicator& all, const std::string& node) {
   return split;
 }
 
+bool can_compress(const CompressionConfig& compression, const ReduceRanks& ranks) {
+  return ranks.all->size() > 1 && (compression.scope == CompressionScope::all || ranks.nodes > 1);
+}
+
 std::unique_ptr<GradReducer> make_grad_reducer(const GradReducerOptions& options,
                                                const ReduceRanks& ranks,
                                                const ParameterSet& parameters,
                                                std::vector<GradRange> ranges) {
   const CompressionConfig& compression = options.compression;
   const bool between_nodes = compression.scope == CompressionScope::inter_node;
-  const bool compresses = compression.method != CompressionMethod::none && ranks.all->size() > 1 &&
-                          (!between_nodes || ranks.nodes > 1);
+  const bool compresses =
+      compression.method != CompressionMethod::none && can_compress(compression, ranks);
   if (compresses) {
     DSTRAIN_CHECK(options.dtype == DType::f32,
                   std::string("compression takes f32 gradients, not ") + dtype_name(options.dtype));

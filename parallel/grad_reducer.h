@@ -53,7 +53,7 @@ NodeSplit split_by_node(Communicator& all, const std::string& node);
 struct PhaseTraffic {
   int64_t sent = 0, baseline = 0;
   int64_t sent_between_nodes = 0, baseline_between_nodes = 0;  // parts of the above
-  double seconds = 0;  // that the host spent in the calls, compression included; on a CPU all there is
+  double seconds = 0;  // of the calls: parallel/reduce_times.h
   PhaseTraffic& operator+=(const PhaseTraffic& other);
 };
 struct GradTraffic {
@@ -112,8 +112,13 @@ struct GradReducerOptions {
   DType dtype = DType::f32;   // of gradients; compression takes f32 only
 };
 
+// Whether a method that compresses makes a difference: there are other ranks, on other nodes where
+// only traffic between nodes is compressed.
+bool can_compress(const CompressionConfig& compression, const ReduceRanks& ranks);
+
 // `parameters` has its layout, outlives the reducer, and names what residuals belong to. A range is
-// named by its number in `ranges`. ConfigError if compression between nodes is wanted and the nodes
+// named by its number in `ranges`. The method is one that is named, not auto
+// (parallel/auto_compression.h). ConfigError if compression between nodes is wanted and the nodes
 // differ in size.
 std::unique_ptr<GradReducer> make_grad_reducer(const GradReducerOptions& options,
                                                const ReduceRanks& ranks,

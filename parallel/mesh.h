@@ -52,6 +52,7 @@ class ProcessMesh {
   ProcessMesh(const MeshShape& shape, int world_rank, Backend& backend);
 
   const MeshShape& shape() const { return shape_; }
+  bool is_planned() const { return planned_world_ != nullptr; }
   const RankPlace& place() const { return place_; }
   Communicator& world() { return world_; }
   Communicator& group(MeshGroup group) { return *groups_[static_cast<size_t>(group)]; }

@@ -1,7 +1,10 @@
 #include "parallel/rank_distribution.h"
 
+#include <fmt/format.h>
+
 #include <algorithm>
 #include <iterator>
+#include <sstream>
 
 #include "parallel/timed_reducer.h"
 
@@ -25,11 +28,12 @@ MeshGroup ranks_of(ReduceGroup group) {
 }  // namespace
 
 RankDistribution::RankDistribution(const Config& config, ProcessMesh& mesh, Backend& backend,
-                                   const std::string& node)
+                                   const std::string& node, const EarlierCompression& earlier)
     : config_(config),
       mesh_(mesh),
       backend_(backend),
-      exposed_(backend, /*measures=*/mesh.shape().ranks() > 1) {
+      exposed_(backend, /*measures=*/mesh.shape().ranks() > 1),
+      reduce_times_(backend) {
   const RankPlace& place = mesh.place();
   if (place.tensor.size > 1) tensor_.emplace(mesh.group(MeshGroup::tensor), exposed_);
   if (place.expert.size > 1)
@@ -43,6 +47,8 @@ RankDistribution::RankDistribution(const Config& config, ProcessMesh& mesh, Back
                        place.tensor.size > 1 ? CommKind::tensor : CommKind::context);
   for (const ReduceGroup group : {ReduceGroup::tensor_cut, ReduceGroup::replicated, ReduceGroup::expert})
     reduce_[index_of(group)] = split_by_node(mesh.group(ranks_of(group)), node);
+  if (config.compression.method == CompressionMethod::automatic && !mesh.is_planned())
+    auto_.emplace(earlier);
 }
 
 TensorParallel& RankDistribution::tensor() {
@@ -71,20 +77,59 @@ std::unique_ptr<ParamStore> RankDistribution::make_param_store(ParameterSet& par
   for (const ReduceGroup group : {ReduceGroup::tensor_cut, ReduceGroup::replicated, ReduceGroup::expert})
     ranks.groups[index_of(group)] = &mesh_.group(ranks_of(group));
   if (mesh_.group(MeshGroup::embedding).size() > 1) ranks.ties = &mesh_.group(MeshGroup::embedding);
+  const GradReducerOptions reducer = reducer_options(parameters, options, zero, ranks);
+  auto store = std::make_unique<ParamShards>(
+      backend_, parameters, options, zero, ranks,
+      [this, reducer](ReduceGroup group, const ParameterSet& set, std::vector<GradRange> ranges) {
+        const ReduceRanks& of = reduce_[index_of(group)].ranks;
+        return std::make_unique<TimedReducer>(
+            auto_ ? auto_->make_reducer(group, reducer, of, set, ranges)
+                  : make_grad_reducer(reducer, of, set, std::move(ranges)),
+            reduce_times_);
+      },
+      exposed_);
+  stores_.push_back(store.get());
+  return store;
+}
+
+// A plan without ranks takes the most that auto could choose.
+GradReducerOptions RankDistribution::reducer_options(ParameterSet& parameters,
+                                                     const ParamStoreOptions& options,
+                                                     const ZeroOptions& zero,
+                                                     const ShardRanks& ranks) {
   GradReducerOptions reducer;
   reducer.compression = config_.compression;
   reducer.hierarchical = config_.parallel.hierarchical;
   reducer.gathers = zero.stage == 0;
   reducer.dtype = stat_dtype(options.dtype);
-  auto store = std::make_unique<ParamShards>(
-      backend_, parameters, options, zero, ranks,
-      [this, reducer](ReduceGroup group, const ParameterSet& set, std::vector<GradRange> ranges) {
-        return std::make_unique<TimedReducer>(
-            make_grad_reducer(reducer, reduce_[index_of(group)].ranks, set, std::move(ranges)));
-      },
-      exposed_);
-  stores_.push_back(store.get());
-  return store;
+  if (config_.compression.method != CompressionMethod::automatic) return reducer;
+  if (!auto_)
+    reducer.compression.method = largest_method(config_.compression);
+  else if (options.training)
+    measure_sums(parameters, zero, ranks, reducer);
+  return reducer;
+}
+
+void RankDistribution::measure_sums(ParameterSet& parameters, const ZeroOptions& zero,
+                                    const ShardRanks& ranks, const GradReducerOptions& options) {
+  std::array<int64_t, kReduceGroups> largest = {};
+  const ShardLayout layout(parameters, ranks.places(), zero.head_block);
+  for (const ShardRange& range : layout.ranges()) {
+    int64_t& most = largest[index_of(range.group.reduce)];
+    most = std::max(most, range.padded());
+  }
+  const std::string mine = fmt::format("{}", fmt::join(largest, " "));
+  for (const std::string& text : mesh_.world().all_gather_text(mine)) {
+    std::istringstream numbers(text);
+    for (int64_t& most : largest) {
+      int64_t number = 0;
+      numbers >> number;
+      most = std::max(most, number);
+    }
+  }
+  for (const ReduceGroup group : {ReduceGroup::tensor_cut, ReduceGroup::replicated, ReduceGroup::expert})
+    auto_->measure(group, options, reduce_[index_of(group)].ranks, largest[index_of(group)],
+                   mesh_.world(), backend_);
 }
 
 void RankDistribution::make_memory(Backend& backend, Stream& stream, const OwnerVisitor& visit) {
@@ -100,6 +145,8 @@ void RankDistribution::sum_over_ranks(DistStream dist, const Tensor& x) {
 GradTraffic RankDistribution::traffic() const {
   GradTraffic sum;
   for (const ParamShards* store : stores_) sum += store->traffic();
+  sum.reduce.seconds = reduce_times_.total().reduce;
+  sum.gather.seconds = reduce_times_.total().gather;
   return sum;
 }
 

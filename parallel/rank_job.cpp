@@ -39,8 +39,9 @@ EngineOptions rank_engine_options(const Config& config, const MeshShape& shape,
 }
 
 RankJob::RankJob(const Config& config, const MeshShape& shape, Communicator& world, Backend& backend,
-                 const std::string& node, bool training, const DistributionWrap& wrap)
-    : mesh_(shape, world, backend), distribution_(config, mesh_, backend, node) {
+                 const std::string& node, bool training, const DistributionWrap& wrap,
+                 const EarlierCompression& earlier)
+    : mesh_(shape, world, backend), distribution_(config, mesh_, backend, node, earlier) {
   if (wrap) wrapped_ = wrap(distribution_);
   make_engine(config, backend, training);
 }

@@ -24,9 +24,12 @@ using DistributionWrap = std::function<std::unique_ptr<Distribution>(Distributio
 class RankJob {
  public:
   // shape is legal for the config and has world.size() ranks. `node` names this machine. A collective call;
-  // world and backend outlive the job. Plans memory, allocates nothing large.
+  // world and backend outlive the job. Plans memory, allocates nothing large but what measuring for
+  // compression.method auto takes (parallel/sum_timing.h), which it gives back. `earlier`: of the
+  // checkpoint that the job goes on from.
   RankJob(const Config& config, const MeshShape& shape, Communicator& world, Backend& backend,
-          const std::string& node, bool training, const DistributionWrap& wrap = {});
+          const std::string& node, bool training, const DistributionWrap& wrap = {},
+          const EarlierCompression& earlier = {});
   // The plan of one rank of a job whose other ranks do not exist, as if all were on one machine: its engine
   // tells its memory, and must not be allocated.
   RankJob(const Config& config, const MeshShape& shape, int world_rank, Backend& backend, bool training);

@@ -161,4 +161,32 @@ std::vector<StateSlice> loaded_residuals(const ParameterSet& parameters,
   return slices;
 }
 
+std::vector<StateSlice> saved_leftovers(const ParameterSet& parameters, const PieceLayout& layout,
+                                        const Tensor& leftover_N, int rank) {
+  std::vector<StateSlice> slices;
+  for_each_part(trainable_by_offset(parameters), layout.begin + rank * layout.stride, layout.end,
+                leftover_N,
+                [&](const Parameter& p, int64_t begin, int64_t end, const Tensor& data) {
+                  if (!is_copy(p)) slices.push_back({std::string(kSumKind), &p, begin, end, data});
+                });
+  return slices;
+}
+
+std::vector<StateSlice> loaded_leftovers(const ParameterSet& parameters, const PieceLayout& layout,
+                                         const Tensor& leftover_N, int rank,
+                                         const SavedKinds& kinds) {
+  std::vector<StateSlice> slices;
+  for_each_part(trainable_by_offset(parameters), layout.begin + rank * layout.stride, layout.end,
+                leftover_N,
+                [&](const Parameter& p, int64_t begin, int64_t end, const Tensor& data) {
+                  SavedResiduals saved(p, kinds(p));
+                  std::vector<std::string> added = std::move(saved.of_copies);
+                  added.insert(added.end(), saved.of_ranks.begin(), saved.of_ranks.end());
+                  if (saved.of_sum && !is_copy(p)) added.emplace_back(kSumKind);
+                  for (std::string& kind : added)
+                    slices.push_back({std::move(kind), &p, begin, end, data, /*add=*/true});
+                });
+  return slices;
+}
+
 }  // namespace dstrain

@@ -39,4 +39,14 @@ std::vector<StateSlice> loaded_residuals(const ParameterSet& parameters,
                                          const std::vector<ResidualRange>& ranges, int rank,
                                          int ranks, const SavedKinds& kinds);
 
+
+// Of a range that is no longer compressed, what the owner of its piece adds to the next sum:
+// everything that a checkpoint holds of it, summed. leftover_N: of that piece. Saved it is what
+// owners did not send; copies have no such kind, and save nothing.
+std::vector<StateSlice> saved_leftovers(const ParameterSet& parameters, const PieceLayout& layout,
+                                        const Tensor& leftover_N, int rank);
+std::vector<StateSlice> loaded_leftovers(const ParameterSet& parameters, const PieceLayout& layout,
+                                         const Tensor& leftover_N, int rank,
+                                         const SavedKinds& kinds);
+
 }  // namespace dstrain

@@ -48,8 +48,6 @@ std::vector<Unavailable> unavailable_features(const Config& c, const BuildCapabi
   if (c.compression.method != CompressionMethod::none && !build.compression)
     add("compression.method", std::string(enum_name(c.compression.method)),
         "gradient compression is not built yet; compression.method: none works");
-  else if (c.compression.method == CompressionMethod::automatic)
-    add("compression.method", "auto", "this build does not choose a method; name topk or int8");
   needs_ranks("launch.ranks", c.launch.ranks.value);
   if (!c.launch.hosts.empty() && !build.ranks)
     add("launch.hosts", fmt::format("[{}]", fmt::join(c.launch.hosts, ", ")),

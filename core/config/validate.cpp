@@ -234,14 +234,32 @@ void check_training(const Config& c, Rules& rules) {
   if (c.run.device == Device::cpu && c.precision.moments == MomentType::bf16)
     rules.broken("precision.moments", "write fp32, or run.device: cuda",
                  "precision.moments bf16 needs a GPU, but run.device is cpu");
-  if (c.compression.method == CompressionMethod::topk && c.compression.density <= 0)
+}
+
+void check_compression(const Config& c, Rules& rules) {
+  const CompressionConfig& compression = c.compression;
+  const int64_t block = compression.block.value;
+  if (compression.method == CompressionMethod::automatic) {
+    if (c.run.deterministic)
+      rules.broken("compression.method",
+                   "name none, int8 or topk: a run without run.deterministic tells at its start "
+                   "what auto takes",
+                   "compression.method auto chooses by measured times, which differ from run to "
+                   "run, and run.deterministic asks for the same bits in every run");
+    if (!compression.block.is_auto())
+      rules.broken("compression.block", "write auto, or name the method",
+                   "compression.block ({}) is a number for one method, and compression.method auto "
+                   "may take two",
+                   block);
+  }
+  if (compression.method != CompressionMethod::topk) return;
+  if (compression.density <= 0)
     rules.broken("compression.density", "0.05 sends one element in twenty",
                  "compression.density must be above 0 with method topk");
-  else if (c.compression.method == CompressionMethod::topk && !c.compression.block.is_auto() &&
-           c.compression.density * static_cast<double>(c.compression.block.value) < 1)
+  else if (!compression.block.is_auto() && compression.density * static_cast<double>(block) < 1)
     rules.broken("compression.block", "write auto or a larger block",
                  "compression.density ({}) of a block of {} elements is less than one element",
-                 c.compression.density, c.compression.block.value);
+                 compression.density, block);
 }
 
 void check_ranks(const Config& c, Rules& rules) {
@@ -269,6 +287,7 @@ void validate(const LoadedConfig& loaded, Purpose purpose) {
   check_model(c.model, rules);
   check_data(c, purpose, rules);
   check_training(c, rules);
+  check_compression(c, rules);
   check_ranks(c, rules);
   rules.throw_if_any();
 }
@@ -301,11 +320,14 @@ std::vector<std::string> config_warnings(const Config& c) {
         "model.first_k_dense_replace ({}) leaves none of the {} to the {}",
         c.model.first_k_dense_replace, format_plural(c.model.num_hidden_layers, "block"),
         format_plural(c.model.n_routed_experts, "routed expert")));
-  if (c.compression.method == CompressionMethod::topk && !c.compression.error_feedback)
+  const bool may_take_topk =
+      c.compression.method == CompressionMethod::automatic && c.compression.density > 0;
+  if ((c.compression.method == CompressionMethod::topk || may_take_topk) &&
+      !c.compression.error_feedback)
     warnings.push_back(
-        fmt::format("compression.error_feedback is off: the {:.3g}% of each gradient's elements "
-                    "that are not sent are "
-                    "lost for good",
+        fmt::format("compression.error_feedback is off: {}the {:.3g}% of each gradient's elements "
+                    "that are not sent are lost for good",
+                    may_take_topk ? "where auto takes topk, " : "",
                     100 * (1 - c.compression.density)));
   if (const std::optional<MeshShape> shape = planned_mesh(c))
     for (std::string& note : layout_notes(c, *shape)) warnings.push_back(std::move(note));

@@ -106,4 +106,32 @@ TEST_CASE("resume: a job that does not compress says that it leaves residuals ou
   CHECK(unsent(job.checkpoint(5)).empty());
 }
 
+TEST_CASE("resume: compression.method auto tells its choice, and goes on with it",
+          "[resume][compression]") {
+  const TinyJob job(joined(compressed("auto", "2"), {"train.steps=4"}));
+  job.must_train({"--set", "train.steps=2"});
+  const std::string told = json_field(events(job, "start").at(0), "compression");
+  CHECK_THAT(told, Contains("auto: none for ") && Contains("; predicted to sum once in ") &&
+                       Contains("int8 ") && Contains("topk "));
+  const auto chosen = [&](int64_t step) {
+    return CheckpointReader(job.checkpoint(step)).manifest().meta.program.at("compression");
+  };
+  CHECK_THAT(chosen(2), Contains("expert of 2: 9216 none;") && !Contains("topk"));
+  job.must_train({"--resume", "latest"});
+  CHECK(chosen(4) == chosen(2));
+}
+
+TEST_CASE("resume: compression.method auto sends what another method had left over",
+          "[resume][compression]") {
+  const std::string before = GENERATE("topk", "int8");
+  const TinyJob job(joined(compressed(before, "2"), {"train.steps=4"}));
+  job.must_train();
+  REQUIRE_FALSE(unsent(job.checkpoint(4)).empty());
+  const Finished end = job.must_train(
+      {"--resume", "latest", "--set", "compression.method=auto", "--set", "train.steps=5"});
+  CHECK_THAT(json_field(events(job, "start").back(), "compression"), Contains("auto: none for "));
+  CHECK_THAT(end.err, !Contains("left out"));
+  CHECK(unsent(job.checkpoint(5)).empty());
+}
+
 }  // namespace dstrain::test

@@ -7,6 +7,7 @@
 #include "core/backend/cpu_backend.h"
 #include "parallel/thread_communicator.h"
 #include "test/support/catch.h"
+#include "test/support/slow_link.h"
 
 namespace dstrain {
 namespace {
@@ -62,6 +63,36 @@ TEST_CASE("RankJob: the plan of a rank is what the rank of a job takes", "[rank_
   for (int rank = 0; rank < shape.ranks(); ++rank) {
     RankJob plan(config, shape, rank, *backend, /*training=*/true);
     CHECK(memory_text(plan.engine()) == taken.at(rank));
+  }
+}
+
+TEST_CASE("RankJob: compression.method auto plans residuals for what it compresses", "[rank_job]") {
+  Config config = tiny_config(GENERATE(0, 1, 2, 3));
+  config.compression.method = CompressionMethod::automatic;
+  config.compression.density = 0;
+  const MeshShape shape{2, 2, 1, 2, 2};
+  const bool is_slow = GENERATE(false, true);
+  CAPTURE(config.parallel.zero, is_slow);
+  std::mutex mutex;
+  std::map<int, std::string> taken, told;
+  run_rank_threads(static_cast<int>(shape.ranks()), [&](Communicator& world) {
+    const auto backend = make_cpu_backend(1);
+    test::SlowLink link(world, is_slow ? 2e6 : 1e12);
+    RankJob job(config, shape, link, *backend, "here", /*training=*/true);
+    const std::scoped_lock lock(mutex);
+    taken[world.rank()] = memory_text(job.engine());
+    told[world.rank()] = job.distribution().auto_compression()->describe();
+  });
+  const auto backend = make_cpu_backend(1);
+  for (int rank = 0; rank < shape.ranks(); ++rank) {
+    CAPTURE(rank, told.at(rank));
+    // A plan without ranks holds all that could be chosen.
+    RankJob plan(config, shape, rank, *backend, /*training=*/true);
+    CHECK(plan.distribution().auto_compression() == nullptr);
+    const bool has_residuals = taken.at(rank).find("gradient residuals") != std::string::npos;
+    CHECK(has_residuals == is_slow);
+    CHECK((memory_text(plan.engine()) == taken.at(rank)) == is_slow);
+    CHECK(told.at(rank).find(is_slow ? "auto: int8 for " : "auto: none for ") == 0);
   }
 }
 

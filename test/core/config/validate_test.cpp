@@ -145,6 +145,12 @@ TEST_CASE("validate: each broken rule names keys, values and a fix", "[config]")
         {"compression.block", "64"}},
        "compression.density (0.01) of a block of 64 elements is less than one element",
        "write auto"},
+      {{{"compression.method", "auto"}, {"run.deterministic", "true"}},
+       "compression.method auto chooses by measured times",
+       "name none, int8 or topk"},
+      {{{"compression.method", "auto"}, {"compression.block", "256"}},
+       "compression.block (256) is a number for one method",
+       "write auto"},
       {{{"parallel.tensor", "3"}}, "parallel.tensor (3) does not divide the 4 heads", "try 2 or 4"},
       {{{"parallel.pipeline", "7"}},
        "parallel.pipeline (7) is more than model.num_hidden_layers (6)",
@@ -241,6 +247,16 @@ TEST_CASE("validate: warnings are no errors", "[config]") {
       job({{"compression.method", "topk"}, {"compression.error_feedback", "false"}}).config);
   REQUIRE(lossy.size() == 1);
   CHECK(contains(lossy[0], "the 95% of each gradient's elements that are not sent are lost"));
+  const auto with_auto = [](const std::string& density) {
+    return config_warnings(job({{"compression.method", "auto"},
+                                {"compression.density", density},
+                                {"compression.error_feedback", "false"}})
+                               .config);
+  };
+  REQUIRE(with_auto("0.1").size() == 1);
+  CHECK(contains(with_auto("0.1")[0], "where auto takes topk, the 90% of each"));
+  CHECK(with_auto("0").empty());
+  CHECK(problems_of({{"compression.method", "auto"}, {"compression.density", "0"}}) == "(valid)");
 }
 
 TEST_CASE("validate: data-parallel ranks", "[config]") {
@@ -287,7 +303,7 @@ TEST_CASE("availability: everything that this build lacks is named", "[config]")
   CHECK(ranks_on_gpus[0].is_device);
   CHECK(contains(ranks_on_gpus[0].sentence, "job of 4 ranks, and ranks on GPUs"));
   CHECK(unavailable_features(job({{"run.device", "cuda"}}).config, all).empty());
-  CHECK(unavailable_features(job({{"compression.method", "auto"}}).config, all).size() == 1);
+  CHECK(unavailable_features(job({{"compression.method", "auto"}}).config, all).empty());
   require_available({});
   try {
     require_available(unavailable_features(config, {}));
