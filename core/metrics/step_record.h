@@ -33,7 +33,7 @@ struct StepPhases {
 struct TrafficRecord {
   int64_t sent = 0, baseline = 0;
   int64_t sent_between_nodes = 0, baseline_between_nodes = 0;  // parts of the above
-  double ms = 0;                                               // of the host, compression included
+  double ms = 0;  // compression included: of the host on a CPU, of the stream that sends on a GPU
 };
 
 // The first rank's traffic of gradients.
