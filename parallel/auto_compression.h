@@ -31,8 +31,9 @@ class AutoCompression {
   // and there are such ranges. A collective call of all ranks of `world`.
   void measure(ReduceGroup group, const GradReducerOptions& options, const ReduceRanks& ranks,
                int64_t largest, Communicator& world, Backend& backend);
-  // What measure() finds.
-  void set_times(ReduceGroup group, MethodTimes times) { times_[index_of(group)] = times; }
+  // What measure() finds; for a group of the same ranks as another, what it has found there.
+  const MethodTimes& times(ReduceGroup group) const { return times_[index_of(group)]; }
+  void set_times(ReduceGroup group, const MethodTimes& times) { times_[index_of(group)] = times; }
 
   // After measure(): as make_grad_reducer(), with a method for each range. A collective call of all
   // ranks of the group. RuntimeFailure if they have not chosen alike.

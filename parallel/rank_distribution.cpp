@@ -25,6 +25,25 @@ MeshGroup ranks_of(ReduceGroup group) {
   return MeshGroup::stage;
 }
 
+// Elements of the largest range of each ReduceGroup, on any rank.
+std::array<int64_t, kReduceGroups> largest_ranges(const ShardLayout& layout, Communicator& world) {
+  std::array<int64_t, kReduceGroups> largest = {};
+  for (const ShardRange& range : layout.ranges()) {
+    int64_t& most = largest[index_of(range.group.reduce)];
+    most = std::max(most, range.padded());
+  }
+  const std::string mine = fmt::format("{}", fmt::join(largest, " "));
+  for (const std::string& text : world.all_gather_text(mine)) {
+    std::istringstream numbers(text);
+    for (int64_t& most : largest) {
+      int64_t number = 0;
+      numbers >> number;
+      most = std::max(most, number);
+    }
+  }
+  return largest;
+}
+
 }  // namespace
 
 RankDistribution::RankDistribution(const Config& config, ProcessMesh& mesh, Backend& backend,
@@ -112,24 +131,22 @@ GradReducerOptions RankDistribution::reducer_options(ParameterSet& parameters,
 
 void RankDistribution::measure_sums(ParameterSet& parameters, const ZeroOptions& zero,
                                     const ShardRanks& ranks, const GradReducerOptions& options) {
-  std::array<int64_t, kReduceGroups> largest = {};
-  const ShardLayout layout(parameters, ranks.places(), zero.head_block);
-  for (const ShardRange& range : layout.ranges()) {
-    int64_t& most = largest[index_of(range.group.reduce)];
-    most = std::max(most, range.padded());
-  }
-  const std::string mine = fmt::format("{}", fmt::join(largest, " "));
-  for (const std::string& text : mesh_.world().all_gather_text(mine)) {
-    std::istringstream numbers(text);
-    for (int64_t& most : largest) {
-      int64_t number = 0;
-      numbers >> number;
-      most = std::max(most, number);
-    }
-  }
-  for (const ReduceGroup group : {ReduceGroup::tensor_cut, ReduceGroup::replicated, ReduceGroup::expert})
-    auto_->measure(group, options, reduce_[index_of(group)].ranks, largest[index_of(group)],
-                   mesh_.world(), backend_);
+  std::array<int64_t, kReduceGroups> largest = largest_ranges(
+      ShardLayout(parameters, ranks.places(), zero.head_block), mesh_.world());
+  // Groups of as many ranks as the stage has are those ranks.
+  const auto is_stage = [&](ReduceGroup group) {
+    return ranks.groups[index_of(group)]->size() == mesh_.group(MeshGroup::stage).size();
+  };
+  constexpr ReduceGroup kStage = ReduceGroup::replicated;
+  int64_t& of_stage = largest[index_of(kStage)];
+  for (const ReduceGroup group : {ReduceGroup::tensor_cut, ReduceGroup::expert})
+    if (is_stage(group)) of_stage = std::max(of_stage, largest[index_of(group)]);
+  for (const ReduceGroup group : {kStage, ReduceGroup::tensor_cut, ReduceGroup::expert})
+    if (group != kStage && is_stage(group))
+      auto_->set_times(group, auto_->times(kStage));
+    else
+      auto_->measure(group, options, reduce_[index_of(group)].ranks, largest[index_of(group)],
+                     mesh_.world(), backend_);
 }
 
 void RankDistribution::make_memory(Backend& backend, Stream& stream, const OwnerVisitor& visit) {

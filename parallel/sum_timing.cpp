@@ -12,8 +12,10 @@ namespace dstrain {
 namespace {
 
 constexpr std::array kSizes = {int64_t{1} << 16, int64_t{1} << 20, kLargestTimed};
-constexpr int kRepetitions = 15, kSlowRepetitions = 3;
-// Of a whole sum: from here on few repetitions will do, and the rate of the link is known.
+// Of whole sums of a size there are as many as take so long, from three to fifteen.
+constexpr double kSecondsOfSize = 0.3;
+constexpr int kFewest = 3, kMost = 15;
+// Where one takes so long, the rate of the link is known.
 constexpr double kSlowSeconds = 0.1;
 constexpr int64_t kShardAlignment = 64;
 
@@ -129,7 +131,8 @@ class SumTimer {
 Seconds time_size(SumTimer* timer, Communicator& world) {
   // The first sums connect ranks and load code.
   const Seconds first = slowest(world, timer ? timer->time_once() : Seconds{});
-  const int repetitions = first[0] > kSlowSeconds ? kSlowRepetitions : kRepetitions;
+  const double wanted = kSecondsOfSize / std::max(first[0], kSecondsOfSize / kMost);
+  const int repetitions = std::max(kFewest, static_cast<int>(wanted));
   std::array<std::vector<double>, kSumMethods.size()> all;
   for (int i = 0; i < repetitions; ++i) {
     const Seconds once = timer ? timer->time_once() : Seconds{};

@@ -74,4 +74,17 @@ TEST_CASE("far ranks: compressed gradients have the bits of ranks on CPUs", "[la
   CHECK(bit_difference(run_layout(config, shape, on_cpus), run_layout(config, shape, far)) == "");
 }
 
+TEST_CASE("far ranks: compression.method auto measures memory that the host cannot reach",
+          "[layouts]") {
+  Config config = moe_job();
+  config.compression.method = CompressionMethod::automatic;
+  const MeshShape shape{.data = 2, .expert = 2};
+  config = job_at(config, shape, GENERATE(0, 1)).config;
+  LayoutRunOptions far = on_far_ranks();
+  far.steps = 2;
+  const LayoutRun run = run_layout(config, shape, far);
+  CHECK(run.disagreement == "");
+  CHECK(run.steps.size() == 2);
+}
+
 }  // namespace dstrain::test
