@@ -155,15 +155,15 @@ void Launcher::ask_to_leave(int signal) {
            job_.times.grace_s, signal == SIGINT ? "; a second Ctrl-C ends them at once" : "");
 }
 
+// SIGCHLD wakes this process early, where no thread of a library takes it.
 void Launcher::take_signals(MpirunJob& mpirun) {
   while (const int signal = signals_.next()) {
-    if (signal == SIGCHLD)
-      is_child_ended_ |= mpirun.reap();
-    else if (signal == SIGUSR1)
+    if (signal == SIGUSR1)
       is_save_wanted_ = true;
-    else
+    else if (signal != SIGCHLD)
       ask_to_leave(signal);
   }
+  is_child_ended_ = mpirun.reap();
 }
 
 bool Launcher::have_come(const RankBoard& board) const {

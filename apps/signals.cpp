@@ -76,17 +76,21 @@ void start_again_with_blocked(const sigset_t& before, const sigset_t& awaited) {
 
 }  // namespace
 
+void hold_signals() {
+  const sigset_t set = awaited_signals();
+  sigset_t before;
+  pthread_sigmask(SIG_BLOCK, &set, &before);
+  start_again_with_blocked(before, set);
+}
+
 // The signals stay blocked in every thread and one thread waits for them: no handler ever runs on a
 // thread that computes. The matrix kernels of oneDNN use the stack pointer for a buffer on the
 // heap, so that the frame of a handler would overwrite the heap.
 void handle_signals() {
   std::signal(SIGPIPE, SIG_IGN);
   std::signal(SIGXFSZ, SIG_IGN);
-  const sigset_t set = awaited_signals();
-  sigset_t before;
-  pthread_sigmask(SIG_BLOCK, &set, &before);
-  start_again_with_blocked(before, set);
-  std::thread(wait_for_signals, set).detach();
+  hold_signals();
+  std::thread(wait_for_signals, awaited_signals()).detach();
 }
 
 std::string leave_requested() {

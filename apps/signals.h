@@ -10,8 +10,15 @@
 
 namespace dstrain {
 
+// Blocks the signals above in this thread and all that it starts, as CUDA does when it is first
+// used: a signal to the process would otherwise reach a thread that knows nothing of it, and end
+// the process. They wait for handle_signals() or the launcher, one of which has to come soon.
+// Threads that libraries started while they were loaded make the program start itself once more.
+void hold_signals();
+
 // From now on the signals above only make the requests below, and SIGPIPE and SIGXFSZ become errors
-// of the call that meets them. To be called once, before any other thread is started.
+// of the call that meets them. To be called once, before any other thread is started but those that
+// began after hold_signals().
 void handle_signals();
 
 // The name of the signal that asked to leave, or empty.

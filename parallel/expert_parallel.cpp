@@ -44,12 +44,13 @@ void ExpertParallel::route(DistStream dist, int64_t num_experts, Routing& routin
   if (counting_) counted_->synchronize();  // of a routing that nobody has dispatched
   const DistStream comm = queue_.after(dist);
   const Tensor own_X = routing.counts_NX.rows(ranks_.rank(), ranks_.rank() + 1).view({X});
-  comm.ops.fill(comm.stream, own_X, 0.0);
-  comm.ops.count_experts(comm.stream, routing.indices_TK, own_X.rows(0, num_experts));
-  comm.ops.count_tokens_by_rank(comm.stream, routing.indices_TK, num_experts / n,
-                                own_X.rows(num_experts, X));
-  queue_.exposed().beside(CommKind::experts, comm.stream,
-                          [&] { ranks_.all_gather(comm.stream, own_X, routing.counts_NX); });
+  queue_.exposed().beside(CommKind::experts, comm.stream, [&] {
+    comm.ops.fill(comm.stream, own_X, 0.0);
+    comm.ops.count_experts(comm.stream, routing.indices_TK, own_X.rows(0, num_experts));
+    comm.ops.count_tokens_by_rank(comm.stream, routing.indices_TK, num_experts / n,
+                                  own_X.rows(num_experts, X));
+    ranks_.all_gather(comm.stream, own_X, routing.counts_NX);
+  });
   const int64_t bytes = routing.counts_NX.bytes();
   if (counts_.bytes() < bytes) counts_ = DeviceMemory(backend_, bytes, MemoryKind::host);
   backend_.copy(comm.stream, counts_.data(), routing.counts_NX.raw(), bytes);

@@ -13,6 +13,7 @@
 #include <filesystem>
 #include <fstream>
 #include <functional>
+#include <thread>
 
 #include "apps/launch_machine.h"
 #include "core/base/error.h"
@@ -101,6 +102,7 @@ class LaunchedJob {
   LaunchJob job;
   int stderr_fd = -1;  // a file where not set
   bool ignores_hangup = false;
+  bool has_other_thread = false;  // that blocks no signal, as those of CUDA
 
   std::string operator/(const std::string& name) const { return folder_ / name; }
   std::string read(const std::string& name) const { return read_file(folder_ / name); }
@@ -130,6 +132,10 @@ class LaunchedJob {
     if (out == nullptr || err == nullptr) ::_exit(124);
     if (stderr_fd >= 0) ::dup2(stderr_fd, 2);
     init_log({});
+    if (has_other_thread)
+      std::thread([] {
+        while (true) ::pause();
+      }).detach();
     try {
       ::_exit(run_launcher(job));
     } catch (const Error& e) {
@@ -251,6 +257,13 @@ TEST_CASE("launcher: a failure is started again from the newest checkpoint", "[l
              Contains(fmt::format("error: mpirun ended with exit code {}", code)) &&
                  Contains("starting again from step 10 (restart 1 of 3)") &&
                  Contains("starting again from step 20 (restart 2 of 3)"));
+}
+
+TEST_CASE("launcher: the end is noticed where another thread takes the signal that tells it",
+          "[launcher]") {
+  LaunchedJob job("come\nexit 66\n");
+  job.has_other_thread = true;
+  CHECK(job.run() == 66);
 }
 
 TEST_CASE("launcher: the number of restarts is limited", "[launcher]") {
