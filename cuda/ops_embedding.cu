@@ -3,20 +3,20 @@
 // order of their positions, in f32: a block takes `chunk` sorted tokens, which depends on T only. A
 // run of equal tokens within one chunk is written at once; one that crosses chunks leaves a partial
 // sum in each, and the sum of these is added last.
-#include <bit>
-#include <cub/device/device_radix_sort.cuh>
-
 #include "core/backend/ops.h"
 #include "cuda/cuda_ops.h"
 #include "cuda/pack.cuh"
 #include "cuda/planning_ops.h"
+#include "cuda/token_sort.h"
 
 namespace dstrain {
 namespace {
 
 constexpr int kThreads = 256;
 constexpr int kMostChunk = 256;
-constexpr int kBatch = 4;  // rows that a thread has under way
+constexpr int kCopyBatch = 4;  // rows of the lookup that a thread has under way
+constexpr int kSumBatch = 4;   // rows of the gradient, and with them as many rows of the sum
+constexpr int kSumThreads = 128;
 
 // Blocks of 256 threads over rows of n packs: blockDim.x of them for a row.
 dim3 block_for(int64_t n) {
@@ -31,31 +31,22 @@ __global__ void __launch_bounds__(kThreads)
                      int64_t weight_stride, int64_t vocab_begin, int64_t V, int64_t T, int64_t D,
                      F* __restrict__ x_TD, int64_t x_stride) {
   using P = Pack<F, kSize>;
-  const int64_t t = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
-  if (t >= T) return;
-  const int64_t v = tokens_T[t] - vocab_begin;
-  const bool is_here = v >= 0 && v < V;
-#pragma unroll 2
-  for (int64_t d = int64_t{threadIdx.x} * kSize; d < D; d += int64_t{blockDim.x} * kSize) {
-    P x = {};
-    if (is_here) x = P::load(weight_VD + v * weight_stride + d);
-    x.store(x_TD + t * x_stride + d);
+  const int64_t first = int64_t{blockIdx.x} * blockDim.y * kCopyBatch + threadIdx.y;
+  int64_t v[kCopyBatch];
+#pragma unroll
+  for (int i = 0; i < kCopyBatch; ++i) {
+    const int64_t t = first + i * blockDim.y;
+    v[i] = t < T ? tokens_T[t] - vocab_begin : -1;
   }
-}
-
-// Sort keys: the token's row here, V for tokens of other ranks. `used` (where not null) marks rows
-// with tokens.
-__global__ void __launch_bounds__(kThreads)
-    number_tokens_kernel(const int32_t* __restrict__ tokens_T, int64_t vocab_begin, int64_t V,
-                         int64_t T, uint32_t* __restrict__ keys_T,
-                         int32_t* __restrict__ positions_T, uint8_t* __restrict__ used_V) {
-  const int64_t t = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  if (t >= T) return;
-  const int64_t v = tokens_T[t] - vocab_begin;
-  const bool is_here = v >= 0 && v < V;
-  keys_T[t] = static_cast<uint32_t>(is_here ? v : V);
-  positions_T[t] = static_cast<int32_t>(t);
-  if (is_here && used_V) used_V[v] = 1;
+  for (int64_t d = int64_t{threadIdx.x} * kSize; d < D; d += int64_t{blockDim.x} * kSize) {
+    P x[kCopyBatch] = {};
+#pragma unroll
+    for (int i = 0; i < kCopyBatch; ++i)
+      if (v[i] >= 0 && v[i] < V) x[i] = P::load(weight_VD + v[i] * weight_stride + d);
+#pragma unroll
+    for (int i = 0; i < kCopyBatch; ++i)
+      if (first + i * blockDim.y < T) x[i].store(x_TD + (first + i * blockDim.y) * x_stride + d);
+  }
 }
 
 template <int kSize>
@@ -85,23 +76,27 @@ struct WeightGradient {
   int64_t stride, D;
   bool add;
 
-  // Row v, columns d .. d + kSize - 1.
+  // Row v, columns d .. d + kSize - 1: what was there, and what is there now.
   template <int kSize>
-  __device__ __forceinline__ void put(uint32_t v, int64_t d, Pack<float, kSize> sum) const {
-    float* const to = data_VD + v * stride + d;
+  __device__ __forceinline__ Pack<float, kSize> before(uint32_t v, int64_t d) const {
+    Pack<float, kSize> zeros = {};
+    return add ? Pack<float, kSize>::load(data_VD + v * stride + d) : zeros;
+  }
+  template <int kSize>
+  __device__ __forceinline__ void put(uint32_t v, int64_t d, Pack<float, kSize> sum,
+                                      const Pack<float, kSize>& before) const {
     if (add) {
-      const auto before = Pack<float, kSize>::load(to);
 #pragma unroll
       for (int j = 0; j < kSize; ++j) sum.at[j] += before.at[j];
     }
-    sum.store(to);
+    sum.store(data_VD + v * stride + d);
   }
 };
 
 // blockIdx.x is the chunk, blockIdx.y counts columns. partial_C2D: the sum of a run that began in
 // an earlier chunk, and of one that began here and goes on in the next.
 template <class F, int kSize>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kSumThreads)
     sum_chunks_kernel(const SortedTokens tokens, const F* __restrict__ dx_TD, int64_t dx_stride,
                       const WeightGradient dweight, float* __restrict__ partial_C2D) {
   __shared__ uint32_t keys[kMostChunk + 2];  // from the one before the chunk to the one after it
@@ -116,15 +111,19 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t d = (int64_t{blockIdx.y} * blockDim.x + threadIdx.x) * kSize;
   if (d >= D) return;
   Pack<float, kSize> sum = {};
-  for (int begin = 0; begin < n; begin += kBatch) {
-    Pack<F, kSize> rows[kBatch];
+  for (int begin = 0; begin < n; begin += kSumBatch) {
+    Pack<F, kSize> rows[kSumBatch];
+    Pack<float, kSize> before[kSumBatch];
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      if (begin + i < n && keys[begin + i + 1] < tokens.V)
-        rows[i] = Pack<F, kSize>::load(dx_TD + positions[begin + i] * dx_stride + d);
+    for (int i = 0; i < kSumBatch; ++i) {
+      const int at = min(begin + i, n - 1);
+      const uint32_t key = keys[at + 1];
+      if (begin + i >= n || key >= tokens.V) continue;
+      rows[i] = Pack<F, kSize>::load(dx_TD + positions[at] * dx_stride + d);
+      if (keys[at + 2] != key && keys[0] != key) before[i] = dweight.before<kSize>(key, d);
     }
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
+    for (int i = 0; i < kSumBatch; ++i) {
       const int at = begin + i;
       if (at >= n) return;
       const uint32_t key = keys[at + 1];
@@ -137,7 +136,7 @@ __global__ void __launch_bounds__(kThreads)
       if (began_before || goes_on)
         sum.store(partial_C2D + (2 * int64_t{blockIdx.x} + (began_before ? 0 : 1)) * D + d);
       else
-        dweight.put(key, d, sum);
+        dweight.put(key, d, sum, before[i]);
       sum = {};
     }
   }
@@ -145,7 +144,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // A run that crosses chunks is finished by the block of the chunk where it began.
 template <int kSize>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kSumThreads)
     finish_runs_kernel(const SortedTokens tokens, const WeightGradient dweight,
                        const float* __restrict__ partial_C2D) {
   using P = Pack<float, kSize>;
@@ -168,40 +167,23 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int j = 0; j < kSize; ++j) sum.at[j] += part.at[j];
   }
-  dweight.put(key, d, sum);
+  dweight.put(key, d, sum, dweight.before<kSize>(key, d));
 }
 
 // The pieces of scratch of one backward pass.
 struct BackwardPlan {
-  int64_t T, D;
+  TokenSort sort;
   int chunk;
   int64_t chunks;
-  int key_bits;
-  size_t sort_bytes = 0;
-  int64_t bytes = 0;
+  int64_t bytes;
 
-  BackwardPlan(int64_t tokens, int64_t V, int64_t columns)
-      : T(tokens),
-        D(columns),
+  BackwardPlan(int64_t T, int64_t V, int64_t D)
+      : sort(T, V),
         chunk(static_cast<int>(
             std::clamp<int64_t>(ceil_div(ceil_div(T, 512), 32) * 32, 32, kMostChunk))),
         chunks(ceil_div(T, chunk)),
-        key_bits(std::bit_width(static_cast<uint64_t>(V))) {
-    DSTRAIN_CHECK(T <= INT32_MAX && V < INT32_MAX,
-                  "embedding_backward: more tokens than 32 bits count");
-    cub::DoubleBuffer<uint32_t> keys;
-    cub::DoubleBuffer<int32_t> positions;
-    check_cuda(sort(nullptr, keys, positions, nullptr), "planning a sort of tokens");
-    bytes = 4 * ScratchPieces::padded(4 * T) +
-            ScratchPieces::padded(static_cast<int64_t>(sort_bytes)) + ScratchPieces::padded(V) +
-            ScratchPieces::padded(2 * chunks * D * 4);
-  }
-  // Stable, by the bits that keys have. Without memory: what it takes goes to sort_bytes.
-  cudaError_t sort(void* memory, cub::DoubleBuffer<uint32_t>& keys,
-                   cub::DoubleBuffer<int32_t>& positions, cudaStream_t stream) {
-    return cub::DeviceRadixSort::SortPairs(memory, sort_bytes, keys, positions, static_cast<int>(T),
-                                           0, key_bits, stream);
-  }
+        bytes(sort.scratch_bytes() + ScratchPieces::padded(V) +
+              ScratchPieces::padded(2 * chunks * D * 4)) {}
 };
 
 void expect_embedding(const Tensor& tokens_T, const Tensor& weight_VD, const Tensor& x_TD,
@@ -232,7 +214,7 @@ template <class F, int kSize>
 void sum_tokens(Stream& stream, const SortedTokens& tokens, const Tensor& dx_TD,
                 const WeightGradient& dweight, int64_t chunks, float* partial_C2D) {
   const int64_t packs = ceil_div(dweight.D, kSize);
-  const unsigned threads = block_for(packs).x;
+  const unsigned threads = std::min<unsigned>(block_for(packs).x, kSumThreads);
   const int64_t column_blocks = ceil_div(packs, threads);
   DSTRAIN_CHECK(column_blocks <= 65535, "embedding_backward: dx is " + dx_TD.describe());
   const dim3 grid(static_cast<unsigned>(chunks), static_cast<unsigned>(column_blocks));
@@ -255,7 +237,7 @@ void CudaOps::embedding(Stream& stream, const Tensor& tokens_T, const Tensor& we
     const auto launch = [&]<int kSize>() {
       const dim3 block = block_for(ceil_div(D, kSize));
       embedding_kernel<F, kSize>
-          <<<static_cast<unsigned>(ceil_div(T, block.y)), block, 0, cuda(stream)>>>(
+          <<<static_cast<unsigned>(ceil_div(T, block.y * kCopyBatch)), block, 0, cuda(stream)>>>(
               pointer<int32_t>(tokens_T), pointer<F>(weight_VD), weight_VD.row_stride(),
               vocab_begin, V, T, D, pointer<F>(x_TD), x_TD.row_stride());
     };
@@ -279,32 +261,28 @@ void CudaOps::embedding_backward(Stream& stream, const Tensor& tokens_T, const T
   if (T == 0 && overwrite) fill(stream, dweight_VD, 0.0);
   if (T == 0 || V == 0 || D == 0) return;
 
-  BackwardPlan plan(T, V, D);
+  const BackwardPlan plan(T, V, D);
   ScratchPieces scratch(stream, plan.bytes);
-  uint32_t* const keys_T = scratch.take<uint32_t>(T);
-  cub::DoubleBuffer<uint32_t> keys(keys_T, scratch.take<uint32_t>(T));
-  int32_t* const positions_T = scratch.take<int32_t>(T);
-  cub::DoubleBuffer<int32_t> positions(positions_T, scratch.take<int32_t>(T));
-  void* const sort_memory = scratch.take<char>(static_cast<int64_t>(plan.sort_bytes));
   uint8_t* const used_V = overwrite ? scratch.take<uint8_t>(V) : nullptr;
   float* const partial_C2D = scratch.take<float>(2 * plan.chunks * D);
 
   if (overwrite)
     check_cuda(cudaMemsetAsync(used_V, 0, static_cast<size_t>(V), cuda(stream)),
                "embedding_backward");
-  number_tokens_kernel<<<static_cast<unsigned>(ceil_div(T, kThreads)), kThreads, 0, cuda(stream)>>>(
-      pointer<int32_t>(tokens_T), vocab_begin, V, T, keys_T, positions_T, used_V);
-  check_launch("embedding_backward: numbers of tokens");
-  check_cuda(plan.sort(sort_memory, keys, positions, cuda(stream)), "sorting tokens");
+  const TokenSort::Sorted sorted =
+      plan.sort.run(stream, scratch, pointer<int32_t>(tokens_T), vocab_begin, used_V);
   if (overwrite) clear_unused(stream, used_V, dweight_VD);
 
-  const SortedTokens tokens{keys.Current(), positions.Current(), T, static_cast<uint32_t>(V),
+  const SortedTokens tokens{sorted.keys_T, sorted.positions_T, T, static_cast<uint32_t>(V),
                             plan.chunk};
   const WeightGradient dweight{pointer<float>(dweight_VD), dweight_VD.row_stride(), D, !overwrite};
   dispatch_f(dx_TD.dtype(), "embedding_backward", [&]<class F>() {
-    if (fits_vectors<F>(dx_TD.raw(), D, dx_TD.row_stride()) &&
+    // Vectors of dweight, and as many elements of dx.
+    constexpr int kSize = kVector<float>;
+    if (reinterpret_cast<uintptr_t>(dx_TD.raw()) % (kSize * sizeof(F)) == 0 &&
+        dx_TD.row_stride() % kSize == 0 &&
         fits_vectors<float>(dweight_VD.raw(), D, dweight_VD.row_stride()))
-      sum_tokens<F, kVector<F>>(stream, tokens, dx_TD, dweight, plan.chunks, partial_C2D);
+      sum_tokens<F, kSize>(stream, tokens, dx_TD, dweight, plan.chunks, partial_C2D);
     else
       sum_tokens<F, 1>(stream, tokens, dx_TD, dweight, plan.chunks, partial_C2D);
   });

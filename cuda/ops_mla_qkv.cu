@@ -8,6 +8,9 @@
 namespace dstrain {
 namespace {
 
+constexpr unsigned kThreads = 256;
+constexpr unsigned kBatch = 4;  // packs of keys and values that a thread has under way
+
 // q, k, v are the outputs of mla_qkv or the gradients that come in; kv and k_rope the other way
 // round.
 template <class F>
@@ -23,105 +26,150 @@ struct Mla {
   unsigned H, Q, N, W;
 };
 
-// Moves keys without position and values from kv to k and v, or back, two packs of a thread at a
-// time.
-template <int kSize, bool kBackward, class F>
-__device__ __forceinline__ void move_keys_values(const Mla<F>& m, int64_t t) {
-  constexpr int kBatch = 2;
-  F* const kv = m.kv + t * m.kv_stride;
-  F* const k = m.k + t * m.k_stride;
-  F* const v = m.v + t * m.v_stride;
-  const unsigned width = m.N + m.W, count = m.H * width / kSize;
-  for (unsigned first = threadIdx.x; first < count; first += kBatch * blockDim.x) {
-    Pack<F, kSize> pack[kBatch];
-    F* to[kBatch];
+// Keys without position and values on their way from kv to k and v, or back: the packs first,
+// first + blockDim.x, ... of a token, of `count`.
+template <class F, int kSize, bool kBackward>
+struct Moves {
+  Pack<F, kSize> packs[kBatch];
+  F* to[kBatch];
+
+  __device__ __forceinline__ void load(const Mla<F>& m, int64_t t, unsigned first, unsigned count) {
+    const unsigned width = m.N + m.W;
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
+    for (unsigned i = 0; i < kBatch; ++i) {
       const unsigned element = (first + i * blockDim.x) * kSize;
-      if (element >= count * kSize) break;
+      to[i] = nullptr;
+      if (first + i * blockDim.x >= count) continue;
       const unsigned h = element / width, at = element % width;
-      F* const joined = kv + element;
-      F* const split = at < m.N ? k + h * m.Q + at : v + h * m.W + (at - m.N);
-      pack[i] = Pack<F, kSize>::load(kBackward ? split : joined);
+      F* const joined = m.kv + t * m.kv_stride + element;
+      F* const split = at < m.N ? m.k + t * m.k_stride + h * m.Q + at
+                                : m.v + t * m.v_stride + h * m.W + (at - m.N);
+      packs[i] = Pack<F, kSize>::load(kBackward ? split : joined);
       to[i] = kBackward ? joined : split;
     }
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i)
-      if (first + i * blockDim.x < count) pack[i].store(to[i]);
   }
+  __device__ __forceinline__ void store() const {
+#pragma unroll
+    for (unsigned i = 0; i < kBatch; ++i)
+      if (to[i]) packs[i].store(to[i]);
+  }
+};
+
+// Rounds of a token's threads, in each of which one has kBatch moves and one pair of packs to turn.
+__device__ __forceinline__ unsigned rounds(unsigned moves, unsigned turns) {
+  const unsigned batch = kBatch * blockDim.x;
+  return max((moves + batch - 1) / batch, (turns + blockDim.x - 1) / blockDim.x);
 }
 
-template <class F, bool kVectors>
-__global__ void __launch_bounds__(kRotaryThreads) mla_qkv_kernel(const Mla<F> m) {
-  constexpr int kSize = Unit<F, kVectors>::kSize, kPairs = Unit<F, kVectors>::kPairs;
+template <class F, int kSize>
+__global__ void __launch_bounds__(kThreads) mla_qkv_kernel(const Mla<F> m) {
   const int64_t t = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
   if (t >= m.tokens) return;
-  const int position = m.rope.position(t);
-  move_keys_values<kSize, /*kBackward=*/false>(m, t);
-  const unsigned of_head = m.rope.half / kPairs, count = m.H * of_head;
-  for (unsigned i = threadIdx.x; i < 2 * count; i += blockDim.x) {
-    const bool is_key = i < count;
-    const unsigned at = is_key ? i : i - count, h = at / of_head, pair = at % of_head * kPairs;
-    if (is_key) {
-      F* const k = m.k + t * m.k_stride + h * m.Q + m.N;
-      m.rope.template turn<F, kPairs>(m.k_rope + t * m.k_rope_stride, k, position, pair);
-    } else if (m.q) {
-      F* const q = m.q + t * m.q_stride + h * m.Q + m.N;
-      m.rope.template turn<F, kPairs>(q, q, position, pair);
+  const int32_t position = m.rope.positions[t];
+  const unsigned half = m.rope.half, columns = half / kSize, keys = m.H * columns;
+  const unsigned moves = m.H * (m.N + m.W) / kSize, turns = m.q ? 2 * keys : keys;
+  for (unsigned round = 0; round < rounds(moves, turns); ++round) {
+    Moves<F, kSize, /*kBackward=*/false> moved;
+    moved.load(m, t, threadIdx.x + round * kBatch * blockDim.x, moves);
+    const unsigned i = threadIdx.x + round * blockDim.x;
+    const bool is_key = i < keys;
+    const unsigned at = is_key ? i : i - keys, h = at / columns, column = at % columns;
+    F* const q = m.q + t * m.q_stride + h * m.Q + m.N;
+    Pairs<F, kSize> pairs = {};
+    Angles<kSize> angles = {};
+    if (i < turns) {
+      pairs = Pairs<F, kSize>::load(is_key ? m.k_rope + t * m.k_rope_stride : q, column, half,
+                                    m.rope.interleaved);
+      angles = m.rope.template angles<kSize>(position, column);
     }
+    moved.store();
+    if (i >= turns) continue;
+    m.rope.turn(angles, pairs);
+    pairs.store(is_key ? m.k + t * m.k_stride + h * m.Q + m.N : q, column, half,
+                m.rope.interleaved);
   }
 }
 
 // The gradient of k_rope sums over heads: `groups` groups of threads have every groups-th head
-// each, and their sums are added in order. sums: f32 [tokens of the block, groups, 2 * half], a in
-// the first half and b in the second.
-template <class F, bool kVectors>
-__global__ void __launch_bounds__(kRotaryThreads)
+// each, and their sums are added in order. sums: f32 [tokens of the block, groups, 2 * half].
+template <class F, int kSize>
+__global__ void __launch_bounds__(kThreads)
     mla_qkv_backward_kernel(const Mla<F> m, unsigned groups) {
-  constexpr int kSize = Unit<F, kVectors>::kSize, kPairs = Unit<F, kVectors>::kPairs;
   extern __shared__ float all_sums[];
-  float* const sums = all_sums + threadIdx.y * groups * 2 * m.rope.half;
+  const unsigned half = m.rope.half, columns = half / kSize;
+  const bool interleaved = m.rope.interleaved;
+  float* const sums = all_sums + threadIdx.y * groups * 2 * half;
   const int64_t t = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
-  const unsigned half = m.rope.half, of_head = half / kPairs;
-  int position = 0;
-  if (t < m.tokens) {
-    position = m.rope.position(t);
-    for (unsigned i = threadIdx.x; i < groups * of_head; i += blockDim.x) {
-      const unsigned group = i / of_head, pair = i % of_head * kPairs;
-      Pairs<F, kPairs> sum = {};
-      for (unsigned h = group; h < m.H; h += groups) {
-        const F* const dk = m.k + t * m.k_stride + h * m.Q + m.N;
-        const auto one = Pairs<F, kPairs>::load(dk, pair, half, m.rope.interleaved);
-#pragma unroll
-        for (int j = 0; j < kPairs; ++j) {
-          sum.a[j] += one.a[j];
-          sum.b[j] += one.b[j];
-        }
-      }
-#pragma unroll
-      for (int j = 0; j < kPairs; ++j) {
-        sums[group * 2 * half + pair + j] = sum.a[j];
-        sums[group * 2 * half + half + pair + j] = sum.b[j];
-      }
+  const int32_t position = t < m.tokens ? m.rope.positions[t] : 0;
+  const unsigned moves = m.H * (m.N + m.W) / kSize;
+  const unsigned keys = groups * columns, turns = keys + m.H * columns;
+  for (unsigned round = 0; t < m.tokens && round < rounds(moves, turns); ++round) {
+    Moves<F, kSize, /*kBackward=*/true> moved;
+    moved.load(m, t, threadIdx.x + round * kBatch * blockDim.x, moves);
+    const unsigned i = threadIdx.x + round * blockDim.x;
+    const bool is_key = i < keys;
+    const unsigned at = is_key ? i : i - keys, h = at / columns, column = at % columns;
+    F* const dk = m.k + t * m.k_stride + m.N;
+    F* const dq = m.q + t * m.q_stride + h * m.Q + m.N;
+    Pairs<F, kSize> pairs = {};
+    Angles<kSize> angles = {};
+    if (i < turns)
+      pairs = Pairs<F, kSize>::load(is_key ? dk + h * m.Q : dq, column, half, interleaved);
+    if (i < turns && !is_key) angles = m.rope.template angles<kSize>(position, column);
+    moved.store();
+    if (i >= turns) continue;
+    if (!is_key) {
+      m.rope.turn(angles, pairs);
+      pairs.store(dq, column, half, interleaved);
+      continue;
     }
-    move_keys_values<kSize, /*kBackward=*/true>(m, t);
-    for (unsigned i = threadIdx.x; i < m.H * of_head; i += blockDim.x) {
-      F* const dq = m.q + t * m.q_stride + i / of_head * m.Q + m.N;
-      m.rope.template turn<F, kPairs>(dq, dq, position, i % of_head * kPairs);
+    Pairs<float, kSize> sum = {};
+    for (unsigned head = h;;) {
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) {
+        sum.low.at[j] += to_float(pairs.low.at[j]);
+        sum.high.at[j] += to_float(pairs.high.at[j]);
+      }
+      head += groups;
+      if (head >= m.H) break;
+      pairs = Pairs<F, kSize>::load(dk + head * m.Q, column, half, interleaved);
+    }
+    float* const to = sums + h * 2 * half;
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) {
+      to[Pairs<F, kSize>::first(column, interleaved) + j] = sum.low.at[j];
+      to[Pairs<F, kSize>::second(column, half, interleaved) + j] = sum.high.at[j];
     }
   }
   __syncthreads();
   if (t >= m.tokens) return;
   for (unsigned i = threadIdx.x; i < half; i += blockDim.x) {
-    Pairs<F, 1> sum = {};
+    const unsigned a = Pairs<F, 1>::first(i, interleaved);
+    const unsigned b = Pairs<F, 1>::second(i, half, interleaved);
+    float sum_a = 0, sum_b = 0;
     for (unsigned g = 0; g < groups; ++g) {
-      sum.a[0] += sums[g * 2 * half + i];
-      sum.b[0] += sums[g * 2 * half + half + i];
+      sum_a += sums[g * 2 * half + a];
+      sum_b += sums[g * 2 * half + b];
     }
-    m.rope.turn(position, i, sum);
-    sum.store(m.k_rope + t * m.k_rope_stride, i, half, m.rope.interleaved);
+    const Angles<1> angles = m.rope.template angles<1>(position, i);
+    m.rope.turn(sum_a, sum_b, angles.cos.at[0], angles.sin.at[0]);
+    F* const k_rope = m.k_rope + t * m.k_rope_stride;
+    k_rope[a] = from_float<F>(sum_a);
+    k_rope[b] = from_float<F>(sum_b);
   }
 }
+
+// Blocks of kThreads threads: those of one token, each with about kBatch moves, or of several.
+struct TokenGrid {
+  dim3 block, grid;
+
+  TokenGrid(int64_t tokens, int64_t moves) {
+    unsigned threads = 32;
+    while (threads < kThreads && kBatch * threads < moves) threads *= 2;
+    block = dim3(threads, kThreads / threads);
+    grid = dim3(static_cast<unsigned>(ceil_div(tokens, block.y)));
+  }
+};
 
 template <class F>
 Mla<F> mla(const Tensor& q_THQ, const Tensor& k_rope_TP, const Tensor& kv_THX,
@@ -179,11 +227,11 @@ void CudaOps::mla_qkv(Stream& stream, const Tensor& q_THQ, const Tensor& k_rope_
   if (k_THQ.numel() == 0) return;
   dispatch_f(k_THQ.dtype(), "mla_qkv", [&]<class F>() {
     const Mla<F> m = mla<F>(q_THQ, k_rope_TP, kv_b_THX, rope, positions_T, 1, k_THQ, v_THW);
-    dispatch_vectors<F>(
-        mla_fits<F>(q_THQ, k_rope_TP, kv_b_THX, rope, k_THQ, v_THW), [&]<bool kVectors>(int size) {
-          const TokenGrid shape(m.tokens, kv_b_THX.row_numel() / size);
-          mla_qkv_kernel<F, kVectors><<<shape.grid, shape.block, 0, cuda(stream)>>>(m);
-        });
+    const bool vectors = mla_fits<F>(q_THQ, k_rope_TP, kv_b_THX, rope, k_THQ, v_THW);
+    dispatch_packs<F>(vectors, [&]<int kSize>() {
+      const TokenGrid shape(m.tokens, kv_b_THX.row_numel() / kSize);
+      mla_qkv_kernel<F, kSize><<<shape.grid, shape.block, 0, cuda(stream)>>>(m);
+    });
   });
   check_launch("mla_qkv");
 }
@@ -198,17 +246,15 @@ void CudaOps::mla_qkv_backward(Stream& stream, const Tensor& dq_THQ, const Tenso
   if (dk_THQ.numel() == 0) return;
   dispatch_f(dk_THQ.dtype(), "mla_qkv_backward", [&]<class F>() {
     const Mla<F> m = mla<F>(dq_THQ, dk_rope_TP, dkv_b_THX, rope, positions_T, -1, dk_THQ, dv_THW);
-    dispatch_vectors<F>(mla_fits<F>(dq_THQ, dk_rope_TP, dkv_b_THX, rope, dk_THQ, dv_THW),
-                        [&]<bool kVectors>(int size) {
-                          const TokenGrid shape(m.tokens, dkv_b_THX.row_numel() / size);
-                          const unsigned of_head =
-                              std::max(m.rope.half / Unit<F, kVectors>::kPairs, 1u);
-                          const unsigned groups = std::clamp(shape.block.x / of_head, 1u, m.H);
-                          const size_t sums_bytes =
-                              size_t{shape.block.y} * groups * 2 * m.rope.half * sizeof(float);
-                          mla_qkv_backward_kernel<F, kVectors>
-                              <<<shape.grid, shape.block, sums_bytes, cuda(stream)>>>(m, groups);
-                        });
+    const bool vectors = mla_fits<F>(dq_THQ, dk_rope_TP, dkv_b_THX, rope, dk_THQ, dv_THW);
+    dispatch_packs<F>(vectors, [&]<int kSize>() {
+      const TokenGrid shape(m.tokens, dkv_b_THX.row_numel() / kSize);
+      const unsigned columns = std::max(m.rope.half / kSize, 1u);
+      const unsigned groups = std::clamp(shape.block.x / columns, 1u, m.H);
+      const size_t sums_bytes = size_t{shape.block.y} * groups * 2 * m.rope.half * sizeof(float);
+      mla_qkv_backward_kernel<F, kSize>
+          <<<shape.grid, shape.block, sums_bytes, cuda(stream)>>>(m, groups);
+    });
   });
   check_launch("mla_qkv_backward");
 }

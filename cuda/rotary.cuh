@@ -1,9 +1,8 @@
 // Rotary position embedding: a pair (a, b) at position p becomes (a cos - b sin, a sin + b cos), in
-// f32; backward turns the other way. What the kernels around it share: pairs in memory, the table,
-// and blocks of 256 threads that have one token or several.
+// f32; backward turns the other way. What the kernels around it share: pairs in memory and the
+// table.
 #pragma once
 
-#include <algorithm>
 #include <string>
 
 #include "core/backend/expect.h"
@@ -13,65 +12,37 @@
 
 namespace dstrain {
 
-constexpr int kRotaryThreads = 256;
+// What a thread moves at once of a rotated part of 2 * half elements: two packs, half a part apart,
+// which are whole pairs whether a pair's elements are neighbours or half a part apart. Where they
+// are neighbours and packs have one element, the second pack is the next element instead.
+template <class F, int kSize>
+struct Pairs {
+  Pack<F, kSize> low, high;
 
-// What a thread moves at once: 16 bytes of a head, or one element where rows are not aligned to
-// that.
-template <class F, bool kVectors>
-struct Unit {
-  static constexpr int kSize = kVectors ? kVector<F> : 1;
-  static constexpr int kPairs = kVectors ? kSize / 2 : 1;
+  __device__ __forceinline__ static unsigned first(unsigned column, bool interleaved) {
+    return kSize == 1 && interleaved ? 2 * column : column * kSize;
+  }
+  __device__ __forceinline__ static unsigned second(unsigned column, unsigned half,
+                                                    bool interleaved) {
+    return kSize == 1 && interleaved ? 2 * column + 1 : half + column * kSize;
+  }
+  // `column` counts the first packs of a part: half / kSize of them.
+  __device__ __forceinline__ static Pairs load(const F* part, unsigned column, unsigned half,
+                                               bool interleaved) {
+    return {Pack<F, kSize>::load(part + first(column, interleaved)),
+            Pack<F, kSize>::load(part + second(column, half, interleaved))};
+  }
+  __device__ __forceinline__ void store(F* part, unsigned column, unsigned half,
+                                        bool interleaved) const {
+    low.store(part + first(column, interleaved));
+    high.store(part + second(column, half, interleaved));
+  }
 };
 
-// Neighbouring pairs of a rotated part.
-template <class F, int kPairs>
-struct Pairs {
-  float a[kPairs], b[kPairs];
-
-  // `head` is the rotated part, `pair` the first of the pairs, `half` the number of all.
-  __device__ __forceinline__ static Pairs load(const F* head, unsigned pair, unsigned half,
-                                               bool interleaved) {
-    Pairs out;
-    if (!interleaved || kPairs == 1) {
-      using P = Pack<F, kPairs>;
-      const P a = P::load(head + (interleaved ? 2 * pair : pair));
-      const P b = P::load(head + (interleaved ? 2 * pair + 1 : pair + half));
-#pragma unroll
-      for (int i = 0; i < kPairs; ++i) {
-        out.a[i] = to_float(a.at[i]);
-        out.b[i] = to_float(b.at[i]);
-      }
-    } else {
-      const auto both = Pack<F, 2 * kPairs>::load(head + 2 * pair);
-#pragma unroll
-      for (int i = 0; i < kPairs; ++i) {
-        out.a[i] = to_float(both.at[2 * i]);
-        out.b[i] = to_float(both.at[2 * i + 1]);
-      }
-    }
-    return out;
-  }
-  __device__ __forceinline__ void store(F* head, unsigned pair, unsigned half,
-                                        bool interleaved) const {
-    if (!interleaved || kPairs == 1) {
-      Pack<F, kPairs> low, high;
-#pragma unroll
-      for (int i = 0; i < kPairs; ++i) {
-        low.at[i] = from_float<F>(a[i]);
-        high.at[i] = from_float<F>(b[i]);
-      }
-      low.store(head + (interleaved ? 2 * pair : pair));
-      high.store(head + (interleaved ? 2 * pair + 1 : pair + half));
-    } else {
-      Pack<F, 2 * kPairs> both;
-#pragma unroll
-      for (int i = 0; i < kPairs; ++i) {
-        both.at[2 * i] = from_float<F>(a[i]);
-        both.at[2 * i + 1] = from_float<F>(b[i]);
-      }
-      both.store(head + 2 * pair);
-    }
-  }
+// The cosines and sines of the pairs of one column, in the order of the pairs.
+template <int kSize>
+struct Angles {
+  Pack<float, kSize> cos, sin;
 };
 
 struct Rotation {
@@ -84,25 +55,51 @@ struct Rotation {
   bool interleaved;
   float sign;  // 1 turns forward, -1 back
 
-  __device__ __forceinline__ int position(int64_t t) const {
-    return checked_index(positions[t], table_rows);
+  // Of a position as it stands in memory, so that what does not depend on it can be loaded first.
+  template <int kSize>
+  __device__ __forceinline__ Angles<kSize> angles(int32_t position, unsigned column) const {
+    const int64_t row = checked_index(position, table_rows);
+    return {load_row<kSize>(cos + row * cos_stride, column),
+            load_row<kSize>(sin + row * sin_stride, column)};
   }
-  template <class F, int kPairs>
-  __device__ __forceinline__ void turn(int position, unsigned pair, Pairs<F, kPairs>& x) const {
-    const auto c = Pack<float, kPairs>::load(cos + position * cos_stride + pair);
-    const auto s = Pack<float, kPairs>::load(sin + position * sin_stride + pair);
+  // Which products are fused is written out, so that it is the same in all kernels.
+  __device__ __forceinline__ void turn(float& a, float& b, float cosine, float sine) const {
+    const float x = a, y = b, turned = sign * sine;
+    a = fmaf(x, cosine, -(y * turned));
+    b = fmaf(x, turned, y * cosine);
+  }
+  template <class F, int kSize>
+  __device__ __forceinline__ void turn(const Angles<kSize>& angles, Pairs<F, kSize>& x) const {
+    if (kSize == 1 || !interleaved) {
 #pragma unroll
-    for (int i = 0; i < kPairs; ++i) {
-      const float a = x.a[i], b = x.b[i], turned = sign * s.at[i];
-      x.a[i] = a * c.at[i] - b * turned;
-      x.b[i] = a * turned + b * c.at[i];
+      for (int i = 0; i < kSize; ++i) turn(x.low.at[i], x.high.at[i], angles, i);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kSize / 2; ++i) {
+        turn(x.low.at[2 * i], x.low.at[2 * i + 1], angles, i);
+        turn(x.high.at[2 * i], x.high.at[2 * i + 1], angles, kSize / 2 + i);
+      }
     }
   }
-  template <class F, int kPairs>
-  __device__ __forceinline__ void turn(const F* from, F* to, int position, unsigned pair) const {
-    auto x = Pairs<F, kPairs>::load(from, pair, half, interleaved);
-    turn(position, pair, x);
-    x.store(to, pair, half, interleaved);
+
+ private:
+  template <class F, int kSize>
+  __device__ __forceinline__ void turn(F& a, F& b, const Angles<kSize>& angles, int i) const {
+    float x = to_float(a), y = to_float(b);
+    turn(x, y, angles.cos.at[i], angles.sin.at[i]);
+    a = from_float<F>(x);
+    b = from_float<F>(y);
+  }
+  template <int kSize>
+  __device__ __forceinline__ Pack<float, kSize> load_row(const float* row, unsigned column) const {
+    if (kSize == 1 || !interleaved) return Pack<float, kSize>::load(row + column * kSize);
+    constexpr int kHalf = kSize == 1 ? 1 : kSize / 2;
+    const auto low = Pack<float, kHalf>::load(row + column * kHalf);
+    const auto high = Pack<float, kHalf>::load(row + half / 2 + column * kHalf);
+    Pack<float, kSize> out;
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) out.at[i] = i < kHalf ? low.at[i] : high.at[i - kHalf];
+    return out;
   }
 };
 
@@ -137,30 +134,18 @@ bool heads_fit(const Tensor& x, int64_t width) {
 template <class F>
 bool table_fits(const RopeTable& rope) {
   const int64_t pairs = rope.cos_PR.size(1);
-  return 2 * pairs % kVector<F> == 0 &&
+  return pairs % kVector<F> == 0 &&
          fits_vectors<float>(rope.cos_PR.raw(), pairs, rope.cos_PR.row_stride()) &&
          fits_vectors<float>(rope.sin_PR.raw(), pairs, rope.sin_PR.row_stride());
 }
 
-// Blocks of 256 threads: as many threads for a token as leave each about two moves of its `moves`.
-struct TokenGrid {
-  dim3 block, grid;
-
-  TokenGrid(int64_t tokens, int64_t moves) {
-    unsigned threads = 32;
-    while (threads < kRotaryThreads && 2 * threads < moves) threads *= 2;
-    block = dim3(threads, kRotaryThreads / threads);
-    grid = dim3(static_cast<unsigned>(ceil_div(tokens, block.y)));
-  }
-};
-
-// Calls launch.operator()<kVectors>(elements of a move).
+// Calls launch.operator()<elements of a pack>().
 template <class F, class Launch>
-void dispatch_vectors(bool vectors, const Launch& launch) {
+void dispatch_packs(bool vectors, const Launch& launch) {
   if (vectors)
-    launch.template operator()<true>(kVector<F>);
+    launch.template operator()<kVector<F>>();
   else
-    launch.template operator()<false>(1);
+    launch.template operator()<1>();
 }
 
 }  // namespace dstrain

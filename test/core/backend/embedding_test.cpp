@@ -13,7 +13,9 @@ TEST_CASE("embedding: f32 agrees with f64, both ways, and threads do not matter"
                                                                     {513, 5, 200},
                                                                     {40, 6, 2112},
                                                                     {3000, 1, 24},
-                                                                    {20000, 40, 8}}));
+                                                                    {20000, 40, 8},
+                                                                    {5000, 700, 8},
+                                                                    {40000, 600, 4}}));
   const auto accumulate = GENERATE(Accumulate::overwrite, Accumulate::add);
   CAPTURE(T, V, D, accumulate == Accumulate::add);
   OpCase c(61);

@@ -211,8 +211,12 @@ TEST_CASE("mla_qkv: without queries, keys and values are the same", "[op]") {
 }
 
 TEST_CASE("gqa_qkv: f32 agrees with f64 and threads do not matter", "[op]") {
-  const auto [T, H, G, Q] = GENERATE(table<int64_t, int64_t, int64_t, int64_t>(
-      {{0, 2, 1, 4}, {1, 1, 1, 2}, {3, 6, 3, 10}, {200, 8, 2, 64}, {3, 12, 2, 128}}));
+  const auto [T, H, G, Q] = GENERATE(table<int64_t, int64_t, int64_t, int64_t>({{0, 2, 1, 4},
+                                                                                {1, 1, 1, 2},
+                                                                                {3, 6, 3, 10},
+                                                                                {200, 8, 2, 64},
+                                                                                {3, 12, 2, 128},
+                                                                                {5, 5, 1, 600}}));
   const bool interleaved = GENERATE(true, false);
   CAPTURE(T, H, G, Q, interleaved);
   const GqaCase g(T, H, G, Q, interleaved);
