@@ -3,6 +3,7 @@
 #include <cstring>
 #include <sstream>
 
+#include "core/base/bf16.h"
 #include "core/engine/parameter_io.h"
 
 namespace dstrain {
@@ -76,10 +77,11 @@ std::string copy_difference(TrainEngine& engine, std::span<const StateSlice> sli
     if (slice.kind != kind) continue;
     const std::vector<float> values = read_slice(engine.backend(), engine.stream(), slice);
     const std::vector<float>& whole = state.at(key_of(slice)).values;
+    const bool is_rounded = slice.data.dtype() == DType::bf16 && !slice.low.defined();
     for (int64_t i = slice.begin; i < slice.end; ++i) {
-      const size_t at = static_cast<size_t>(slice.parameter->global_index(i));
-      if (std::memcmp(&values[static_cast<size_t>(i - slice.begin)], &whole[at], sizeof(float)) !=
-          0)
+      float expected = whole[static_cast<size_t>(slice.parameter->global_index(i))];
+      if (is_rounded) expected = bf16_to_f32(split_master(expected).high);
+      if (std::memcmp(&values[static_cast<size_t>(i - slice.begin)], &expected, sizeof(float)) != 0)
         return key_of(slice);
     }
   }

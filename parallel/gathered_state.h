@@ -29,7 +29,7 @@ void share_state(Communicator& ranks, Stream& stream, GatheredState& state);
 // Throws unless each element was brought once.
 void require_whole(const GatheredState& state);
 // The first slice whose elements are not those of the state, bit for bit; "" if there is none.
-// Slices of other kinds than `kind` do not count.
+// Slices of other kinds than `kind` do not count; copies in bf16 are those of the state, rounded.
 std::string copy_difference(TrainEngine& engine, std::span<const StateSlice> slices,
                             const std::string& kind, const GatheredState& state);
 // The first tensor of `a` that `b` does not have with the same bits; "" if there is none.
