@@ -98,17 +98,23 @@ DSTRAIN_ENUM_NAMES(ComputeType, {ComputeType::automatic, "auto"}, {ComputeType::
                    {ComputeType::tf32, "tf32"}, {ComputeType::bf16, "bf16"});
 enum class MomentType { fp32, bf16 };
 DSTRAIN_ENUM_NAMES(MomentType, {MomentType::fp32, "fp32"}, {MomentType::bf16, "bf16"});
+enum class ReduceType { fp32, bf16 };
+DSTRAIN_ENUM_NAMES(ReduceType, {ReduceType::fp32, "fp32"}, {ReduceType::bf16, "bf16"});
 enum class Quantization { none, aware };
 DSTRAIN_ENUM_NAMES(Quantization, {Quantization::none, "none"}, {Quantization::aware, "aware"});
 
 struct PrecisionConfig {
   ComputeType compute = ComputeType::automatic;
   MomentType moments = MomentType::fp32;
+  ReduceType reduce = ReduceType::fp32;
   Quantization quantization = Quantization::none;
 
   static void fields(auto& field, auto& c) {
     field("compute", c.compute, any(), "auto is fp32 on a CPU and bf16 on a GPU");
     field("moments", c.moments, any(), "storage of the optimizer's moments");
+    field("reduce", c.reduce, any(),
+          "what gradients travel as when ranks sum them; bf16 sends half, and micro-batches still "
+          "add up in fp32");
     field("quantization", c.quantization, any(), "aware trains with fake-quantised weights");
   }
 };

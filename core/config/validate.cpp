@@ -252,6 +252,14 @@ void check_compression(const Config& c, Rules& rules) {
                    "may take two",
                    block);
   }
+  if (c.precision.reduce == ReduceType::bf16 && compression.method != CompressionMethod::none)
+    rules.broken("precision.reduce", "write fp32, or compression.method: none",
+                 "precision.reduce bf16 and compression.method {} both say what is sent of "
+                 "gradients{}",
+                 enum_name(compression.method),
+                 compression.method == CompressionMethod::automatic
+                     ? ", and auto compares with sums in fp32 alone"
+                     : "");
   if (compression.method != CompressionMethod::topk) return;
   if (compression.density <= 0)
     rules.broken("compression.density", "0.05 sends one element in twenty",
