@@ -150,6 +150,7 @@ std::string precision_name(const Config& config, const EngineOptions& options) {
                      : config.precision.compute == ComputeType::tf32 ? "tf32"
                                                                      : "fp32";
   if (options.moments == DType::bf16) name += ", moments bf16";
+  if (config.precision.reduce == ReduceType::bf16) name += ", sums of gradients bf16";
   return name;
 }
 

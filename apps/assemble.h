@@ -38,7 +38,7 @@ std::unique_ptr<Communicator> make_device_ranks(const Config& config, Communicat
 std::unique_ptr<Backend> make_planning_backend(const Config& config, const JobSize& job,
                                                std::string& note);
 EngineOptions engine_options(const Config& config, bool training, const Backend& backend);
-// "fp32", "tf32", "bf16, moments bf16"
+// "fp32", "tf32", "bf16, moments bf16, sums of gradients bf16"
 std::string precision_name(const Config& config, const EngineOptions& options);
 
 // Where the files of a run lie.

@@ -62,4 +62,40 @@ GradTraffic HierarchicalReducer::traffic() const {
           both_levels(traffic_.gather, between.gather)};
 }
 
+Bf16Reducer::Bf16Reducer(std::unique_ptr<GradReducer> sums, const Communicator& ranks,
+                         const std::vector<GradRange>& ranges)
+    : sums_(std::move(sums)), ranks_(ranks) {
+  for (const GradRange& range : ranges)
+    largest_whole_ = std::max(largest_whole_, ranks.size() * range.shard);
+}
+
+void Bf16Reducer::make_memory(const OwnerVisitor& visit) {
+  visit("gradients on their way", MemoryKind::device, [&](Arena& arena) {
+    rounded_ = arena.make(DType::bf16, {largest_whole_}, "gradients in bf16");
+  });
+  sums_->make_memory(visit);
+}
+
+Tensor Bf16Reducer::own_part(const Tensor& rounded) const {
+  const int64_t n = rounded.numel() / ranks_.size();
+  return rounded.rows(ranks_.rank() * n, (ranks_.rank() + 1) * n);
+}
+
+void Bf16Reducer::reduce_scatter(DistStream dist, int range, const Tensor& whole,
+                                 const Tensor& shard) {
+  if (dist.dry) return;
+  const Tensor rounded = rounded_.rows(0, whole.numel()), own = own_part(rounded);
+  dist.ops.convert(dist.stream, whole, rounded);
+  sums_->reduce_scatter(dist, range, rounded, own);
+  dist.ops.convert(dist.stream, own, shard);
+}
+
+void Bf16Reducer::all_gather(DistStream dist, int range, const Tensor& shard, const Tensor& whole) {
+  if (dist.dry) return;
+  const Tensor rounded = rounded_.rows(0, whole.numel()), own = own_part(rounded);
+  dist.ops.convert(dist.stream, shard, own);
+  sums_->all_gather(dist, range, own, rounded);
+  dist.ops.convert(dist.stream, rounded, whole);
+}
+
 }  // namespace dstrain

@@ -1,4 +1,4 @@
-// Sums of gradients that lose nothing: over all ranks at once, or in two levels.
+// Sums of all elements of gradients: over all ranks at once or in two levels, in f32 or in bf16.
 #pragma once
 
 #include <algorithm>
@@ -92,6 +92,34 @@ class HierarchicalReducer : public GradReducer {
   std::unique_ptr<GradReducer> inter_;
   Tensor node_sums_;     // one piece per node
   GradTraffic traffic_;  // inside the node; baselines of both levels
+};
+
+// Sums of f32 gradients that travel in bf16. Each rank rounds its elements, to nearest even;
+// another reducer sums those, which rounds wherever it adds up; what comes of it is f32 again.
+// Gathered sums are rounded for their owner as for all others. One whole range lies here in bf16.
+class Bf16Reducer : public GradReducer {
+ public:
+  // `sums` keeps no state from step to step.
+  Bf16Reducer(std::unique_ptr<GradReducer> sums, const Communicator& ranks,
+              const std::vector<GradRange>& ranges);
+
+  void make_memory(const OwnerVisitor& visit) override;
+  void begin_step(int64_t step) override { sums_->begin_step(step); }
+  void reduce_scatter(DistStream dist, int range, const Tensor& whole,
+                      const Tensor& shard) override;
+  void all_gather(DistStream dist, int range, const Tensor& shard, const Tensor& whole) override;
+  void end_step(DistStream dist, const StepScalars* scalars) override {
+    sums_->end_step(dist, scalars);
+  }
+  GradTraffic traffic() const override { return sums_->traffic(); }
+
+ private:
+  Tensor own_part(const Tensor& rounded) const;
+
+  const std::unique_ptr<GradReducer> sums_;
+  const Communicator& ranks_;
+  int64_t largest_whole_ = 0;
+  Tensor rounded_;  // bf16
 };
 
 }  // namespace dstrain

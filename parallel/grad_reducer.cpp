@@ -113,26 +113,32 @@ std::unique_ptr<GradReducer> make_grad_reducer(const GradReducerOptions& options
   const bool between_nodes = compression.scope == CompressionScope::inter_node;
   const bool compresses =
       compression.method != CompressionMethod::none && can_compress(compression, ranks);
-  if (compresses) {
-    DSTRAIN_CHECK(options.dtype == DType::f32,
-                  std::string("compression takes f32 gradients, not ") + dtype_name(options.dtype));
-    if (between_nodes && !ranks.intra && ranks.nodes != ranks.all->size())
-      throw ConfigError(fmt::format(
-          "compression.scope: inter_node needs the same number of consecutive ranks on every node, "
-          "but {} ranks that sum gradients lie unevenly on {} nodes; scope: all works",
-          ranks.all->size(), ranks.nodes));
-  }
+  const bool rounds = options.rounds && ranks.all->size() > 1;
+  DSTRAIN_CHECK(options.dtype == DType::f32 || !(compresses || rounds),
+                std::string(compresses ? "compression" : "rounding to bf16") +
+                    " takes f32 gradients, not " + dtype_name(options.dtype));
+  DSTRAIN_CHECK(!(compresses && rounds), "gradients are compressed or rounded, not both");
+  if (compresses && between_nodes && !ranks.intra && ranks.nodes != ranks.all->size())
+    throw ConfigError(fmt::format(
+        "compression.scope: inter_node needs the same number of consecutive ranks on every node, "
+        "but {} ranks that sum gradients lie unevenly on {} nodes; scope: all works",
+        ranks.all->size(), ranks.nodes));
   const auto make = [&](Communicator& comm, std::vector<PieceLayout> pieces,
                         int elsewhere) -> std::unique_ptr<GradReducer> {
     if (!compresses) return std::make_unique<DenseReducer>(comm, elsewhere);
     return std::make_unique<CompressedReducer>(compression, comm, elsewhere, parameters,
                                                std::move(pieces), options.gathers);
   };
-  const bool two_levels = compresses ? between_nodes : options.hierarchical;
-  if (!ranks.intra || !two_levels) return make(*ranks.all, pieces_of_all(ranges), ranks.elsewhere);
-  return std::make_unique<HierarchicalReducer>(
-      *ranks.intra, ranks.inter->size(), options.dtype, ranges,
-      make(*ranks.inter, pieces_between_nodes(ranges, *ranks.intra), ranks.inter->size() - 1));
+  const auto make_levels = [&]() -> std::unique_ptr<GradReducer> {
+    const bool two_levels = compresses ? between_nodes : options.hierarchical;
+    if (!ranks.intra || !two_levels)
+      return make(*ranks.all, pieces_of_all(ranges), ranks.elsewhere);
+    return std::make_unique<HierarchicalReducer>(
+        *ranks.intra, ranks.inter->size(), rounds ? DType::bf16 : options.dtype, ranges,
+        make(*ranks.inter, pieces_between_nodes(ranges, *ranks.intra), ranks.inter->size() - 1));
+  };
+  if (!rounds) return make_levels();
+  return std::make_unique<Bf16Reducer>(make_levels(), *ranks.all, ranges);
 }
 
 }  // namespace dstrain

@@ -3,6 +3,7 @@
 // what travels:
 //   DenseReducer         all elements, by the Communicator
 //   HierarchicalReducer  inside the nodes first, then between them
+//   Bf16Reducer          either of the two, with elements rounded to bf16
 //   CompressedReducer    top-k or int8 with error feedback (parallel/compression.h)
 //
 // A whole range has ranks * shard elements; rank r of the communicator owns elements [r * shard, (r
@@ -109,7 +110,8 @@ struct GradReducerOptions {
   CompressionConfig compression;
   bool hierarchical = false;  // where the nodes allow it; compressing all traffic does without
   bool gathers = false;       // all_gather will be called
-  DType dtype = DType::f32;   // of gradients; compression takes f32 only
+  DType dtype = DType::f32;   // of gradients; compression and rounding take f32 only
+  bool rounds = false;        // gradients travel in bf16; not together with compression
 };
 
 // Whether a method that compresses makes a difference: there are other ranks, on other nodes where

@@ -121,6 +121,7 @@ GradReducerOptions RankDistribution::reducer_options(ParameterSet& parameters,
   reducer.hierarchical = config_.parallel.hierarchical;
   reducer.gathers = zero.stage == 0;
   reducer.dtype = stat_dtype(options.dtype);
+  reducer.rounds = config_.precision.reduce == ReduceType::bf16;
   if (config_.compression.method != CompressionMethod::automatic) return reducer;
   if (!auto_)
     reducer.compression.method = largest_method(config_.compression);

@@ -107,6 +107,22 @@ TEST_CASE("param shards: bf16 values with their lower halves are f32 master valu
                    .dtype = DType::bf16});
 }
 
+TEST_CASE("param shards: sums in bf16 of what bf16 can hold are those in f32, bit for bit",
+          "[ranks]") {
+  for (const MeshShape& shape : {kTwoData, kFourData, kDataTensor, kPipeline})
+    for (const Zero& zero : kZeros)
+      for (const bool tied : {false, true})
+        check_job({.shape = shape,
+                   .zero = zero.stage,
+                   .keep_full_grads = zero.keep_full_grads,
+                   .micro_batches = 2,
+                   .tied = tied,
+                   .rounds = true});
+  // Not of others.
+  CHECK(fault_of({.shape = kTwoData, .exact = false, .clip = 0}) == "");
+  CHECK(fault_of({.shape = kTwoData, .exact = false, .clip = 0, .rounds = true}) != "");
+}
+
 TEST_CASE("param shards: contributions may come in the order of any pipeline schedule", "[ranks]") {
   for (const CallOrder order : {CallOrder::ahead, CallOrder::split})
     for (const bool tied : {false, true})

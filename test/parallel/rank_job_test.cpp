@@ -50,6 +50,9 @@ TEST_CASE("RankJob: the plan of a rank is what the rank of a job takes", "[rank_
   SECTION("compressed gradients") {
     config.compression.method = CompressionMethod::topk;
   }
+  SECTION("gradients in bf16") {
+    config.precision.reduce = ReduceType::bf16;
+  }
   CAPTURE(zero, to_text(shape));
   std::mutex mutex;
   std::map<int, std::string> taken;

@@ -471,7 +471,8 @@ ReducerFactory reducers_of(const ShardJob& job, ProcessMesh& mesh) {
     const GradReducerOptions options{.compression = job.compression,
                                      .hierarchical = false,
                                      .gathers = job.zero == 0,
-                                     .dtype = DType::f32};
+                                     .dtype = DType::f32,
+                                     .rounds = job.rounds};
     return make_grad_reducer(options, ranks, parameters, std::move(ranges));
   };
 }

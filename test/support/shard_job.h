@@ -38,6 +38,7 @@ struct ShardJob {
   // bit.
   DType dtype = DType::f32;
   CompressionConfig compression = {};  // where it loses something, nothing is compared
+  bool rounds = false;  // gradients travel in bf16, where exact ones stay what they are
   ShardFault fault = ShardFault::none;
 };
 

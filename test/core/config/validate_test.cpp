@@ -151,6 +151,12 @@ TEST_CASE("validate: each broken rule names keys, values and a fix", "[config]")
       {{{"compression.method", "auto"}, {"compression.block", "256"}},
        "compression.block (256) is a number for one method",
        "write auto"},
+      {{{"precision.reduce", "bf16"}, {"compression.method", "int8"}},
+       "precision.reduce bf16 and compression.method int8 both say what is sent of gradients",
+       "write fp32, or compression.method: none"},
+      {{{"precision.reduce", "bf16"}, {"compression.method", "auto"}},
+       "and auto compares with sums in fp32 alone",
+       "write fp32, or compression.method: none"},
       {{{"parallel.tensor", "3"}}, "parallel.tensor (3) does not divide the 4 heads", "try 2 or 4"},
       {{{"parallel.pipeline", "7"}},
        "parallel.pipeline (7) is more than model.num_hidden_layers (6)",
@@ -257,6 +263,7 @@ TEST_CASE("validate: warnings are no errors", "[config]") {
   CHECK(contains(with_auto("0.1")[0], "where auto takes topk, the 90% of each"));
   CHECK(with_auto("0").empty());
   CHECK(problems_of({{"compression.method", "auto"}, {"compression.density", "0"}}) == "(valid)");
+  CHECK(problems_of({{"precision.reduce", "bf16"}, {"run.device", "cpu"}}) == "(valid)");
 }
 
 TEST_CASE("validate: data-parallel ranks", "[config]") {
