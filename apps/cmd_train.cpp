@@ -61,10 +61,10 @@ int cmd_train(const TrainOptions& options) {
                    decide_color(options.color, 1, std::getenv("NO_COLOR"), term));
   require_available(missing);
   validate(loaded, Purpose::train);
+  hold_signals();  // looking for GPUs starts threads; before the first line, as it may start again
   if (ranks.is_first() && !ranks.is_supervised)
     for (const std::string& warning : config_warnings(loaded.config)) log_warning("{}", warning);
   ConsoleMode mode = decide_console_mode(options.quiet, options.log_json, 2, term);
-  hold_signals();  // looking for GPUs starts threads
   const std::vector<HostRanks> hosts = ranks_to_start(loaded.config, gpus_for_ranks());
   // Before any rank starts, so that the user hears it once.
   const JobSize size = launched ? JobSize{ranks.size, ranks.local_size}

@@ -91,11 +91,18 @@ std::string version_text(const std::string& path) {
   ::posix_spawn_file_actions_init(&actions);
   ::posix_spawn_file_actions_adddup2(&actions, fds[1], STDOUT_FILENO);
   ::posix_spawn_file_actions_addopen(&actions, STDIN_FILENO, "/dev/null", O_RDONLY, 0);
+  posix_spawnattr_t attributes;  // a Ctrl-C ends a program that does not answer
+  ::posix_spawnattr_init(&attributes);
+  sigset_t none;
+  sigemptyset(&none);
+  ::posix_spawnattr_setsigmask(&attributes, &none);
+  ::posix_spawnattr_setflags(&attributes, POSIX_SPAWN_SETSIGMASK);
   std::string option = "--version", name = path;
   char* const words[] = {name.data(), option.data(), nullptr};
   pid_t child = -1;
-  const int error = ::posix_spawn(&child, path.c_str(), &actions, nullptr, words, environ);
+  const int error = ::posix_spawn(&child, path.c_str(), &actions, &attributes, words, environ);
   ::posix_spawn_file_actions_destroy(&actions);
+  ::posix_spawnattr_destroy(&attributes);
   ::close(fds[1]);
   std::string text;
   std::array<char, 1024> buffer;

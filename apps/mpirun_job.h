@@ -23,7 +23,8 @@ class SignalQueue {
   SignalQueue& operator=(const SignalQueue&) = delete;
 
   int fd() const { return fd_; }
-  // The next one that came, 0 if there is none. The end of a child is SIGCHLD.
+  // The next one that came, 0 if there is none. The end of a child is SIGCHLD, unless a thread that
+  // a library started has taken that.
   int next();
 
  private:
@@ -45,7 +46,7 @@ class MpirunJob {
   // Passes output on until a signal arrives, which the caller takes from the queue, or `seconds`
   // have passed.
   void wait(const SignalQueue& signals, double seconds);
-  // To be called after SIGCHLD. Once mpirun has ended, passes on the rest of its output, kills what
+  // Does not wait. Once mpirun has ended, passes on the rest of its output, kills what
   // it left behind, and returns true.
   bool reap();
   void send(int signal) const;

@@ -2,7 +2,7 @@
 // between steps.
 //   SIGTERM, SIGHUP, SIGUSR2   save a checkpoint and leave with exit code 75
 //   SIGINT                     the same; a second one ends the process at once
-//   SIGUSR1                    save a checkpoint and go on
+//   SIGUSR1                    save a checkpoint and go on; of several ranks the first has to get it
 // A signal to leave that was ignored when the program started, as SIGHUP is under nohup, stays so.
 #pragma once
 

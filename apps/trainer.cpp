@@ -320,7 +320,7 @@ ExitCode Trainer::run() {
       break;
     }
     // A state that no gradient is finite at must not push good checkpoints out.
-    if (std::exchange(wants_to_save_, false) || (due(config_.checkpoint.every) && skipped_in_a_row_ == 0))
+    if (wants_to_save_ || (due(config_.checkpoint.every) && skipped_in_a_row_ == 0))
       request_save();
   }
   complete_steps();
@@ -358,7 +358,9 @@ void Trainer::queue_step() {
   const Clock::time_point update = Clock::now();
   record.phases.forward_backward_ms = 1e3 * seconds_between(step.begin, update) - record.phases.data_ms;
   if (left_by_.empty()) left_by_ = leave_requested();
-  engine_->request(!left_by_.empty(), take_save_request());
+  // A signal to the job reaches its ranks at different steps: one rank's counts, or it would save twice.
+  const bool save = take_save_request() && world_.rank() == 0;
+  engine_->request(!left_by_.empty(), save);
   engine_->finish_step();
   job_->exposed().end_step();
   if (world_.size() > 1) {
@@ -466,6 +468,7 @@ CheckpointMeta Trainer::checkpoint_meta() const {
 
 void Trainer::request_save() {
   complete_steps();
+  wants_to_save_ = false;
   enter(RankPhase::saving);
   const double before = saver_->stall_seconds();
   saves_->request(checkpoint_meta(), state_tensors(*engine_));

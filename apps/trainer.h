@@ -107,7 +107,7 @@ class Trainer {
 
   bool nothing_to_do_ = false;
   std::string left_by_;  // this process's signal
-  bool wants_to_leave_ = false, wants_to_save_ = false;  // what any rank asked for
+  bool wants_to_leave_ = false, wants_to_save_ = false;  // what ranks asked for
   struct QueuedStep {
     StepRecord record;
     Clock::time_point begin;

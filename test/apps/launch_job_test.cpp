@@ -19,6 +19,19 @@ using Catch::Contains;
 const std::vector<std::string> kTwoRanks = {"launch.ranks=2", "train.steps=300",
                                             "train.eval_every=100", "checkpoint.every=20"};
 
+// Until it is told to leave.
+const std::vector<std::string> kTwoRanksWithoutEnd = {"launch.ranks=2", "train.steps=100000",
+                                                      "train.eval_every=0", "checkpoint.every=0"};
+
+int64_t num_saves(const TinyJob& job) {
+  return std::ssize(events(job, "checkpoint"));
+}
+
+void require_steps(RunningProgram& program, const TinyJob& job, int64_t more) {
+  const int64_t wanted = last_step(job) + more;
+  REQUIRE(program.wait_until([&] { return last_step(job) >= wanted; }));
+}
+
 std::vector<pid_t> children_of(pid_t pid) {
   std::ifstream file(fmt::format("/proc/{0}/task/{0}/children", pid));
   std::vector<pid_t> children;
@@ -90,14 +103,39 @@ TEST_CASE("launch: SIGTERM saves the step under way and leaves", "[launch][job]"
 }
 
 TEST_CASE("launch: SIGUSR1 saves and training goes on", "[launch][job]") {
-  const TinyJob job(joined(kTwoRanks, {"checkpoint.every=0"}));
+  const TinyJob job(kTwoRanksWithoutEnd);
   RunningProgram program(job.launch());
-  REQUIRE(program.wait_until([&] { return last_step(job) >= 20; }));
+  require_steps(program, job, 20);
   program.send(SIGUSR1);
+  REQUIRE(program.wait_until([&] { return num_saves(job) == 1; }));
+  require_steps(program, job, 20);
+  program.send(SIGTERM);
   const Finished end = program.wait();
   INFO(end.err);
-  REQUIRE(end.code == 0);
-  CHECK(std::ssize(events(job, "checkpoint")) == 2);  // that one and the last
+  REQUIRE(end.code == static_cast<int>(ExitCode::preempted));
+  CHECK(num_saves(job) == 2);  // that one and the last
+}
+
+// The ranks of a job do not get its signal at the same step. Two saves would come of it if each
+// rank's counted.
+TEST_CASE("launch: of the ranks' SIGUSR1 the first rank's counts", "[launch][job]") {
+  const TinyJob job(kTwoRanksWithoutEnd);
+  RunningProgram program(job.launch());
+  require_steps(program, job, 5);
+  const std::vector<pid_t> ranks = ranks_of(program);
+  REQUIRE(ranks.size() == 2);
+  REQUIRE(::kill(ranks[1], SIGUSR1) == 0);
+  require_steps(program, job, 20);
+  REQUIRE(::kill(ranks[0], SIGUSR1) == 0);
+  REQUIRE(program.wait_until([&] { return num_saves(job) == 1; }));
+  require_steps(program, job, 20);
+  REQUIRE(::kill(ranks[1], SIGUSR1) == 0);
+  require_steps(program, job, 20);
+  program.send(SIGTERM);
+  const Finished end = program.wait();
+  INFO(end.err);
+  REQUIRE(end.code == static_cast<int>(ExitCode::preempted));
+  CHECK(num_saves(job) == 2);
 }
 
 TEST_CASE("launch: a stopped rank is found, and the job goes on without it", "[launch][job]") {
