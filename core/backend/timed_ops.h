@@ -5,6 +5,7 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "core/backend/op_clock.h"
@@ -135,12 +136,12 @@ class TimedOps : public Ops {
                    const SliceOf& slice) override;
   void topk_compress(Stream&, const Tensor& grad_PN, const TopkFormat& format,
                      const Tensor& residual_PN, const Tensor& payload_PB) override;
-  void topk_sum(Stream&, const Tensor& payload_PB, const TopkFormat& format,
-                Accumulate accumulate, const Tensor& sum_N) override;
+  void topk_sum(Stream&, const Tensor& payload_PB, const TopkFormat& format, Accumulate accumulate,
+                const Tensor& sum_N) override;
   void int8_compress(Stream&, const Tensor& grad_PN, const Int8Format& format,
                      const Tensor& residual_PN, const Tensor& payload_PB) override;
-  void int8_sum(Stream&, const Tensor& payload_PB, const Int8Format& format,
-                Accumulate accumulate, const Tensor& sum_N) override;
+  void int8_sum(Stream&, const Tensor& payload_PB, const Int8Format& format, Accumulate accumulate,
+                const Tensor& sum_N) override;
   void clear_if_skipped(Stream&, const StepScalars* scalars, const Tensor& x) override;
 
  private:
@@ -150,7 +151,11 @@ class TimedOps : public Ops {
     int begin, end;
   };
   template <class Run>
-  void timed(Stream& stream, std::string name, double flops, double bytes, const Run& run);
+  void timed(Stream& stream, std::string name, double flops, double bytes, const Run& run) {
+    const int begin = clock_.mark(stream);
+    run();
+    calls_.push_back({std::move(name), flops, bytes, begin, clock_.mark(stream)});
+  }
 
   Ops& inner_;
   OpClock& clock_;
