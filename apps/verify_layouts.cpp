@@ -12,7 +12,7 @@
 namespace dstrain {
 namespace {
 
-constexpr int64_t kCompressedSteps = 8, kDenseSteps = 2;
+constexpr int64_t kChangedSteps = 8, kDenseSteps = 2;
 
 // Axes in use, as bits; experts are one, too.
 using Axes = unsigned;
@@ -70,6 +70,10 @@ std::vector<std::string> notes_of(const Config& config, const MeshShape& wanted,
         compression.scope == CompressionScope::inter_node
             ? ", over all ranks instead of between nodes, of which there is one here"
             : ""));
+  if (config.precision.reduce == ReduceType::bf16)
+    notes.push_back(
+        "layouts are compared with sums of gradients in fp32; after that two runs of the own "
+        "layout with sums in bf16 have to agree to the bit");
   return notes;
 }
 
@@ -94,6 +98,10 @@ class LayoutList {
   const Config& config_;
   std::vector<VerifyLayout> list_;
 };
+
+bool changes_gradients(const VerifyPlan& plan) {
+  return plan.compression.method != CompressionMethod::none || plan.reduce == ReduceType::bf16;
+}
 
 LayoutRunOptions run_options(const VerifyRunOptions& options) {
   LayoutRunOptions run;
@@ -130,12 +138,15 @@ class Verification {
     });
   }
 
-  VerifyRow compare_compressed(VerifyLayout layout) const {
+  VerifyRow compare_changed(VerifyLayout layout) const {
     Config job = plan_.config;
     job.compression = plan_.compression;
+    job.precision.reduce = plan_.reduce;
     LayoutRunOptions run = run_options(options_);
-    run.steps = kCompressedSteps;
-    layout.name = fmt::format("the first with {}, twice", enum_name(job.compression.method));
+    run.steps = kChangedSteps;
+    layout.name = fmt::format("the first with {}, twice", plan_.reduce == ReduceType::bf16
+                                                              ? std::string_view("sums in bf16")
+                                                              : enum_name(job.compression.method));
     return row_of(layout, [&](VerifyRow& row) {
       const LayoutRun first = run_layout(job, layout.shape, run);
       const LayoutRun second = run_layout(job, layout.shape, run);
@@ -187,6 +198,7 @@ VerifyPlan plan_verification(const Config& config, int64_t ranks, bool all) {
     plan.compression.scope = CompressionScope::all;
     plan.compression.dense_steps = std::min(plan.compression.dense_steps, kDenseSteps);
   }
+  if (own.ranks() > 1) plan.reduce = config.precision.reduce;
 
   LayoutList list(plan.config);
   const int64_t zero = plan.config.parallel.zero;
@@ -223,8 +235,7 @@ bool run_verification(const VerifyPlan& plan, const VerifyRunOptions& options,
     done(row);
   };
   for (const VerifyLayout& layout : plan.layouts) report(verification.compare(layout));
-  if (plan.compression.method != CompressionMethod::none)
-    report(verification.compare_compressed(plan.layouts.at(0)));
+  if (changes_gradients(plan)) report(verification.compare_changed(plan.layouts.at(0)));
   return ok;
 }
 

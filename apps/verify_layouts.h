@@ -25,7 +25,9 @@ struct VerifyPlan {
   std::vector<VerifyLayout> layouts;
   int64_t left_out = 0;            // legal ones of up to so many ranks that are not among them
   std::vector<std::string> notes;  // what differs from the job besides sizes, a sentence each
-  CompressionConfig compression;   // method none: nothing to compare
+  // What changes gradients on their way; with method none and fp32 nothing does.
+  CompressionConfig compression;
+  ReduceType reduce = ReduceType::fp32;
 };
 
 // ranks: 0 chooses 4, or 8 where the job's axes need them. The own layout in all ZeRO stages, each
@@ -48,8 +50,8 @@ struct VerifyRunOptions {
   PlantedFault fault = {};  // in all runs but that of the one rank
 };
 
-// Calls `done` after each layout, in the order of the plan; after them once for compression, where
-// two runs of the own layout have to agree to the bit. True if all are ok.
+// Calls `done` after each layout, in the order of the plan; after them once for what changes
+// gradients on their way: two runs of the own layout have to agree to the bit. True if all are ok.
 bool run_verification(const VerifyPlan& plan, const VerifyRunOptions& options,
                       const std::function<void(const VerifyRow&)>& done);
 

@@ -156,6 +156,21 @@ TEST_CASE("verify --config: compression is compared with itself, to the bit", "[
   CHECK_THAT(text, Contains("the first with topk, twice") && Contains("the same bits  ok\n"));
 }
 
+TEST_CASE("verify --config: sums in bf16 are compared with themselves, to the bit",
+          "[verify][layout]") {
+  VerifyPlan plan = plan_verification(
+      job({{"precision.reduce", "bf16"}, {"parallel.data", "2"}, {"train.micro_batch", "4"}}), 2,
+      false);
+  CHECK_THAT(plan.notes.at(0), Contains("compared with sums of gradients in fp32"));
+  CHECK(plan.config.precision.reduce == ReduceType::fp32);
+  keep(plan, "data 2, ZeRO-1");
+  const auto [text, ok] = run(plan, {.steps = 3});
+  INFO(text);
+  CHECK(ok);
+  CHECK_THAT(text,
+             Contains("the first with sums in bf16, twice") && Contains("the same bits  ok\n"));
+}
+
 TEST_CASE("verify --config: a planted fault fails, is named and described", "[verify][layout]") {
   VerifyPlan plan = plan_verification(job({}), 2, false);
   keep(plan, "data 2, ZeRO-1");

@@ -157,6 +157,16 @@ TEST_CASE("dry run: what ZeRO 3 keeps is in the table, and what it costs is a wa
   CHECK_THAT(planned.err, Contains("warning: parallel.zero 3 sums gradients over ranks after"));
 }
 
+TEST_CASE("dry run: sums of gradients in bf16 are in the plan, on CPUs, too",
+          "[dry_run][memory][ranks]") {
+  const TinyJob job({"parallel.data=2", "train.global_batch=8", "train.micro_batch=2",
+                     "train.steps=2", "schedule.warmup=1", "precision.reduce=bf16"});
+  const Finished planned = plan(job);
+  CHECK(planned.code == 0);
+  CHECK_THAT(planned.out,
+             Contains(", fp32, sums of gradients bf16\n") && Contains("gradients on their way"));
+}
+
 TEST_CASE("dry run: a job for a GPU is planned in its types, on any machine", "[dry_run][memory]") {
   const TinyJob job({"run.device=cuda"});
   const std::string text = plan(job).out;
