@@ -66,6 +66,7 @@ CompressedReducer::CompressedReducer(const CompressionConfig& config, Communicat
       keeps_residuals_(config.error_feedback && !codec_.lossless()),
       dense_steps_(config.dense_steps),
       row_offsets_(static_cast<size_t>(comm.size()) + 1) {
+  comm.prepare(Connections::exchanges);
   std::iota(row_offsets_.begin(), row_offsets_.end(), int64_t{0});
   other_offsets_ = row_offsets_;
   for (auto r = static_cast<size_t>(comm.rank()) + 1; r < other_offsets_.size(); ++r)

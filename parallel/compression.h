@@ -40,7 +40,7 @@ class GradCodec {
 class CompressedReducer : public GradReducer {
  public:
   // config.method is topk or int8; config.scope does not matter here. `elsewhere`: ranks of the
-  // communicator on other nodes.
+  // communicator on other nodes. A collective call of its ranks, which connect for exchanges.
   CompressedReducer(const CompressionConfig& config, Communicator& comm, int elsewhere,
                     const ParameterSet& parameters, std::vector<PieceLayout> ranges, bool gathers);
 

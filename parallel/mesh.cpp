@@ -19,6 +19,18 @@ size_t find_group(const std::vector<std::vector<int>>& groups, int world_rank) {
   return static_cast<size_t>(mine - groups.begin());
 }
 
+// The first kind with the same stream and the same ranks, which may be the group's own.
+MeshGroup sharer_of(const MeshShape& shape, MeshGroup group) {
+  const auto first_in = [&](const auto& kinds) {
+    if (std::ranges::find(kinds, group) == kinds.end()) return group;
+    return *std::ranges::find_if(kinds, [&, ranks = mesh_groups(shape, group)](MeshGroup kind) {
+      return mesh_groups(shape, kind) == ranks;
+    });
+  };
+  const MeshGroup of_sums = first_in(kMeshGroupsOfSums);
+  return of_sums != group ? of_sums : first_in(kMeshGroupsOfLayers);
+}
+
 }  // namespace
 
 const char* group_name(MeshGroup group) {
@@ -87,18 +99,7 @@ ProcessMesh::ProcessMesh(const MeshShape& shape, Communicator& world, Backend& b
                 fmt::format("the layout {} is not one of {} ranks", to_text(shape), world.size()));
   DSTRAIN_CHECK(shape.stage_ranks() % shape.expert == 0, "experts fold over whole runs of ranks");
   place_ = place_of(shape, world.rank());
-  for (int i = 0; i < kMeshGroups; ++i) {
-    const auto group = static_cast<MeshGroup>(i);
-    const auto groups = mesh_groups(shape, group);
-    const size_t mine = find_group(groups, world.rank());
-    // All ranks split or none does: a split is a call of the whole world.
-    const bool any_shared = std::any_of(groups.begin(), groups.end(),
-                                        [](const auto& ranks) { return ranks.size() > 1; });
-    if (any_shared) groups_[i] = world.split(static_cast<int>(mine), world.rank());
-    if (groups[mine].size() == 1) groups_[i] = std::make_unique<LocalCommunicator>(backend);
-    DSTRAIN_CHECK(groups_[i]->size() == std::ssize(groups[mine]),
-                  fmt::format("the {} group has the wrong ranks", group_name(group)));
-  }
+  for (int i = 0; i < kMeshGroups; ++i) make_group(static_cast<MeshGroup>(i), backend);
   group(MeshGroup::pipeline).prepare(Connections::messages);
   group(MeshGroup::expert).prepare(Connections::exchanges);
 }
@@ -110,16 +111,33 @@ ProcessMesh::ProcessMesh(const MeshShape& shape, int world_rank, Backend& backen
           std::make_unique<PlannedCommunicator>(world_rank, static_cast<int>(shape.ranks()))),
       world_(*planned_world_) {
   DSTRAIN_CHECK(shape.stage_ranks() % shape.expert == 0, "experts fold over whole runs of ranks");
-  for (int i = 0; i < kMeshGroups; ++i) {
-    const auto groups = mesh_groups(shape, static_cast<MeshGroup>(i));
-    const std::vector<int>& ranks = groups[find_group(groups, world_rank)];
-    if (ranks.size() == 1) {
-      groups_[i] = std::make_unique<LocalCommunicator>(backend);
-      continue;
-    }
-    const auto me = std::lower_bound(ranks.begin(), ranks.end(), world_rank) - ranks.begin();
-    groups_[i] = std::make_unique<PlannedCommunicator>(static_cast<int>(me), std::ssize(ranks));
+  for (int i = 0; i < kMeshGroups; ++i) make_group(static_cast<MeshGroup>(i), backend);
+}
+
+// All ranks split or none does: a split is a call of the whole world.
+void ProcessMesh::make_group(MeshGroup group, Backend& backend) {
+  const auto index = static_cast<size_t>(group),
+             sharer = static_cast<size_t>(sharer_of(shape_, group));
+  if (sharer != index) {
+    groups_[index] = groups_[sharer];
+    return;
   }
+  const auto groups = mesh_groups(shape_, group);
+  const size_t mine = find_group(groups, world_.rank());
+  const std::vector<int>& ranks = groups[mine];
+  std::unique_ptr<Communicator>& made = made_[index];
+  if (is_planned() && ranks.size() > 1) {
+    const auto me = std::lower_bound(ranks.begin(), ranks.end(), world_.rank()) - ranks.begin();
+    made =
+        std::make_unique<PlannedCommunicator>(static_cast<int>(me), static_cast<int>(ranks.size()));
+  } else if (!is_planned() &&
+             std::ranges::any_of(groups, [](const auto& g) { return g.size() > 1; })) {
+    made = world_.split(static_cast<int>(mine), world_.rank());
+  }
+  if (ranks.size() == 1) made = std::make_unique<LocalCommunicator>(backend);
+  DSTRAIN_CHECK(made->size() == std::ssize(ranks),
+                fmt::format("the {} group has the wrong ranks", group_name(group)));
+  groups_[index] = made.get();
 }
 
 }  // namespace dstrain

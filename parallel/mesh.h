@@ -41,9 +41,17 @@ std::vector<std::vector<int>> mesh_groups(const MeshShape& shape, MeshGroup grou
 // A few lines for people: the axes, which ranks talk, and what blocks and experts each stage holds.
 std::string draw_mesh(const Config& config, const MeshShape& shape);
 
+// Kinds whose calls all run on the same stream, one after another. Other kinds run beside others.
+inline constexpr std::array kMeshGroupsOfSums = {MeshGroup::stage, MeshGroup::data,
+                                                 MeshGroup::data_context, MeshGroup::expert_data};
+inline constexpr std::array kMeshGroupsOfLayers = {MeshGroup::context, MeshGroup::tensor,
+                                                   MeshGroup::tensor_context};
+
 // This rank's place and communicators. Making one is a collective call of all ranks of `world`,
 // which must be shape.ranks() ranks and outlive the mesh, as must the backend. Groups of one rank
-// are LocalCommunicators; world rank order is the order in each group.
+// are LocalCommunicators; world rank order is the order in each group. Kinds that run on the same
+// stream and join the same ranks everywhere share a communicator: on GPUs each costs time at the
+// start and memory.
 class ProcessMesh {
  public:
   ProcessMesh(const MeshShape& shape, Communicator& world, Backend& backend);
@@ -58,11 +66,15 @@ class ProcessMesh {
   Communicator& group(MeshGroup group) { return *groups_[static_cast<size_t>(group)]; }
 
  private:
+  void make_group(MeshGroup group, Backend& backend);
+
   MeshShape shape_;
   RankPlace place_;
   std::unique_ptr<Communicator> planned_world_;
   Communicator& world_;
-  std::array<std::unique_ptr<Communicator>, kMeshGroups> groups_;  // by MeshGroup
+  // By MeshGroup: null where an earlier kind has the communicator.
+  std::array<std::unique_ptr<Communicator>, kMeshGroups> made_;
+  std::array<Communicator*, kMeshGroups> groups_ = {};
 };
 
 }  // namespace dstrain

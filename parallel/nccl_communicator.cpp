@@ -82,7 +82,7 @@ Introduction introduce(const NcclJob& job, Communicator& host, int world_rank) {
   return all;
 }
 
-// Of an exchange.
+// NCCL rounds the channels of its calls between two ranks up to a power of two.
 int exchange_ctas(const NcclOptions& options) {
   return static_cast<int>(std::bit_ceil(static_cast<unsigned>(options.max_ctas)));
 }
@@ -142,6 +142,7 @@ class NcclCommunicator : public Communicator {
   NcclLink link_;
   std::unique_ptr<NcclMessages> messages_;
   const int rank_, size_, exchange_ctas_;
+  bool pairs_are_connected_ = false;
   int64_t bytes_sent_ = 0;
 };
 
@@ -155,6 +156,7 @@ void NcclCommunicator::connect_ring() {
 }
 
 void NcclCommunicator::connect_pairs() {
+  if (std::exchange(pairs_are_connected_, true)) return;
   void* const tiny = job_->tiny_buffer();
   const cudaStream_t stream = job_->setup_stream();
   link_.queue_first(
@@ -263,14 +265,14 @@ void NcclCommunicator::all_to_all(Stream& stream, const Tensor& send,
   if (sent == 0 && received == 0) return;  // no other rank has anything for this one
   if (!on_device(sent > 0 ? send : recv))
     return host_.all_to_all(waited_for(stream), send, send_offsets, recv, recv_offsets);
-  job_->backend().copy(stream, place(recv, recv_offsets, rank_), place(send, send_offsets, rank_),
-                       own);
-  if (sent == own && received == own) return;
+  if (sent == own && received == own)
+    return job_->backend().copy(stream, place(recv, recv_offsets, rank_),
+                                place(send, send_offsets, rank_), own);
+  // A rank's own rows go with the others: copied before, they would take time of their own.
   link_.queue("all_to_all", [&](const NcclApi& api, ncclComm_t comm) {
     const cudaStream_t native = cuda_stream_of(stream);
     NcclCalls calls(api);
     for (int r = 0; r < size_; ++r) {
-      if (r == rank_) continue;
       if (const int64_t n = bytes(send_offsets, r); n > 0)
         calls.add(api.send(place(send, send_offsets, r), static_cast<size_t>(n), ncclUint8, r, comm,
                            native));

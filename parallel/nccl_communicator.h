@@ -22,7 +22,9 @@
 // NCCL_MAX_CTAS=16. NCCL_LAUNCH_ORDER_IMPLICIT=1 would let kernels begin in the order of their
 // calls. It stays off: where CUDA can only tell that a kernel has ended, nothing would begin
 // behind a send. Hosts wait for each other in split() and prepare() alone, where all connections
-// are made.
+// are made: one ring carries every collective, whatever its call, type and size, unless NCCL_ALGO
+// in the environment allows other ways, which NCCL then connects at their first use. Without
+// prepare(Connections::exchanges) the first exchange with a rank connects.
 //
 // Failures that NCCL notices are thrown by the next call, as PeerFailure where another rank is
 // the cause; all communicators of the process are then aborted, so that no kernel waits on. A

@@ -9,6 +9,7 @@
 #include <mutex>
 #include <numeric>
 
+#include "core/backend/cpu_backend.h"
 #include "test/support/catch.h"
 #include "test/support/reducer_rank.h"
 
@@ -485,6 +486,22 @@ TEST_CASE("compression: a parameter that two pipeline stages hold", "[parallel]"
     });
     CHECK(distance(again.total(), saved.total()) <= 1e-6 * norm(saved.total()));
   }
+}
+
+// A step must not be the first to do it.
+TEST_CASE("compression: ranks connect for exchanges before there are any", "[parallel]") {
+  struct Prepared : LocalCommunicator {
+    using LocalCommunicator::LocalCommunicator;
+    void prepare(Connections connections) override { all.push_back(connections); }
+    std::vector<Connections> all;
+  };
+  const auto backend = make_cpu_backend(1);
+  Prepared rank(*backend);
+  const ParameterSet parameters;
+  CompressionConfig config;
+  config.method = CompressionMethod::int8;
+  const CompressedReducer reducer(config, rank, 0, parameters, {}, false);
+  CHECK(rank.all == std::vector{Connections::exchanges});
 }
 
 TEST_CASE("compression: residuals are in the plan, to the byte", "[parallel]") {

@@ -180,6 +180,27 @@ TEST_CASE("ProcessMesh: each communicator joins the ranks of its group, in their
   });
 }
 
+// On GPUs a communicator has one stream at a time.
+TEST_CASE("ProcessMesh: kinds of the same stream and ranks share a communicator", "[mesh]") {
+  const auto backend = make_cpu_backend(1);
+  const auto shared = [&](const MeshShape& s, MeshGroup a, MeshGroup b) {
+    ProcessMesh mesh(s, 0, *backend);
+    return &mesh.group(a) == &mesh.group(b);
+  };
+  const MeshShape data = shape(1, 4, 1, 1), experts = shape(1, 4, 1, 1, 2),
+                  tensor = shape(1, 1, 1, 4), context = shape(1, 2, 2, 1);
+  for (const MeshGroup kind : kMeshGroupsOfSums) CHECK(shared(data, MeshGroup::stage, kind));
+  CHECK(shared(experts, MeshGroup::stage, MeshGroup::data_context));
+  CHECK_FALSE(shared(experts, MeshGroup::stage, MeshGroup::expert_data));
+  CHECK_FALSE(shared(experts, MeshGroup::expert, MeshGroup::stage));
+  CHECK(shared(tensor, MeshGroup::tensor, MeshGroup::tensor_context));
+  CHECK_FALSE(shared(tensor, MeshGroup::tensor, MeshGroup::stage));
+  CHECK(shared(context, MeshGroup::context, MeshGroup::tensor_context));
+  CHECK(shared(context, MeshGroup::stage, MeshGroup::data_context));
+  CHECK_FALSE(shared(context, MeshGroup::stage, MeshGroup::data));
+  CHECK_FALSE(shared(context, MeshGroup::context, MeshGroup::data));
+}
+
 TEST_CASE("ProcessMesh: only meshes of the world's size are accepted", "[mesh]") {
   const auto backend = make_cpu_backend(1);
   LocalCommunicator world(*backend);

@@ -103,6 +103,16 @@ TEST_CASE("nccl communicator: tensors in host memory pass before the call return
   });
 }
 
+TEST_CASE("nccl communicator: exchanges between ranks that have connected for them, twice",
+          "[ranks1][ranks2][ranks4]") {
+  run_gpu_rank([](GpuRank& rank) {
+    for (int i = 0; i < 2; ++i) rank.device.prepare(Connections::exchanges);
+    CopiedCommunicator uploaded(rank.device, rank.backend, MemoryKind::device);
+    RankContext context{uploaded, rank.backend, rank.stream};
+    check_exchanges(context);
+  });
+}
+
 // Far more than NCCL keeps on the way.
 TEST_CASE("nccl communicator: ranks that all send before they receive do not lock up",
           "[ranks2][ranks4]") {
