@@ -32,6 +32,7 @@ struct SlotRuns {
   int64_t scratch_bytes(int64_t E) const { return count * E * static_cast<int64_t>(sizeof(int32_t)); }
 };
 
+constexpr int64_t kMostSortedExperts = 4095;  // 3 E + 1 counters in 48 KiB
 // Warps of a block that deals out rows: each has E counters, and there are 2 E + 1 more.
 int sort_warps(int64_t E) { return static_cast<int>(std::clamp<int64_t>(10240 / std::max<int64_t>(1, E) - 2, 1, 16)); }
 
@@ -248,8 +249,9 @@ void CudaOps::sort_by_expert(Stream& stream, const Tensor& indices_TK, const Ten
   expect(token_of_row_R, "sort_by_expert: token_of_row_R", DType::i32, {R});
   expect(row_of_slot_TK, "sort_by_expert: row_of_slot_TK", DType::i32, {T, K});
   expect(row_weight_R, "sort_by_expert: row_weight_R", DType::f32, {R});
-  DSTRAIN_CHECK(E >= 1 && E <= 4096,
-                "sort_by_expert: " + std::to_string(E) + " experts; the CUDA back end sorts by 1 to 4096");
+  DSTRAIN_CHECK(E >= 1 && E <= kMostSortedExperts,
+                "sort_by_expert: " + std::to_string(E) + " experts; the CUDA back end sorts by 1 to " +
+                    std::to_string(kMostSortedExperts));
   DSTRAIN_CHECK(R <= INT32_MAX / 2, "sort_by_expert: more rows than an i32 can number");
   const SlotRuns runs(T * K);
   auto* const counts = static_cast<int32_t*>(cuda_stream(stream).scratch(runs.scratch_bytes(E)));
