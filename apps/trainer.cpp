@@ -13,7 +13,6 @@
 #include "core/base/format_units.h"
 #include "core/base/log.h"
 #include "core/checkpoint/state_boxes.h"
-#include "core/checkpoint/state_copy.h"
 #include "core/config/config_io.h"
 #include "core/metrics/expert_load.h"
 #include "core/metrics/jsonl_sink.h"
@@ -89,7 +88,7 @@ Trainer::Trainer(const Config& config, const TrainerOptions& options, MetricsHub
     return;
   }
   if (checkpoint) {
-    resumed_from_ = newest_checkpoint_ = checkpoint->path;
+    resumed_from_ = checkpoint->path;
     resumed_step_ = checkpoint->manifest.meta.step;
   }
   make_job(checkpoint);
@@ -153,62 +152,10 @@ void Trainer::check_memory() const {
 
 void Trainer::start_from(const std::optional<VerifiedCheckpoint>& checkpoint) {
   engine_->allocate();
-  make_saver();
-  saves_ = std::make_unique<RankSaves>(world_, *store_, *saver_);
+  saves_ = std::make_unique<RunSaves>(config_, world_, *backend_, *engine_, *store_, hub_);
   if (checkpoint) return restore(*checkpoint);
   engine_->initialize(static_cast<uint64_t>(config_.run.seed));
   if (!config_.model.from.empty()) hf_origin_ = load_hf_parameters(*engine_, config_.model.from);
-}
-
-// What lies on a device is written from a snapshot in any case. Where only a signal can ask for a save, a GPU's
-// job takes the snapshot's memory then.
-void Trainer::make_saver() {
-  const CheckpointConfig& checkpoint = config_.checkpoint;
-  AsyncSaver::Snapshot where;
-  if (checkpoint.async || !backend_->is_cpu()) {
-    where = [this] { return snapshot(); };
-    const bool saves_in_steps = checkpoint.every > 0 && checkpoint.every <= config_.train.steps;
-    if (checkpoint.at_end || saves_in_steps) order_snapshot();
-    if (backend_->is_cpu()) snapshot();
-  }
-  state_copy_ = std::make_unique<StateCopy>(*backend_, engine_->copy_chunks_2N());
-  saver_ = std::make_unique<AsyncSaver>(
-      *store_, where, [this](std::span<const StateTensor> tensors, std::span<void* const> places) {
-        return copy_state(tensors, places);
-      });
-}
-
-// On a thread of its own: a GPU's driver takes seconds to pin so much memory, beside all that comes before the
-// first save.
-void Trainer::order_snapshot() {
-  const int64_t bytes = AsyncSaver::snapshot_bytes(state_tensors(*engine_));
-  coming_snapshot_ = std::async(std::launch::async, [backend = backend_.get(), bytes] {
-    return DeviceMemory(*backend, bytes, MemoryKind::host);
-  });
-}
-
-bool Trainer::snapshot_has_come() const {
-  return coming_snapshot_.valid() &&
-         coming_snapshot_.wait_for(std::chrono::seconds(0)) == std::future_status::ready;
-}
-
-// Waits for its memory, and throws what its allocation threw.
-std::span<std::byte> Trainer::snapshot() {
-  if (!snapshot_memory_.data()) {
-    if (!coming_snapshot_.valid()) order_snapshot();
-    snapshot_memory_ = coming_snapshot_.get();
-  }
-  return {static_cast<std::byte*>(snapshot_memory_.data()),
-          static_cast<size_t>(snapshot_memory_.bytes())};
-}
-
-// Beside the next step, which waits on the device before it changes what is copied.
-AsyncSaver::Arrival Trainer::copy_state(std::span<const StateTensor> tensors,
-                                        std::span<void* const> places) {
-  engine_->begin_state_copy(state_copy_->stream());
-  Event& copied = state_copy_->queue(tensors, places);
-  engine_->hold_state(copied);
-  return [&copied] { copied.synchronize(); };
 }
 
 void Trainer::restore(const VerifiedCheckpoint& checkpoint) {
@@ -228,7 +175,7 @@ void Trainer::restore(const VerifiedCheckpoint& checkpoint) {
   engine_->set_progress(meta.step, counter("updates"));
   total_tokens_ = counter("tokens");
   skipped_steps_ = counter("skipped_steps");
-  step_ = saved_step_ = meta.step;
+  step_ = meta.step;
   cursor_ = meta.samples_consumed;
   skipped_samples_ = meta.skipped_samples;
 }
@@ -303,17 +250,16 @@ ExitCode Trainer::run() {
   started_ = Clock::now();
   std::string left_by;
   while (step_ < config_.train.steps) {
-    if (snapshot_has_come()) snapshot();
+    saves_->check_memory();
     queue_step();
     if (skipped_in_a_row_ >= config_.train.max_skipped_steps) {
-      saves_->wait();
-      report_saves();
+      saves_->wait_and_report();
       throw RuntimeFailure(fmt::format(
           "{} steps in a row had a gradient that is not finite, the last one step {}; nothing is saved over the "
           "checkpoints before. Lower optimizer.lr or turn on optimizer.grad_clip, and go on with --resume latest",
           skipped_in_a_row_, step_));
     }
-    report_saves();
+    saves_->report();
     if (due(config_.train.eval_every)) evaluate();
     if (wants_to_leave_) {
       left_by = left_by_.empty() ? "another rank's signal" : left_by_;
@@ -321,14 +267,14 @@ ExitCode Trainer::run() {
     }
     // A state that no gradient is finite at must not push good checkpoints out.
     if (wants_to_save_ || (due(config_.checkpoint.every) && skipped_in_a_row_ == 0))
-      request_save();
+      save();
   }
   complete_steps();
   if (!left_by.empty())
     log_info("{}: saving step {}, then leaving{}", left_by, step_,
              left_by == "SIGINT" ? "; a second Ctrl-C leaves at once" : "");
   const bool must_save = !left_by.empty() || config_.checkpoint.at_end;
-  if (must_save && saved_step_ != step_) request_save();
+  if (must_save && !saves_->has(step_)) save();
   if (left_by.empty()) evaluate();
   finish_saves(must_save);
   const bool stopped = !left_by.empty() && step_ < config_.train.steps;
@@ -405,8 +351,7 @@ void Trainer::complete_step() {
   record.gflops_per_s = 1e-9 * flops_per_token_ * record.tokens_per_s;
   record.skipped = !result.finite;
   record.skipped_total = skipped_steps_ += result.finite ? 0 : 1;
-  record.phases.checkpoint_stall_ms = 1e3 * (saver_->stall_seconds() - last_stall_seconds_);
-  last_stall_seconds_ = saver_->stall_seconds();
+  record.phases.checkpoint_stall_ms = 1e3 * saves_->take_stall_seconds();
   if (engine_->model().num_moe_layers() > 0)
     record.experts = expert_load(result.expert_counts_LE, engine_->model().num_moe_layers(),
                                  unweighted_balance_loss(result.balance_loss));
@@ -466,43 +411,20 @@ CheckpointMeta Trainer::checkpoint_meta() const {
   return meta;
 }
 
-void Trainer::request_save() {
+void Trainer::save() {
   complete_steps();
   wants_to_save_ = false;
   enter(RankPhase::saving);
-  const double before = saver_->stall_seconds();
-  saves_->request(checkpoint_meta(), state_tensors(*engine_));
-  if (!config_.checkpoint.async) saves_->wait();
-  save_stall_ms_ = 1e3 * (saver_->stall_seconds() - before);
-  saved_step_ = step_;
-}
-
-void Trainer::report_saves() {
-  while (const std::optional<SaveResult> result = saves_->poll()) {
-    CheckpointRecord record{result->step, result->seconds, result->bytes, result->ok, 0, result->error};
-    record.stall_ms = save_stall_ms_;
-    hub_.on_checkpoint(record);
-    if (result->ok) {
-      failed_saves_ = 0;
-      newest_checkpoint_ = result->path;
-      continue;
-    }
-    ++failed_saves_;
-    if (saved_step_ == result->step) saved_step_ = -1;
-    if (failed_saves_ >= config_.checkpoint.max_failed_saves)
-      throw StorageError(fmt::format("{} in a row failed, the last one at step {}: {}",
-                                     format_plural(failed_saves_, "save"), result->step, result->error));
-  }
+  saves_->request(checkpoint_meta());
 }
 
 // Where the last state must reach the disk, a failed save is tried again until the limit.
 void Trainer::finish_saves(bool must_save) {
   enter(RankPhase::leaving);
-  for (;;) {
-    saves_->wait();
-    report_saves();
-    if (!must_save || saved_step_ == step_) return;
-    request_save();
+  saves_->wait_and_report();
+  while (must_save && !saves_->has(step_)) {
+    save();
+    saves_->wait_and_report();
   }
 }
 
@@ -534,10 +456,10 @@ RunSummary Trainer::summary(const std::string& outcome) const {
     s.step_ms = 1e3 * step_seconds_ / static_cast<double>(steps_done_);
     if (world_.size() > 1) s.exposed = exposed_.mean_of(steps_done_);
   }
-  s.checkpoint = newest_checkpoint_;
+  s.checkpoint = saves_->newest().empty() ? resumed_from_ : saves_->newest();
   if (config_.metrics.jsonl) s.metrics = paths_.metrics;
   if (config_.metrics.tensorboard) s.tensorboard = paths_.tensorboard;
-  if (!newest_checkpoint_.empty()) s.next = next_commands(config_, outcome == "finished");
+  if (!s.checkpoint.empty()) s.next = next_commands(config_, outcome == "finished");
   return s;
 }
 

@@ -4,16 +4,13 @@
 #include <chrono>
 #include <deque>
 #include <functional>
-#include <future>
 #include <memory>
 #include <optional>
 #include <string>
 
 #include "apps/assemble.h"
-#include "apps/rank_saves.h"
 #include "apps/run_folder.h"
-#include "core/checkpoint/async_saver.h"
-#include "core/checkpoint/state_copy.h"
+#include "apps/run_saves.h"
 #include "core/data/batch_stream.h"
 #include "core/metrics/sink.h"
 #include "parallel/rank_job.h"
@@ -51,11 +48,6 @@ class Trainer {
   void prepare_folder();
   void check_memory() const;
   void start_from(const std::optional<VerifiedCheckpoint>& checkpoint);
-  void make_saver();
-  void order_snapshot();
-  bool snapshot_has_come() const;
-  std::span<std::byte> snapshot();
-  AsyncSaver::Arrival copy_state(std::span<const StateTensor> tensors, std::span<void* const> places);
   void restore(const VerifiedCheckpoint& checkpoint);
   std::vector<StateSlice> residuals_in(const Manifest& manifest) const;
   void warn_of_changes(const CheckpointMeta& meta) const;
@@ -69,8 +61,7 @@ class Trainer {
   void complete_steps();  // all that are queued
   double unweighted_balance_loss(double weighted) const;
   void evaluate();
-  void request_save();
-  void report_saves();
+  void save();
   void finish_saves(bool must_save);
   bool due(int64_t every) const;
   void enter(RankPhase phase) {
@@ -97,13 +88,10 @@ class Trainer {
   ChosenMethods chosen_methods_;   // by compression.method auto, on all ranks
   double flops_per_token_ = 0;
 
-  DeviceMemory batch_memory_, eval_memory_, snapshot_memory_;
-  std::future<DeviceMemory> coming_snapshot_;
-  std::unique_ptr<StateCopy> state_copy_;
+  DeviceMemory batch_memory_, eval_memory_;
   std::unique_ptr<BatchStream> stream_;
   std::optional<CheckpointStore> store_;
-  std::unique_ptr<AsyncSaver> saver_;
-  std::unique_ptr<RankSaves> saves_;
+  std::unique_ptr<RunSaves> saves_;
 
   bool nothing_to_do_ = false;
   std::string left_by_;  // this process's signal
@@ -119,11 +107,10 @@ class Trainer {
   int64_t cursor_ = 0;
   std::vector<int64_t> skipped_samples_;
   int64_t total_tokens_ = 0, skipped_steps_ = 0;
-  int64_t saved_step_ = -1, evaluated_step_ = -1, failed_saves_ = 0;
+  int64_t evaluated_step_ = -1;
   int64_t skipped_in_a_row_ = 0;
-  double last_stall_seconds_ = 0, save_stall_ms_ = 0;
   GradTraffic last_traffic_;  // up to the step queued last
-  std::string resumed_from_, newest_checkpoint_;
+  std::string resumed_from_;
   int64_t resumed_step_ = 0;
   // Of this process.
   Clock::time_point started_;
