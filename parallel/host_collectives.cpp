@@ -42,4 +42,14 @@ void check_same_rows(const char* call, const Tensor& send, const Tensor& recv) {
       fmt::format("{}: rows of {} do not fit rows of {}", call, send.describe(), recv.describe()));
 }
 
+void check_exchange(const char* call, const Tensor& send, std::span<const int64_t> send_offsets,
+                    const Tensor& recv, std::span<const int64_t> recv_offsets, int rank, int size) {
+  check_rows(call, send, send_offsets, size);
+  check_rows(call, recv, recv_offsets, size);
+  check_same_rows(call, send, recv);
+  DSTRAIN_CHECK(
+      RowsByRank(send, send_offsets).bytes(rank) == RowsByRank(recv, recv_offsets).bytes(rank),
+      fmt::format("{}: a rank keeps another number of rows than it has for itself", call));
+}
+
 }  // namespace dstrain

@@ -175,30 +175,18 @@ void MpiCommunicator::broadcast(Stream&, const Tensor& x, int root) {
 
 void MpiCommunicator::all_to_all(Stream&, const Tensor& send, std::span<const int64_t> send_offsets,
                                  const Tensor& recv, std::span<const int64_t> recv_offsets) {
-  check_rows("all_to_all", send, send_offsets, size_);
-  check_rows("all_to_all", recv, recv_offsets, size_);
-  check_same_rows("all_to_all", send, recv);
-  const int64_t row_bytes = send.row_numel() * dtype_bytes(send.dtype());
-  const auto bytes = [&](std::span<const int64_t> offsets, int r) {
-    return (offsets[static_cast<size_t>(r) + 1] - offsets[static_cast<size_t>(r)]) * row_bytes;
-  };
-  const auto place = [&](const Tensor& x, std::span<const int64_t> offsets, int r) {
-    return bytes_at(x.raw(), offsets[static_cast<size_t>(r)] * row_bytes);
-  };
-  DSTRAIN_CHECK(bytes(send_offsets, rank_) == bytes(recv_offsets, rank_),
-                "all_to_all: a rank keeps another number of rows than it has for itself");
+  check_exchange("all_to_all", send, send_offsets, recv, recv_offsets, rank_, size_);
+  const RowsByRank from(send, send_offsets), to(recv, recv_offsets);
   for (int r = 0; r < size_; ++r) {
     if (r == rank_) continue;
-    post_receive(pending_, Tag::collective, place(recv, recv_offsets, r), bytes(recv_offsets, r),
-                 r);
+    post_receive(pending_, Tag::collective, to.data(r), to.bytes(r), r);
   }
   for (int r = 0; r < size_; ++r) {
     if (r == rank_) continue;
-    post_send(pending_, Tag::collective, place(send, send_offsets, r), bytes(send_offsets, r), r);
-    bytes_sent_ += bytes(send_offsets, r);
+    post_send(pending_, Tag::collective, from.data(r), from.bytes(r), r);
+    bytes_sent_ += from.bytes(r);
   }
-  copy_bytes(place(recv, recv_offsets, rank_), place(send, send_offsets, rank_),
-             bytes(send_offsets, rank_));
+  copy_bytes(to.data(rank_), from.data(rank_), from.bytes(rank_));
   job_.wait(pending_, "all_to_all");
 }
 

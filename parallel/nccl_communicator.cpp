@@ -243,42 +243,24 @@ void NcclCommunicator::broadcast(Stream& stream, const Tensor& x, int root) {
 void NcclCommunicator::all_to_all(Stream& stream, const Tensor& send,
                                   std::span<const int64_t> send_offsets, const Tensor& recv,
                                   std::span<const int64_t> recv_offsets) {
-  check_rows("all_to_all", send, send_offsets, size_);
-  check_rows("all_to_all", recv, recv_offsets, size_);
-  check_same_rows("all_to_all", send, recv);
-  const int64_t row_bytes = send.row_numel() * dtype_bytes(send.dtype());
-  const auto bytes = [&](std::span<const int64_t> offsets, int r) {
-    return (offsets[static_cast<size_t>(r) + 1] - offsets[static_cast<size_t>(r)]) * row_bytes;
-  };
-  const auto place = [&](const Tensor& x, std::span<const int64_t> offsets, int r) {
-    return bytes_at(x.raw(), offsets[static_cast<size_t>(r)] * row_bytes);
-  };
-  DSTRAIN_CHECK(bytes(send_offsets, rank_) == bytes(recv_offsets, rank_),
-                "all_to_all: a rank keeps another number of rows than it has for itself");
-  int64_t sent = 0, received = 0;
-  for (int r = 0; r < size_; ++r) {
-    sent += bytes(send_offsets, r);
-    received += bytes(recv_offsets, r);
-  }
-  const int64_t own = bytes(send_offsets, rank_);
+  check_exchange("all_to_all", send, send_offsets, recv, recv_offsets, rank_, size_);
+  const RowsByRank from(send, send_offsets), to(recv, recv_offsets);
+  const int64_t sent = from.all_bytes(), received = to.all_bytes(), own = from.bytes(rank_);
   bytes_sent_ += sent - own;
   if (sent == 0 && received == 0) return;  // no other rank has anything for this one
   if (!on_device(sent > 0 ? send : recv))
     return host_.all_to_all(waited_for(stream), send, send_offsets, recv, recv_offsets);
   if (sent == own && received == own)
-    return job_->backend().copy(stream, place(recv, recv_offsets, rank_),
-                                place(send, send_offsets, rank_), own);
+    return job_->backend().copy(stream, to.data(rank_), from.data(rank_), own);
   // A rank's own rows go with the others: copied before, they would take time of their own.
   link_.queue("all_to_all", [&](const NcclApi& api, ncclComm_t comm) {
     const cudaStream_t native = cuda_stream_of(stream);
     NcclCalls calls(api);
     for (int r = 0; r < size_; ++r) {
-      if (const int64_t n = bytes(send_offsets, r); n > 0)
-        calls.add(api.send(place(send, send_offsets, r), static_cast<size_t>(n), ncclUint8, r, comm,
-                           native));
-      if (const int64_t n = bytes(recv_offsets, r); n > 0)
-        calls.add(api.recv(place(recv, recv_offsets, r), static_cast<size_t>(n), ncclUint8, r, comm,
-                           native));
+      if (const auto n = static_cast<size_t>(from.bytes(r)); n > 0)
+        calls.add(api.send(from.data(r), n, ncclUint8, r, comm, native));
+      if (const auto n = static_cast<size_t>(to.bytes(r)); n > 0)
+        calls.add(api.recv(to.data(r), n, ncclUint8, r, comm, native));
     }
     return calls.end();
   });
