@@ -1,5 +1,5 @@
-// What the communicators share: how a tensor is cut over ranks, what a call counts as sent, and what
-// is wrong with its arguments. The checks fail as internal checks that name the call.
+// What the communicators share: how a tensor is cut over ranks, what a call counts as sent, and
+// what is wrong with its arguments. The checks fail as internal checks that name the call.
 #pragma once
 
 #include <cstdint>
