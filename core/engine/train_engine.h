@@ -205,7 +205,6 @@ class TrainEngine {
   std::vector<MemoryOwner> memory_;
   std::vector<int64_t> planned_;  // bytes, in the order of for_each_owner
   std::vector<DeviceMemory> blocks_;
-  int64_t slot_bytes_ = 0;
   Arena scratch_;
 
   StepScalars* scalars_ = nullptr;
