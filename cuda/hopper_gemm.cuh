@@ -10,6 +10,7 @@
 
 #include <cuda_bf16.h>
 
+#include "cuda/group_tables.cuh"
 #include "cuda/hopper.cuh"
 
 namespace dstrain::hopper {
@@ -20,7 +21,6 @@ constexpr int kCluster = 2;
 constexpr int kClusterRows = kCluster * kTileRows;
 constexpr int kStoringWarps = 3, kMultiplyingWarps = 8;
 constexpr int kThreads = (1 + kStoringWarps + kMultiplyingWarps) * 32;
-constexpr int kMaxGroups = 512;
 
 // Of a group, kBand rows of clusters get all their columns before the next ones: what concurrent
 // clusters read stays in the second-level cache.
@@ -38,48 +38,14 @@ struct Tile {
   int group, row, row_end, column;
 };
 
-// Where the groups begin, in tiles of clusters and in rows.
-struct Tables {
-  int first_tile[kMaxGroups + 1];
-  int first_row[kMaxGroups + 1];
-};
-
 __device__ __forceinline__ int cluster_rows(int rows) {
   return (max(rows, 0) + kClusterRows - 1) / kClusterRows;
-}
-
-// By one warp.
-__device__ __forceinline__ void fill_tables(const Problem& problem, Tables& tables) {
-  const int lane = threadIdx.x % 32;
-  const int32_t* const offsets = problem.offsets_E1;
-  if (lane == 0) {
-    tables.first_tile[0] = 0;
-    tables.first_row[0] = offsets ? offsets[0] : 0;
-  }
-  int before = 0;
-  for (int e0 = 0; e0 < problem.groups; e0 += 32) {
-    const int e = e0 + lane;
-    const bool present = e < problem.groups;
-    const int begin = present && offsets ? offsets[e] : 0;
-    const int end = present ? offsets ? offsets[e + 1] : problem.rows : 0;
-    int tiles = cluster_rows(end - begin) * problem.column_tiles;
-#pragma unroll
-    for (int distance = 1; distance < 32; distance *= 2) {
-      const int other = __shfl_up_sync(0xffffffffu, tiles, distance);
-      if (lane >= distance) tiles += other;
-    }
-    if (present) {
-      tables.first_tile[e + 1] = before + tiles;
-      tables.first_row[e + 1] = end;
-    }
-    before += __shfl_sync(0xffffffffu, tiles, 31);
-  }
 }
 
 // The tiles of a block, in the same order for all of its threads.
 class TileWalk {
  public:
-  __device__ TileWalk(const Problem& problem, const Tables& tables)
+  __device__ TileWalk(const Problem& problem, const GroupTables& tables)
       : problem_(problem), tables_(tables), tile_(static_cast<int>(blockIdx.x) / kCluster) {}
 
   __device__ bool next(Tile& tile) {
@@ -99,7 +65,7 @@ class TileWalk {
 
  private:
   const Problem& problem_;
-  const Tables& tables_;
+  const GroupTables& tables_;
   int tile_, group_ = 0;
 };
 
@@ -114,7 +80,7 @@ struct SharedMemory {
   // are staged, and that are stored.
   uint64_t loaded[kStages], used[kStages], staged_half[2], stored_half[2];
   typename Op::Shared op;
-  Tables tables;
+  GroupTables tables;
 };
 
 // The staged tile has rows of 512 bytes whose pieces of 16 bytes are permuted, so that neither 8
@@ -283,7 +249,11 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     publish_barriers();
   }
-  if (warp == 1) fill_tables(problem, shared.tables);
+  if (warp == 1) {
+    fill_tables(
+        problem.offsets_E1, problem.groups, problem.rows, shared.tables,
+        [&](int begin, int end) { return cluster_rows(end - begin) * problem.column_tiles; });
+  }
   __syncthreads();
   synchronize_cluster();
 

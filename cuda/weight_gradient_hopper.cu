@@ -44,11 +44,11 @@ bool HopperWeightGradient::takes(const GroupedLinear& l) const {
   const auto aligned = [](const void* data) {
     return reinterpret_cast<uintptr_t>(data) % kPiece == 0;
   };
-  return available_ && l.E > 0 && l.E <= kMaxGroups && l.R <= kMax && l.O > 0 && l.O <= kMax &&
-         l.I > 0 && l.I <= kMax && cluster_tiles(l) * column_tiles(l) <= kMax / l.E &&
-         l.I * sizeof(float) % kPiece == 0 && l.x_stride * sizeof(bf16) % kPiece == 0 &&
-         l.y_stride * sizeof(bf16) % kPiece == 0 && aligned(l.x_RI) && aligned(l.y_RO) &&
-         aligned(l.weight_EOI);
+  return available_ && l.E > 0 && l.E <= hopper::kMaxGroups && l.R <= kMax && l.O > 0 &&
+         l.O <= kMax && l.I > 0 && l.I <= kMax &&
+         cluster_tiles(l) * column_tiles(l) <= kMax / l.E && l.I * sizeof(float) % kPiece == 0 &&
+         l.x_stride * sizeof(bf16) % kPiece == 0 && l.y_stride * sizeof(bf16) % kPiece == 0 &&
+         aligned(l.x_RI) && aligned(l.y_RO) && aligned(l.weight_EOI);
 }
 
 void HopperWeightGradient::run(Stream& stream, const GroupedLinear& l,

@@ -19,6 +19,7 @@
 // Legend: O rows and I columns of dW_e.
 #pragma once
 
+#include "cuda/group_tables.cuh"
 #include "cuda/hopper.cuh"
 
 namespace dstrain::hopper::weight_gradient {
@@ -32,7 +33,6 @@ constexpr int kCluster = 2;
 constexpr int kClusterRows = kCluster * kTileRows;
 constexpr int kMultiplyingWarps = 8;
 constexpr int kThreads = (4 + kMultiplyingWarps) * 32;  // loading, storing, two idle warps
-constexpr int kMaxGroups = 512;
 
 // A box of an operand has 64 columns of a stage, one of dW 32 columns of half a tile. Two of the
 // latter make a strip, the unit in which a half is handed on.
@@ -57,45 +57,10 @@ struct Tile {
   int group, begin, rows, o, i;
 };
 
-// Where the groups begin, in tiles of clusters and in rows.
-struct Tables {
-  int first_tile[kMaxGroups + 1];
-  int first_row[kMaxGroups + 1];
-};
-
-// By one warp. Nothing is to be added for groups without rows.
-__device__ __forceinline__ void fill_tables(const Problem& problem, Tables& tables) {
-  const int lane = threadIdx.x % 32;
-  const int32_t* const offsets = problem.offsets_E1;
-  if (lane == 0) {
-    tables.first_tile[0] = 0;
-    tables.first_row[0] = offsets ? offsets[0] : 0;
-  }
-  int before = 0;
-  for (int e0 = 0; e0 < problem.groups; e0 += 32) {
-    const int e = e0 + lane;
-    const bool present = e < problem.groups;
-    const int begin = present && offsets ? offsets[e] : 0;
-    const int end = present ? offsets ? offsets[e + 1] : problem.rows : 0;
-    const bool wanted = present && (end > begin || !problem.add);
-    int tiles = wanted ? problem.cluster_tiles * problem.column_tiles : 0;
-#pragma unroll
-    for (int distance = 1; distance < 32; distance *= 2) {
-      const int other = __shfl_up_sync(0xffffffffu, tiles, distance);
-      if (lane >= distance) tiles += other;
-    }
-    if (present) {
-      tables.first_tile[e + 1] = before + tiles;
-      tables.first_row[e + 1] = end;
-    }
-    before += __shfl_sync(0xffffffffu, tiles, 31);
-  }
-}
-
 // The tiles of a block, in the same order for all of its threads.
 class TileWalk {
  public:
-  __device__ TileWalk(const Problem& problem, const Tables& tables)
+  __device__ TileWalk(const Problem& problem, const GroupTables& tables)
       : problem_(problem), tables_(tables), tile_(static_cast<int>(blockIdx.x) / kCluster) {}
 
   __device__ bool next(Tile& tile) {
@@ -116,7 +81,7 @@ class TileWalk {
 
  private:
   const Problem& problem_;
-  const Tables& tables_;
+  const GroupTables& tables_;
   int tile_, group_ = 0;
 };
 
@@ -132,7 +97,7 @@ struct SharedMemory {
   // staged, and that are stored.
   uint64_t loaded[kStages], used[kStages];
   uint64_t staged_strip[2][kStrips], stored_strip[2][kStrips];
-  Tables tables;
+  GroupTables tables;
 };
 
 // By one thread.
@@ -372,7 +337,14 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     publish_barriers();
   }
-  if (warp == 1) fill_tables(problem, shared.tables);
+  if (warp == 1) {
+    // Nothing is to be added for groups without rows.
+    fill_tables(problem.offsets_E1, problem.groups, problem.rows, shared.tables,
+                [&](int begin, int end) {
+                  const bool wanted = end > begin || !problem.add;
+                  return wanted ? problem.cluster_tiles * problem.column_tiles : 0;
+                });
+  }
   __syncthreads();
   synchronize_cluster();
 
