@@ -54,6 +54,18 @@ std::vector<LayoutJob> layouts(TinyModel model, int ranks) {
   return jobs;
 }
 
+// In bf16, one layout for each axis that all ranks share, with ZeRO 2.
+std::vector<LayoutJob> bf16_layouts(int ranks) {
+  std::vector<LayoutJob> jobs;
+  for (const MeshShape& shape :
+       {MeshShape{.data = ranks, .expert = ranks}, MeshShape{.tensor = ranks},
+        MeshShape{.context = ranks}, MeshShape{.pipeline = ranks}}) {
+    const Config job = tiny_moe_job(layers_for(shape, PipelineOrder::one_f_one_b));
+    jobs.push_back(job_at(with_precision(job, ComputeType::bf16), shape, 2));
+  }
+  return jobs;
+}
+
 // Relative, the worst of all steps; infinite where one is not finite.
 double loss_difference(const LayoutRun& a, const LayoutRun& b) {
   double worst = 0;
@@ -89,17 +101,11 @@ TEST_CASE("layouts: GPUs train a dense model as one GPU does", "[ranks2][ranks4]
 
 TEST_CASE("layouts: GPUs in bf16 stay near one GPU", "[ranks2][ranks4]") {
   run_on_gpus([](RankContext& rank) {
-    const int ranks = rank.world.size();
-    for (const MeshShape& shape :
-         {MeshShape{.data = ranks, .expert = ranks}, MeshShape{.tensor = ranks},
-          MeshShape{.context = ranks}, MeshShape{.pipeline = ranks}}) {
-      const LayoutJob layout =
-          job_at(tiny_moe_job(layers_for(shape, PipelineOrder::one_f_one_b)), shape, 2);
+    for (const LayoutJob& layout : bf16_layouts(rank.world.size())) {
       INFO(to_text(layout));
-      const Config config = with_precision(layout.config, ComputeType::bf16);
-      const LayoutReference reference(config, kSteps, {}, own_gpu(rank.world));
-      const LayoutRun run =
-          run_layout_on(rank.world, config, shape, on_gpus(rank.world, replay_options(reference)));
+      const LayoutReference reference(layout.config, kSteps, {}, own_gpu(rank.world));
+      const LayoutRun run = run_layout_on(rank.world, layout.config, layout.shape,
+                                          on_gpus(rank.world, replay_options(reference)));
       CHECK(run.disagreement == "");
       CHECK(loss_difference(reference.run, run) < 5e-3);
     }
@@ -129,18 +135,13 @@ TEST_CASE("layouts: GPUs with compressed gradients stay near ranks on CPUs", "[r
 
 TEST_CASE("layouts: the same run on GPUs gives the same bits", "[ranks2][ranks4]") {
   run_on_gpus([](RankContext& rank) {
-    const int ranks = rank.world.size();
-    for (const MeshShape& shape :
-         {MeshShape{.data = ranks, .expert = ranks}, MeshShape{.tensor = ranks},
-          MeshShape{.context = ranks}, MeshShape{.pipeline = ranks}}) {
-      const LayoutJob layout =
-          job_at(tiny_moe_job(layers_for(shape, PipelineOrder::one_f_one_b)), shape, 2);
+    LayoutRunOptions options = on_gpus(rank.world, {});
+    options.steps = kSteps;
+    for (const LayoutJob& layout : bf16_layouts(rank.world.size())) {
       INFO(to_text(layout));
-      LayoutRunOptions options = on_gpus(rank.world, {});
-      options.steps = kSteps;
-      const Config config = with_precision(layout.config, ComputeType::bf16);
-      const LayoutRun first = run_layout_on(rank.world, config, shape, options);
-      CHECK(bit_difference(first, run_layout_on(rank.world, config, shape, options)) == "");
+      const LayoutRun first = run_layout_on(rank.world, layout.config, layout.shape, options);
+      const LayoutRun again = run_layout_on(rank.world, layout.config, layout.shape, options);
+      CHECK(bit_difference(first, again) == "");
     }
   });
 }
