@@ -45,13 +45,13 @@ const char* group_name(ReduceGroup group) {
 void AutoCompression::measure(ReduceGroup group, const GradReducerOptions& options,
                               const ReduceRanks& ranks, int64_t largest, Communicator& world,
                               Backend& backend) {
-  MethodTimes& times = times_[index_of(group)];
+  MethodTimes& times = times_[number_of(group)];
   if (times.empty() && largest > 0) times = time_sums(options, ranks, largest, world, backend);
 }
 
 CompressionMethod AutoCompression::choose(ReduceGroup group, const ReduceRanks& ranks,
                                           int64_t elements) {
-  const MethodTimes& times = times_[index_of(group)];
+  const MethodTimes& times = times_[number_of(group)];
   const std::string name = group_name(group);
   const int size = ranks.all->size();
   const CompressionMethod measured = choose_method(times, elements);
@@ -85,7 +85,7 @@ std::unique_ptr<GradReducer> AutoCompression::make_reducer(ReduceGroup group,
     const int64_t elements = whole_elements(range, ranks);
     const bool is_choice = compresses && elements > 0;
     methods.push_back(is_choice ? choose(group, ranks, elements) : CompressionMethod::none);
-    count(methods.back(), elements, is_choice ? times_[index_of(group)] : MethodTimes());
+    count(methods.back(), elements, is_choice ? times_[number_of(group)] : MethodTimes());
   }
   require_same(*ranks.all, names_of(methods));
   return make_chosen_reducer(options, methods, earlier_.kinds, ranks, parameters, ranges);

@@ -12,6 +12,7 @@
 
 #include "parallel/grad_reducer.h"
 #include "parallel/method_choice.h"
+#include "parallel/shard_layout.h"
 
 namespace dstrain {
 
@@ -32,8 +33,8 @@ class AutoCompression {
   void measure(ReduceGroup group, const GradReducerOptions& options, const ReduceRanks& ranks,
                int64_t largest, Communicator& world, Backend& backend);
   // What measure() finds; for a group of the same ranks as another, what it has found there.
-  const MethodTimes& times(ReduceGroup group) const { return times_[index_of(group)]; }
-  void set_times(ReduceGroup group, const MethodTimes& times) { times_[index_of(group)] = times; }
+  const MethodTimes& times(ReduceGroup group) const { return times_[number_of(group)]; }
+  void set_times(ReduceGroup group, const MethodTimes& times) { times_[number_of(group)] = times; }
 
   // After measure(): as make_grad_reducer(), with a method for each range. A collective call of all
   // ranks of the group. RuntimeFailure if they have not chosen alike.
@@ -47,12 +48,11 @@ class AutoCompression {
   const ChosenMethods& chosen() const { return chosen_; }
 
  private:
-  static size_t index_of(ReduceGroup group) { return static_cast<size_t>(group); }
   CompressionMethod choose(ReduceGroup group, const ReduceRanks& ranks, int64_t elements);
   void count(CompressionMethod method, int64_t elements, const MethodTimes& times);
 
   const EarlierCompression earlier_;
-  std::array<MethodTimes, 3> times_;  // by ReduceGroup
+  std::array<MethodTimes, kReduceGroups> times_;  // by ReduceGroup
   ChosenMethods chosen_;
   // What is told: of the ranges with each method, and of all ranges if they had it.
   struct Total {

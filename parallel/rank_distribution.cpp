@@ -11,8 +11,6 @@
 namespace dstrain {
 namespace {
 
-constexpr size_t index_of(ReduceGroup group) { return static_cast<size_t>(group); }
-
 MeshGroup ranks_of(ReduceGroup group) {
   switch (group) {
     case ReduceGroup::tensor_cut:
@@ -29,7 +27,7 @@ MeshGroup ranks_of(ReduceGroup group) {
 std::array<int64_t, kReduceGroups> largest_ranges(const ShardLayout& layout, Communicator& world) {
   std::array<int64_t, kReduceGroups> largest = {};
   for (const ShardRange& range : layout.ranges()) {
-    int64_t& most = largest[index_of(range.group.reduce)];
+    int64_t& most = largest[number_of(range.group.reduce)];
     most = std::max(most, range.padded());
   }
   const std::string mine = fmt::format("{}", fmt::join(largest, " "));
@@ -64,8 +62,9 @@ RankDistribution::RankDistribution(const Config& config, ProcessMesh& mesh, Back
   if (place.tensor.size * place.context.size > 1)
     sequences_.emplace(mesh.group(MeshGroup::tensor_context), exposed_,
                        place.tensor.size > 1 ? CommKind::tensor : CommKind::context);
-  for (const ReduceGroup group : {ReduceGroup::tensor_cut, ReduceGroup::replicated, ReduceGroup::expert})
-    reduce_[index_of(group)] = split_by_node(mesh.group(ranks_of(group)), node);
+  for (const ReduceGroup group :
+       {ReduceGroup::tensor_cut, ReduceGroup::replicated, ReduceGroup::expert})
+    reduce_[number_of(group)] = split_by_node(mesh.group(ranks_of(group)), node);
   if (config.compression.method == CompressionMethod::automatic && !mesh.is_planned())
     auto_.emplace(earlier);
 }
@@ -78,7 +77,9 @@ TokenDispatcher& RankDistribution::dispatcher() {
   return experts_ ? static_cast<TokenDispatcher&>(*experts_) : local_.dispatcher();
 }
 
-KvExchange& RankDistribution::kv() { return context_ ? static_cast<KvExchange&>(*context_) : local_.kv(); }
+KvExchange& RankDistribution::kv() {
+  return context_ ? static_cast<KvExchange&>(*context_) : local_.kv();
+}
 
 SequenceSums& RankDistribution::sequences() {
   return sequences_ ? static_cast<SequenceSums&>(*sequences_) : local_.sequences();
@@ -93,14 +94,15 @@ std::unique_ptr<ParamStore> RankDistribution::make_param_store(ParameterSet& par
   const Parameter* norm = parameters.find("model.norm.weight");
   zero.head_block = norm ? norm->spec.block : -1;
   ShardRanks ranks;
-  for (const ReduceGroup group : {ReduceGroup::tensor_cut, ReduceGroup::replicated, ReduceGroup::expert})
-    ranks.groups[index_of(group)] = &mesh_.group(ranks_of(group));
+  for (const ReduceGroup group :
+       {ReduceGroup::tensor_cut, ReduceGroup::replicated, ReduceGroup::expert})
+    ranks.groups[number_of(group)] = &mesh_.group(ranks_of(group));
   if (mesh_.group(MeshGroup::embedding).size() > 1) ranks.ties = &mesh_.group(MeshGroup::embedding);
   const GradReducerOptions reducer = reducer_options(parameters, options, zero, ranks);
   auto store = std::make_unique<ParamShards>(
       backend_, parameters, options, zero, ranks,
       [this, reducer](ReduceGroup group, const ParameterSet& set, std::vector<GradRange> ranges) {
-        const ReduceRanks& of = reduce_[index_of(group)].ranks;
+        const ReduceRanks& of = reduce_[number_of(group)].ranks;
         return std::make_unique<TimedReducer>(
             auto_ ? auto_->make_reducer(group, reducer, of, set, ranges)
                   : make_grad_reducer(reducer, of, set, std::move(ranges)),
@@ -132,21 +134,21 @@ GradReducerOptions RankDistribution::reducer_options(ParameterSet& parameters,
 
 void RankDistribution::measure_sums(ParameterSet& parameters, const ZeroOptions& zero,
                                     const ShardRanks& ranks, const GradReducerOptions& options) {
-  std::array<int64_t, kReduceGroups> largest = largest_ranges(
-      ShardLayout(parameters, ranks.places(), zero.head_block), mesh_.world());
+  std::array<int64_t, kReduceGroups> largest =
+      largest_ranges(ShardLayout(parameters, ranks.places(), zero.head_block), mesh_.world());
   // Groups of as many ranks as the stage has are those ranks.
   const auto is_stage = [&](ReduceGroup group) {
-    return ranks.groups[index_of(group)]->size() == mesh_.group(MeshGroup::stage).size();
+    return ranks.groups[number_of(group)]->size() == mesh_.group(MeshGroup::stage).size();
   };
   constexpr ReduceGroup kStage = ReduceGroup::replicated;
-  int64_t& of_stage = largest[index_of(kStage)];
+  int64_t& of_stage = largest[number_of(kStage)];
   for (const ReduceGroup group : {ReduceGroup::tensor_cut, ReduceGroup::expert})
-    if (is_stage(group)) of_stage = std::max(of_stage, largest[index_of(group)]);
+    if (is_stage(group)) of_stage = std::max(of_stage, largest[number_of(group)]);
   for (const ReduceGroup group : {kStage, ReduceGroup::tensor_cut, ReduceGroup::expert})
     if (group != kStage && is_stage(group))
       auto_->set_times(group, auto_->times(kStage));
     else
-      auto_->measure(group, options, reduce_[index_of(group)].ranks, largest[index_of(group)],
+      auto_->measure(group, options, reduce_[number_of(group)].ranks, largest[number_of(group)],
                      mesh_.world(), backend_);
 }
 

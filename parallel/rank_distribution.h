@@ -69,7 +69,7 @@ class RankDistribution : public Distribution {
   std::optional<ContextParallel> context_;
   std::optional<RankSequenceSums> sequences_;
   // By ReduceGroup: its ranks, and how they lie on nodes.
-  std::array<NodeSplit, 3> reduce_;
+  std::array<NodeSplit, kReduceGroups> reduce_;
   std::optional<AutoCompression> auto_;
   ReduceTimes reduce_times_;
   std::vector<ParamShards*> stores_;
