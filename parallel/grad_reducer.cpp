@@ -80,7 +80,7 @@ std::string describe(const GradTraffic& traffic) {
   return text.empty() ? "nothing sent" : text;
 }
 
-NodeSplit split_by_node(Communicator& all, const std::string& node) {
+NodeSplit split_by_node(Communicator& all, const std::string& node, bool two_levels) {
   const std::vector<int> node_of = number_nodes(all.all_gather_text(node));
   const int ranks = all.size(), me = all.rank();
   const int mine = node_of[static_cast<size_t>(me)];
@@ -91,7 +91,7 @@ NodeSplit split_by_node(Communicator& all, const std::string& node) {
       ranks - static_cast<int>(std::count(node_of.begin(), node_of.end(), mine));
 
   const int per_node = ranks / split.ranks.nodes;
-  bool even = split.ranks.nodes > 1 && per_node > 1;
+  bool even = two_levels && split.ranks.nodes > 1 && per_node > 1;
   for (int r = 0; r < ranks; ++r) even = even && node_of[static_cast<size_t>(r)] == r / per_node;
   if (!even || ranks % split.ranks.nodes != 0) return split;
   split.intra = all.split(mine, me);
@@ -99,6 +99,14 @@ NodeSplit split_by_node(Communicator& all, const std::string& node) {
   split.ranks.intra = split.intra.get();
   split.ranks.inter = split.inter.get();
   return split;
+}
+
+bool may_sum_in_two_levels(const CompressionConfig& compression, bool hierarchical) {
+  const bool may_be_whole = compression.method == CompressionMethod::none ||
+                            compression.method == CompressionMethod::automatic;
+  const bool may_be_compressed = compression.method != CompressionMethod::none;
+  return (may_be_whole && hierarchical) ||
+         (may_be_compressed && compression.scope == CompressionScope::inter_node);
 }
 
 bool can_compress(const CompressionConfig& compression, const ReduceRanks& ranks) {

@@ -46,8 +46,12 @@ struct NodeSplit {
   ReduceRanks ranks;
   std::unique_ptr<Communicator> intra, inter;
 };
-// `node` names the machine of this rank. Every rank of `all` calls it, outside of steps.
-NodeSplit split_by_node(Communicator& all, const std::string& node);
+// `node` names the machine of this rank. Every rank of `all` calls it, outside of steps. Without
+// `two_levels` there are no communicators for them.
+NodeSplit split_by_node(Communicator& all, const std::string& node, bool two_levels = true);
+// Whether make_grad_reducer() may be asked for sums in two levels, where method auto may choose
+// any: nothing else needs the communicators.
+bool may_sum_in_two_levels(const CompressionConfig& compression, bool hierarchical);
 
 // Bytes that this rank sent to other ranks. The baseline is what an fp32 reduce-scatter (or
 // all-gather) over all ranks of the group at once would have sent.

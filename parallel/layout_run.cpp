@@ -29,8 +29,8 @@ class RankRun {
                                       : make_cpu_backend(options.threads)),
         device_ranks_(options.make_device_ranks ? options.make_device_ranks(world, *backend_)
                                                 : nullptr),
-        job_(config, shape, device_ranks_ ? *device_ranks_ : world, *backend_, "this machine",
-             /*training=*/true, options.fault.wrap),
+        job_(config, shape, device_ranks_ ? *device_ranks_ : world, *backend_,
+             node_name(world, options.nodes), /*training=*/true, options.fault.wrap),
         sequences_(config) {
     TrainEngine& engine = job_.engine();
     engine.allocate();
@@ -59,6 +59,10 @@ class RankRun {
   }
 
  private:
+  static std::string node_name(const Communicator& world, int nodes) {
+    return "machine " + std::to_string(world.rank() * nodes / world.size());
+  }
+
   void step(int64_t number) {
     TrainEngine& engine = job_.engine();
     const AxisPlace& data = job_.mesh().place().data;

@@ -48,6 +48,7 @@ struct LayoutRunOptions {
   std::shared_ptr<RoutingRecord> record;  // filled, or replayed; all ranks of the process share it
   bool replay = false;
   int threads = 1;  // of each rank's back end
+  int nodes = 1;    // machines that the ranks say they are on, equally many on each
   // Of a rank; empty for a CPU's.
   std::function<std::unique_ptr<Backend>(int rank)> make_backend;
   // Of ranks whose memory theirs does not reach; may give none.

@@ -62,11 +62,24 @@ RankDistribution::RankDistribution(const Config& config, ProcessMesh& mesh, Back
   if (place.tensor.size * place.context.size > 1)
     sequences_.emplace(mesh.group(MeshGroup::tensor_context), exposed_,
                        place.tensor.size > 1 ? CommKind::tensor : CommKind::context);
-  for (const ReduceGroup group :
-       {ReduceGroup::tensor_cut, ReduceGroup::replicated, ReduceGroup::expert})
-    reduce_[number_of(group)] = split_by_node(mesh.group(ranks_of(group)), node);
+  split_by_nodes(node);
   if (config.compression.method == CompressionMethod::automatic && !mesh.is_planned())
     auto_.emplace(earlier);
+}
+
+// Groups of the same ranks share the parts of their communicator as well.
+void RankDistribution::split_by_nodes(const std::string& node) {
+  const bool two_levels = may_sum_in_two_levels(config_.compression, config_.parallel.hierarchical);
+  for (const ReduceGroup group :
+       {ReduceGroup::tensor_cut, ReduceGroup::replicated, ReduceGroup::expert}) {
+    Communicator& all = mesh_.group(ranks_of(group));
+    const auto same =
+        std::ranges::find(reduce_, &all, [](const NodeSplit& split) { return split.ranks.all; });
+    if (same == reduce_.end())
+      reduce_[number_of(group)] = split_by_node(all, node, two_levels);
+    else
+      reduce_[number_of(group)].ranks = same->ranks;
+  }
 }
 
 TensorParallel& RankDistribution::tensor() {

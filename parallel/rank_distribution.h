@@ -54,6 +54,7 @@ class RankDistribution : public Distribution {
   std::vector<StateSlice> loaded_residuals(const SavedKinds& kinds) const;
 
  private:
+  void split_by_nodes(const std::string& node);
   GradReducerOptions reducer_options(ParameterSet& parameters, const ParamStoreOptions& options,
                                      const ZeroOptions& zero, const ShardRanks& ranks);
   void measure_sums(ParameterSet& parameters, const ZeroOptions& zero, const ShardRanks& ranks,
@@ -68,7 +69,8 @@ class RankDistribution : public Distribution {
   std::optional<ExpertParallel> experts_;
   std::optional<ContextParallel> context_;
   std::optional<RankSequenceSums> sequences_;
-  // By ReduceGroup: its ranks, and how they lie on nodes.
+  // By ReduceGroup: its ranks, and how they lie on nodes, in communicators that the first of the
+  // groups with the same ranks owns.
   std::array<NodeSplit, kReduceGroups> reduce_;
   std::optional<AutoCompression> auto_;
   ReduceTimes reduce_times_;
