@@ -2,7 +2,7 @@
 
 #include <fmt/format.h>
 
-#include <bit>
+#include <cstdlib>
 #include <utility>
 #include <vector>
 
@@ -10,6 +10,7 @@
 #include "parallel/host_collectives.h"
 #include "parallel/nccl_job.h"
 #include "parallel/nccl_messages.h"
+#include "parallel/planned_nccl.h"
 
 namespace dstrain {
 namespace {
@@ -82,9 +83,10 @@ Introduction introduce(const NcclJob& job, Communicator& host, int world_rank) {
   return all;
 }
 
-// NCCL rounds the channels of its calls between two ranks up to a power of two.
+// Once there is a communicator: NCCL adds to the environment what its own files say.
 int exchange_ctas(const NcclOptions& options) {
-  return static_cast<int>(std::bit_ceil(static_cast<unsigned>(options.max_ctas)));
+  return nccl_channels(options.max_ctas, [](const char* name) { return std::getenv(name); })
+      .exchange;
 }
 
 class NcclCommunicator : public Communicator {

@@ -15,16 +15,17 @@
 //
 // Calls on device memory queue kernels that wait on the GPU for other ranks, and take
 // multiprocessors while they do: a collective max_ctas at most, an exchange the next power of
-// two, a message kMessageCtas. Nobody waits for ever as long as communicators that share ranks
-// are called in the same order on all of them, and kernels that may wait at once, on different
-// streams, fit side by side. Two streams of collectives, one of exchanges, and two sends each
-// way take 112 of an H100's 132; a job that does all of that on a smaller GPU sets
-// NCCL_MAX_CTAS=16. NCCL_LAUNCH_ORDER_IMPLICIT=1 would let kernels begin in the order of their
-// calls. It stays off: where CUDA can only tell that a kernel has ended, nothing would begin
-// behind a send. Hosts wait for each other in split() and prepare() alone, where all connections
-// are made: one ring carries every collective, whatever its call, type and size, unless NCCL_ALGO
-// in the environment allows other ways, which NCCL then connects at their first use. Without
-// prepare(Connections::exchanges) the first exchange with a rank connects.
+// two, a message kMessageCtas, unless the environment says otherwise (parallel/planned_nccl.h).
+// Nobody waits for ever as long as communicators that share ranks are called in the same order on
+// all of them, and kernels that may wait at once, on different streams, fit side by side. Two
+// streams of collectives, one of exchanges, and two sends each way take 112 of an H100's 132; a
+// job that does all of that on a smaller GPU sets NCCL_MAX_CTAS=16. NCCL_LAUNCH_ORDER_IMPLICIT=1
+// would let kernels begin in the order of their calls. It stays off: where CUDA can only tell that
+// a kernel has ended, nothing would begin behind a send. Hosts wait for each other in split() and
+// prepare() alone, where all connections are made: one ring carries every collective, whatever its
+// call, type and size, unless NCCL_ALGO in the environment allows other ways, which NCCL then
+// connects at their first use. Without prepare(Connections::exchanges) the first exchange with a
+// rank connects.
 //
 // Failures that NCCL notices are thrown by the next call, as PeerFailure where another rank is
 // the cause; all communicators of the process are then aborted, so that no kernel waits on. A
