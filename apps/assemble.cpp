@@ -82,6 +82,7 @@ std::unique_ptr<Communicator> make_device_ranks(const Config& config, Communicat
   NcclOptions options;
   if (config.launch.hang_timeout > 0)
     options.timeout = std::chrono::seconds(config.launch.hang_timeout);
+  options.read_variable = [](const char* name) { return std::getenv(name); };
   return make_nccl_communicator(ranks, backend, options);
 }
 

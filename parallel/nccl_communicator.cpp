@@ -2,7 +2,6 @@
 
 #include <fmt/format.h>
 
-#include <cstdlib>
 #include <utility>
 #include <vector>
 
@@ -10,7 +9,6 @@
 #include "parallel/host_collectives.h"
 #include "parallel/nccl_job.h"
 #include "parallel/nccl_messages.h"
-#include "parallel/planned_nccl.h"
 
 namespace dstrain {
 namespace {
@@ -85,8 +83,7 @@ Introduction introduce(const NcclJob& job, Communicator& host, int world_rank) {
 
 // Once there is a communicator: NCCL adds to the environment what its own files say.
 int exchange_ctas(const NcclOptions& options) {
-  return nccl_channels(options.max_ctas, [](const char* name) { return std::getenv(name); })
-      .exchange;
+  return nccl_channels(options.max_ctas, options.read_variable).exchange;
 }
 
 class NcclCommunicator : public Communicator {

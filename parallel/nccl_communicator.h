@@ -37,6 +37,7 @@
 #include <string>
 
 #include "core/dist/communicator.h"
+#include "parallel/planned_nccl.h"
 
 namespace dstrain {
 
@@ -52,6 +53,8 @@ struct NcclOptions {
   std::chrono::milliseconds timeout = std::chrono::minutes(10);
   // The most multiprocessors that a collective takes; NCCL_MAX_CTAS in the environment comes first.
   int max_ctas = 24;
+  // Of the environment that NCCL reads, to know what it does with max_ctas.
+  ReadVariable read_variable = [](const char*) { return nullptr; };
 };
 inline constexpr int kMessageCtas = 8;
 
