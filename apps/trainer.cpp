@@ -76,7 +76,8 @@ Trainer::Trainer(const Config& config, const TrainerOptions& options, MetricsHub
       only_rank_(ranks.world ? nullptr : std::make_unique<LocalCommunicator>(*backend_)),
       world_(ranks.world ? *ranks.world : *only_rank_),
       ranks_(ranks),
-      device_ranks_(make_device_ranks(config_, world_, ranks.machine, *backend_)) {
+      device_ranks_(make_device_ranks(config_, world_, ranks.machine, *backend_)),
+      step_times_(*backend_) {
   train_data_ = open_data(config_.data.train, config_.data.tokenizer);
   valid_data_ = open_data(config_.data.valid, config_.data.tokenizer);
   fingerprints_ = data_fingerprints(config_, train_data_);
@@ -284,12 +285,12 @@ ExitCode Trainer::run() {
 
 void Trainer::queue_step() {
   QueuedStep step;
-  step.begin = Clock::now();
   StepRecord& record = step.record;
   record.step = ++step_;
   record.steps = config_.train.steps;
   record.lr = learning_rate(config_.schedule, config_.optimizer.lr, step_, config_.train.steps);
   enter(RankPhase::data);
+  step_times_.begin(engine_->stream());
   job_->exposed().begin_step();
   job_->runner().run([&](int64_t m) {
     const Clock::time_point wait = Clock::now();
@@ -301,20 +302,19 @@ void Trainer::queue_step() {
     enter(RankPhase::forward_backward);  // each micro-batch is progress
   });
   enter(RankPhase::reducing);
-  const Clock::time_point update = Clock::now();
-  record.phases.forward_backward_ms = 1e3 * seconds_between(step.begin, update) - record.phases.data_ms;
+  step_times_.begin_update(engine_->stream());
   if (left_by_.empty()) left_by_ = leave_requested();
   // A signal to the job reaches its ranks at different steps: one rank's counts, or it would save twice.
   const bool save = take_save_request() && world_.rank() == 0;
   engine_->request(!left_by_.empty(), save);
   engine_->finish_step();
+  step_times_.end(engine_->stream());
   job_->exposed().end_step();
   if (world_.size() > 1) {
     const GradTraffic sent = job_->distribution().traffic();
     record.traffic = traffic_between(last_traffic_, sent);
     last_traffic_ = sent;
   }
-  record.phases.optimizer_ms = 1e3 * seconds_between(update, Clock::now());
   cursor_ = stream_->cursor();
   queued_.push_back(std::move(step));
   const size_t behind = backend_->is_cpu() ? 0 : 1;
@@ -327,12 +327,10 @@ void Trainer::complete_steps() {
 
 void Trainer::complete_step() {
   const StepResult result = engine_->take_result();
-  const Clock::time_point end = Clock::now();
+  const StepTime time = step_times_.take();
   QueuedStep step = std::move(queued_.front());
   queued_.pop_front();
   StepRecord& record = step.record;
-  const double seconds = seconds_between(std::max(step.begin, last_completed_), end);
-  last_completed_ = end;
   wants_to_leave_ = wants_to_leave_ || result.ranks_leaving > 0;
   wants_to_save_ = wants_to_save_ || result.ranks_saving > 0;
   if (world_.size() > 1) exposed_ += *(record.exposed = job_->exposed().take());
@@ -346,11 +344,15 @@ void Trainer::complete_step() {
   record.grad_norm = result.grad_norm;
   record.tokens = config_.train.global_batch * config_.data.seq_len;
   record.total_tokens = total_tokens_ += record.tokens;
-  record.step_ms = 1e3 * seconds;
-  record.tokens_per_s = static_cast<double>(record.tokens) / seconds;
+  record.step_ms = 1e3 * time.seconds;
+  record.tokens_per_s = static_cast<double>(record.tokens) / time.seconds;
   record.gflops_per_s = 1e-9 * flops_per_token_ * record.tokens_per_s;
   record.skipped = !result.finite;
   record.skipped_total = skipped_steps_ += result.finite ? 0 : 1;
+  record.phases.optimizer_ms = 1e3 * time.update_seconds;
+  record.phases.forward_backward_ms = record.step_ms - record.phases.optimizer_ms;
+  // A device computes on while the host waits.
+  if (backend_->is_cpu()) record.phases.forward_backward_ms -= record.phases.data_ms;
   record.phases.checkpoint_stall_ms = 1e3 * saves_->take_stall_seconds();
   if (engine_->model().num_moe_layers() > 0)
     record.experts = expert_load(result.expert_counts_LE, engine_->model().num_moe_layers(),
@@ -360,7 +362,7 @@ void Trainer::complete_step() {
                 record.step, format_fixed(result.loss, 4), format_plural(skipped_steps_, "step"));
   skipped_in_a_row_ = record.skipped ? skipped_in_a_row_ + 1 : 0;
   if (step.valid_tokens == 0) log_warning("step {}: no token of the batch has a target", record.step);
-  step_seconds_ += seconds;
+  step_seconds_ += time.seconds;
   step_tokens_ += record.tokens;
   ++steps_done_;
   hub_.on_step(record);

@@ -11,6 +11,7 @@
 #include "apps/assemble.h"
 #include "apps/run_folder.h"
 #include "apps/run_saves.h"
+#include "apps/step_times.h"
 #include "core/data/batch_stream.h"
 #include "core/metrics/sink.h"
 #include "parallel/rank_job.h"
@@ -98,11 +99,10 @@ class Trainer {
   bool wants_to_leave_ = false, wants_to_save_ = false;  // what ranks asked for
   struct QueuedStep {
     StepRecord record;
-    Clock::time_point begin;
     int64_t valid_tokens = 0;
   };
   std::deque<QueuedStep> queued_;
-  Clock::time_point last_completed_;
+  StepTimes step_times_;
   int64_t step_ = 0;  // queued; with queued_ empty, finished
   int64_t cursor_ = 0;
   std::vector<int64_t> skipped_samples_;

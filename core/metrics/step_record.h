@@ -20,11 +20,11 @@ struct ExpertLoad {
   double balance_loss = 0;           // unweighted sequence balance loss, mean over layers
 };
 
-// Where the time of a step went, in milliseconds.
+// Where the time of a step went, in milliseconds: on a GPU the GPU's, but for what the host waits.
 struct StepPhases {
-  double data_ms = 0;  // waiting for the reader
+  double data_ms = 0;  // the host waited for the reader; a GPU computes meanwhile
   double forward_backward_ms = 0;
-  double optimizer_ms = 0;         // norm, clip, update
+  double optimizer_ms = 0;         // what is left of sums over ranks, norm, clip, update
   double checkpoint_stall_ms = 0;  // held up by a save
 };
 
@@ -51,7 +51,7 @@ struct StepRecord {
   int64_t tokens = 0;        // in this step
   int64_t total_tokens = 0;  // since the run began, over resumes
   double tokens_per_s = 0;
-  double step_ms = 0;
+  double step_ms = 0;                 // of the device, without what lies between steps
   std::optional<ExpertLoad> experts;  // absent without routed experts
   bool skipped = false;               // gradient not finite: nothing was updated
   int64_t skipped_total = 0;

@@ -10,6 +10,7 @@
 #include "core/backend/cpu_backend.h"
 #include "parallel/layout_run.h"
 #include "test/support/far_backend.h"
+#include "test/support/simulated_time.h"
 #include "test/support/tiny_job.h"
 #include "test/support/tiny_model.h"
 
@@ -19,9 +20,11 @@ namespace {
 // Numbers of records that follow from the job alone, as text.
 class Notes : public MetricsSink {
  public:
-  explicit Notes(std::vector<std::string>& lines) : lines_(lines) {}
+  Notes(std::vector<std::string>& lines, std::vector<StepRecord>& steps)
+      : lines_(lines), steps_(steps) {}
   void on_start(const StartupInfo&) override {}
   void on_step(const StepRecord& r) override {
+    steps_.push_back(r);
     add("step %lld: %a %a %d", r.step, r.loss, r.grad_norm, r.skipped ? 1 : 0);
   }
   void on_eval(const EvalRecord& r) override { add("eval %lld: %a", r.step, r.loss); }
@@ -38,10 +41,12 @@ class Notes : public MetricsSink {
     lines_.emplace_back(line);
   }
   std::vector<std::string>& lines_;
+  std::vector<StepRecord>& steps_;
 };
 
 struct Result {
   std::vector<std::string> lines;
+  std::vector<StepRecord> steps;
   std::map<std::string, std::map<std::string, std::string>> states;  // by folder of a checkpoint
 };
 
@@ -78,7 +83,7 @@ class Job {
     config_.train.steps = steps;
     Result result;
     MetricsHub hub;
-    hub.add(std::make_unique<Notes>(result.lines));
+    hub.add(std::make_unique<Notes>(result.lines, result.steps));
     TrainerOptions options;
     options.resume = resume;
     if (far) options.make_backend = make_far_;
@@ -174,6 +179,26 @@ TEST_CASE("far training: a snapshot's memory that cannot be had ends the run wit
   const TempFolder folder;
   job.set_far([] { return std::make_unique<NoSnapshot>(); });
   CHECK_THROWS_WITH(job.train(folder.path(), 7, true), "no memory for a snapshot");
+}
+
+TEST_CASE("far training: a step's time is the device's, after saves and evaluations as well",
+          "[trainer]") {
+  // Where an operation takes a second of its stream and nothing else takes any.
+  const bool is_cpu = GENERATE(true, false);
+  Job job(GENERATE(true, false));
+  job.config().train.global_batch = 10;  // of which the device is given two micro-batches ahead
+  job.set_far([=] { return std::make_unique<SimulatedBackend>(is_cpu); });
+  const TempFolder folder;
+  const std::vector<StepRecord> steps = job.train(folder.path(), 7, true).steps;
+  REQUIRE(steps.size() == 7);
+  for (const StepRecord& step : steps) {
+    CAPTURE(is_cpu, step.step);
+    CHECK(step.step_ms == steps[0].step_ms);
+    CHECK(step.tokens_per_s * step.step_ms == Approx(1e3 * 10 * 32));
+    CHECK(step.phases.optimizer_ms == steps[0].phases.optimizer_ms);
+    CHECK(step.phases.optimizer_ms >= 1e3);
+    CHECK(step.phases.forward_backward_ms >= 5 * 1e3 - step.phases.data_ms);
+  }
 }
 
 TEST_CASE("far training: a recorded routing is replayed, and a run compared, on either side",
