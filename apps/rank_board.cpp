@@ -11,7 +11,6 @@
 
 #include <algorithm>
 #include <cerrno>
-#include <ctime>
 #include <filesystem>
 #include <new>
 #include <utility>
@@ -25,7 +24,6 @@ namespace {
 namespace fs = std::filesystem;
 
 constexpr std::string_view kPrefix = "dstrain-launch-";
-constexpr double kYoungSeconds = 10;
 
 class Descriptor {
  public:
@@ -41,23 +39,37 @@ class Descriptor {
   const int fd_;
 };
 
-// A folder of ours whose launcher holds it no longer. One that was just made may not be held yet.
-bool is_abandoned(const fs::directory_entry& entry) {
-  if (!entry.path().filename().string().starts_with(kPrefix)) return false;
+// Removes a folder of ours whose launcher holds it no longer. While this holds it, nobody takes it
+// for one of its own: see hold_folder().
+void remove_if_abandoned(const fs::directory_entry& entry) {
+  if (!entry.path().filename().string().starts_with(kPrefix)) return;
   const Descriptor fd(
       ::open(entry.path().c_str(), O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC));
   struct stat info;
-  if (fd < 0 || ::fstat(fd, &info) != 0 || info.st_uid != ::geteuid()) return false;
-  return std::difftime(std::time(nullptr), info.st_mtime) > kYoungSeconds &&
-         ::flock(fd, LOCK_EX | LOCK_NB) == 0;
+  if (fd < 0 || ::fstat(fd, &info) != 0 || info.st_uid != ::geteuid()) return;
+  if (::flock(fd, LOCK_EX | LOCK_NB) != 0) return;
+  std::error_code ignored;
+  fs::remove_all(entry.path(), ignored);
 }
 
 void remove_abandoned(const std::string& base) {
   std::error_code error;
-  for (const fs::directory_entry& entry : fs::directory_iterator(base, error)) {
-    std::error_code ignored;
-    if (is_abandoned(entry)) fs::remove_all(entry.path(), ignored);
+  for (const fs::directory_entry& entry : fs::directory_iterator(base, error))
+    remove_if_abandoned(entry);
+}
+
+// Opens the folder and holds it; -1 if another launcher has found it before, and removed it.
+int hold_folder(const std::string& path) {
+  const int fd = ::open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+  if (fd < 0 && errno == ENOENT) return -1;
+  if (fd < 0) throw_errno("cannot open the folder for temporary files", path, errno);
+  while (::flock(fd, LOCK_EX) != 0 && errno == EINTR) {
   }
+  struct stat held, named;
+  if (::fstat(fd, &held) == 0 && ::stat(path.c_str(), &named) == 0 && held.st_ino == named.st_ino)
+    return fd;
+  ::close(fd);
+  return -1;
 }
 
 bool has_room(const std::string& folder, int64_t bytes) {
@@ -114,16 +126,18 @@ std::vector<RankState> RankBoard::states() const {
 
 SessionFolder::SessionFolder(int64_t bytes, const std::vector<std::string>& bases) {
   DSTRAIN_CHECK(!bases.empty(), "there is no folder for temporary files");
+  // Of all of them first: what lies there may be why there is no room.
+  for (const std::string& base : bases) remove_abandoned(base);
   const auto roomy = std::find_if(bases.begin(), bases.end(), [bytes](const std::string& folder) {
     return has_room(folder, bytes);
   });
   const std::string& base = roomy != bases.end() ? *roomy : bases.back();
-  remove_abandoned(base);
-  path_ = join_path(base, fmt::format("{}XXXXXX", kPrefix));
-  if (::mkdtemp(path_.data()) == nullptr)
-    throw_errno("cannot create a folder for temporary files", path_, errno);
-  fd_ = ::open(path_.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-  if (fd_ >= 0) ::flock(fd_, LOCK_EX | LOCK_NB);
+  while (fd_ < 0) {
+    path_ = join_path(base, fmt::format("{}XXXXXX", kPrefix));
+    if (::mkdtemp(path_.data()) == nullptr)
+      throw_errno("cannot create a folder for temporary files", path_, errno);
+    fd_ = hold_folder(path_);
+  }
 }
 
 SessionFolder::~SessionFolder() {

@@ -40,8 +40,8 @@ class RankBoard {
 // and shared-memory files, which Open MPI itself leaves behind when it is killed.
 class SessionFolder {
  public:
-  // Below the first of the folders that has `bytes` free, else below the last. Removes what
-  // launches that were killed have left there. StorageError or PermissionError.
+  // Removes what launches that were killed have left in any of the folders, and makes one below the
+  // first that has `bytes` free, else below the last. StorageError or PermissionError.
   SessionFolder(int64_t bytes, const std::vector<std::string>& bases);
   ~SessionFolder();
   SessionFolder(const SessionFolder&) = delete;
