@@ -82,7 +82,8 @@ std::unique_ptr<Communicator> make_device_ranks(const Config& config, Communicat
   NcclOptions options;
   if (config.launch.hang_timeout > 0)
     options.timeout = std::chrono::seconds(config.launch.hang_timeout);
-  options.read_variable = [](const char* name) { return std::getenv(name); };
+  options.read_variable = std::getenv;
+  options.free_memory = free_gpu_memory;
   return make_nccl_communicator(ranks, backend, options);
 }
 

@@ -9,6 +9,7 @@
 #include "apps/launch_plan.h"
 #include "apps/run_folder.h"
 #include "apps/startup_info.h"
+#include "core/base/format_units.h"
 #include "core/base/log.h"
 #include "core/checkpoint/hf_format.h"
 #include "core/config/validate.h"
@@ -72,6 +73,18 @@ void check_folder(StartupInfo& info, const Config& config, const TrainOptions& o
   });
 }
 
+// What only an estimate says is no refusal.
+void check_gpu_memory(const StartupInfo& info) {
+  const int64_t planned = info.gpu_memory_bytes(),
+                beside = info.communicators ? info.communicators->bytes : 0;
+  const auto& free = info.gpu_available_bytes;
+  const bool is_accepted = passes([&] { require_gpu_memory(planned, free); });
+  if (is_accepted && free && planned + beside > *free)
+    log_warning(
+        "with what NCCL takes, by an estimate, a rank needs {} of GPU memory, and {} are free",
+        format_bytes(planned + beside), format_bytes(*free));
+}
+
 int64_t bytes_of(const StartupInfo& info) {
   return info.gpu_memory_bytes() + info.host_memory_bytes();
 }
@@ -131,7 +144,7 @@ int dry_run(const LoadedConfig& loaded, const TrainOptions& options,
   add_data(info, config, has_tokenizer ? config.data.tokenizer : "");
   if (is_planned) {
     passes([&] { require_memory(info.host_memory_bytes() * ranks_of_a_machine(config)); });
-    passes([&] { require_gpu_memory(info.gpu_memory_bytes(), info.gpu_available_bytes); });
+    check_gpu_memory(info);
   }
   if (!config.run.name.empty()) check_folder(info, config, options);
 

@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include <cstdlib>
 #include <sstream>
 
 #include "apps/assemble.h"
@@ -12,6 +13,7 @@
 #include "core/checkpoint/async_saver.h"
 #include "core/metrics/report.h"
 #include "core/model/cost.h"
+#include "parallel/nccl_communicator.h"
 
 namespace dstrain {
 namespace {
@@ -86,6 +88,14 @@ std::vector<MemoryRow> memory_rows(const Config& config, TrainEngine& engine) {
   return rows;
 }
 
+std::optional<CommunicatorMemory> communicator_memory(ProcessMesh& mesh) {
+  const bool is_planned = mesh.is_planned();
+  const NcclMemory memory =
+      is_planned ? planned_nccl_memory(mesh, std::getenv) : nccl_memory(mesh.world());
+  if (memory.communicators == 0) return std::nullopt;
+  return CommunicatorMemory{memory.communicators, memory.bytes, !is_planned};
+}
+
 }  // namespace
 
 StartupInfo startup_info_of(const Config& config, RankJob* job) {
@@ -110,6 +120,7 @@ StartupInfo startup_info_of(const Config& config, RankJob* job) {
     info.gpu_available_bytes = gpu_memory_available(job->engine().backend());
     info.precision = precision_name(config, job->engine().options());
     info.memory = memory_rows(config, job->engine());
+    if (on_gpu) info.communicators = communicator_memory(job->mesh());
     add_layout(info, config, *job);
   }
   const int64_t available = available_memory_bytes();

@@ -13,7 +13,9 @@ ExpertParallel::ExpertParallel(Communicator& ranks, Backend& backend, ExposedTim
       buffer_factor_(buffer_factor),
       queue_(backend, exposed),
       done_(backend),
-      counted_(backend.make_event()) {}
+      counted_(backend.make_event()) {
+  ranks.prepare(Connections::exchanges);
+}
 
 int64_t ExpertParallel::window(int64_t tokens, int64_t experts_per_token) const {
   const int64_t balanced = tokens * experts_per_token;

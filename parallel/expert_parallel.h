@@ -28,7 +28,7 @@ namespace dstrain {
 class ExpertParallel : public TokenDispatcher {
  public:
   // buffer_factor: what experts compute on in a round, in balanced loads, at least 1. `exposed`
-  // outlives it.
+  // outlives it. A collective call of the ranks.
   ExpertParallel(Communicator& ranks, Backend& backend, ExposedTime& exposed, double buffer_factor);
 
   bool local() const override { return false; }

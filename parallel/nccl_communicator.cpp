@@ -121,6 +121,7 @@ class NcclCommunicator : public Communicator {
   std::unique_ptr<Communicator> split(int color, int key) override;
   int exchange_multiprocessors() const override { return exchange_ctas_; }
   int64_t bytes_sent() const override { return bytes_sent_; }
+  NcclMemory memory() const { return job_->memory(); }
 
  private:
   void connect_ring();
@@ -335,6 +336,11 @@ std::unique_ptr<Communicator> make_nccl_communicator(Communicator& host, Backend
   DSTRAIN_CHECK(!backend.is_cpu(), "NCCL is for ranks on GPUs");
   auto job = std::make_shared<NcclJob>(backend, options);
   return std::make_unique<NcclCommunicator>(std::move(job), nullptr, host, host.rank());
+}
+
+NcclMemory nccl_memory(const Communicator& ranks) {
+  const auto* nccl = dynamic_cast<const NcclCommunicator*>(&ranks);
+  return nccl ? nccl->memory() : NcclMemory();
 }
 
 }  // namespace dstrain

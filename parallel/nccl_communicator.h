@@ -33,6 +33,7 @@
 #pragma once
 
 #include <chrono>
+#include <functional>
 #include <memory>
 #include <string>
 
@@ -55,8 +56,11 @@ struct NcclOptions {
   int max_ctas = 24;
   // Of the environment that NCCL reads, to know what it does with max_ctas.
   ReadVariable read_variable = [](const char*) { return nullptr; };
+  // Bytes that are free on the GPU, to know what NCCL takes.
+  std::function<int64_t()> free_memory = [] { return 0; };
 };
 inline constexpr int kMessageCtas = 8;
+inline constexpr int kMessageLanes = 2;  // communicators of one direction between neighbours
 
 // Over the ranks of `host`, a communicator on host memory, which carries texts, barriers and what
 // lies in host memory. A collective call; host and back end outlive the result and all that is
@@ -68,5 +72,9 @@ inline constexpr int kMessageCtas = 8;
 // Throws RuntimeFailure if NCCL is missing or older than 2.27, or ranks do not connect in time.
 std::unique_ptr<Communicator> make_nccl_communicator(Communicator& host, Backend& backend,
                                                      const NcclOptions& options = {});
+
+// What NCCL has taken so far, by options.free_memory, for what make_nccl_communicator() made and
+// all that was split from it. Nothing where `ranks` is none of these.
+NcclMemory nccl_memory(const Communicator& ranks);
 
 }  // namespace dstrain

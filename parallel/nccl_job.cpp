@@ -130,6 +130,7 @@ ncclComm_t NcclJob::connect(const NcclGroup& group) {
     start->result = api.comm_init_rank_config(&start->comm, size, id, rank, &start->config);
     if (start->result != ncclSuccess) start->error = api.get_last_error(nullptr);
   };
+  const int64_t free = options_.free_memory();
   const bool in_time = returns_in(options_.timeout, init);
   if (!in_time) give_up({late_text(group, "the connection"), false});
   if (start->result != ncclSuccess)
@@ -138,6 +139,8 @@ ncclComm_t NcclJob::connect(const NcclGroup& group) {
                          group.ranks, api_.get_error_string(start->result), start->error),
              start->result == ncclRemoteError});
   comms_.push_back(start->comm);
+  ++memory_.communicators;
+  memory_.bytes += free - options_.free_memory();
   return start->comm;
 }
 
@@ -171,6 +174,7 @@ void NcclJob::run_first(ncclComm_t comm, const NcclGroup& group, const std::stri
                         cudaStream_t stream, const std::function<ncclResult_t()>& call) {
   if (failure_) throw_failure();
   const auto start = std::chrono::steady_clock::now();
+  const int64_t free = options_.free_memory();
   const auto result = std::make_shared<ncclResult_t>(ncclSuccess);
   const bool in_time = returns_in(options_.timeout, [result, call, device = device_] {
     check_cuda_call(cudaSetDevice(device), "choosing the GPU");
@@ -180,13 +184,14 @@ void NcclJob::run_first(ncclComm_t comm, const NcclGroup& group, const std::stri
   check(*result, comm, group, what.c_str());
   for (;;) {
     const cudaError_t state = cudaStreamQuery(stream);
-    if (state == cudaSuccess) return;
+    if (state == cudaSuccess) break;
     if (state != cudaErrorNotReady) check_cuda_call(state, what.c_str());
     throw_if_failed(comm, group, what.c_str());
     if (std::chrono::steady_clock::now() - start > options_.timeout)
       give_up({late_text(group, what), false});
     std::this_thread::sleep_for(kPoll);
   }
+  memory_.bytes += free - options_.free_memory();
 }
 
 void NcclJob::throw_if_failed(ncclComm_t comm, const NcclGroup& group, const char* call) {

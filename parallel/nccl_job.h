@@ -82,6 +82,8 @@ class NcclJob {
   cudaStream_t setup_stream() const { return setup_stream_.get(); }
 
   std::string new_id() const;  // as text
+  // What has been taken by all that was connected.
+  const NcclMemory& memory() const { return memory_; }
 
   // All ranks of the group come here; RuntimeFailure if one does not within the time-out.
   ncclComm_t connect(const NcclGroup& group);
@@ -121,6 +123,7 @@ class NcclJob {
   int device_ = 0;
   NcclStream setup_stream_;
   void* tiny_ = nullptr;
+  NcclMemory memory_;
   std::vector<ncclComm_t> comms_;  // that are alive
   std::optional<Failure> failure_;
 };

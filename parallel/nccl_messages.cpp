@@ -25,9 +25,9 @@ NcclMessages::NcclMessages(const std::shared_ptr<NcclJob>& job, Communicator& ho
                            const std::vector<int>& world_ranks) {
   const int me = host.rank(), size = host.size();
   std::string own_ids;
-  for (size_t i = 0; i < kLanes * neighbours(me, size).size(); ++i) own_ids += job->new_id();
+  for (size_t i = 0; i < kMessageLanes * neighbours(me, size).size(); ++i) own_ids += job->new_id();
   const std::vector<std::string> ids = host.all_gather_text(own_ids);
-  const size_t length = own_ids.size() / (kLanes * neighbours(me, size).size());
+  const size_t length = own_ids.size() / (kMessageLanes * neighbours(me, size).size());
   for (int from = 0; from < size; ++from) {
     size_t at = 0;
     for (const int to : neighbours(from, size)) {
@@ -79,7 +79,7 @@ NcclMessages::Lane& NcclMessages::next_lane(bool sends, int peer) {
   for (Direction& direction : directions_) {
     if (direction.sends != sends || direction.peer != peer) continue;
     Lane& lane = direction.lanes[static_cast<size_t>(direction.next)];
-    direction.next = (direction.next + 1) % kLanes;
+    direction.next = (direction.next + 1) % kMessageLanes;
     return lane;
   }
   check_failed("a neighbour", __FILE__, __LINE__,

@@ -40,11 +40,10 @@ class NcclMessages {
     std::unique_ptr<NcclStream> stream;  // of the sender
     std::unique_ptr<NcclEvent> ready;    // what the caller had queued before the send
   };
-  static constexpr int kLanes = 2;
   struct Direction {
     int peer = 0;
     bool sends = false;
-    std::array<Lane, kLanes> lanes;
+    std::array<Lane, kMessageLanes> lanes;
     int next = 0;  // lane
   };
   // A send that is under way.

@@ -22,6 +22,7 @@ PipelineRunner::PipelineRunner(TrainEngine& engine, const PipelineSchedule& sche
   DSTRAIN_CHECK(schedule.stages == pipeline.size(), "a stage for each rank of the pipeline");
   for (const EngineChunk& chunk : engine.options().chunks)
     sent_.emplace_back(static_cast<size_t>(chunk.in_flight));
+  pipeline.prepare(Connections::messages);
 }
 
 PipelineRunner::Sent& PipelineRunner::sent_from(int chunk, int64_t m) {

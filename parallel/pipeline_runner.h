@@ -18,7 +18,8 @@ void fit_engine(const PipelineSchedule& schedule, int stage, EngineOptions& opti
 
 class PipelineRunner {
  public:
-  // `pipeline`: the ranks with the same place in all stages, in order. All outlive the runner.
+  // `pipeline`: the ranks with the same place in all stages, in order; all of them call this. All outlive the
+  // runner.
   PipelineRunner(TrainEngine& engine, const PipelineSchedule& schedule, Communicator& pipeline,
                  ExposedTime& exposed);
 

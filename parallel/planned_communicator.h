@@ -21,6 +21,13 @@ class PlannedCommunicator : public Communicator {
   int rank() const override { return rank_; }
   int size() const override { return size_; }
 
+  // Noted, for what the connections would take.
+  void prepare(Connections connections) override {
+    (connections == Connections::exchanges ? exchanges_ : messages_) = true;
+  }
+  bool exchanges() const { return exchanges_; }
+  bool messages() const { return messages_; }
+
   void all_reduce_sum(Stream&, const Tensor&) override { refuse("all_reduce_sum"); }
   void all_reduce_max(Stream&, const Tensor&) override { refuse("all_reduce_max"); }
   void reduce_scatter_sum(Stream&, const Tensor&, const Tensor&) override {
@@ -50,6 +57,7 @@ class PlannedCommunicator : public Communicator {
     check_failed("ranks that exist", __FILE__, __LINE__, std::string(call) + " in a plan");
   }
   const int rank_, size_;
+  bool exchanges_ = false, messages_ = false;
 };
 
 }  // namespace dstrain

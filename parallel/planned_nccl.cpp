@@ -4,6 +4,11 @@
 #include <bit>
 #include <cerrno>
 #include <cstdlib>
+#include <set>
+
+#include "parallel/mesh.h"
+#include "parallel/nccl_communicator.h"
+#include "parallel/planned_communicator.h"
 
 namespace dstrain {
 namespace {
@@ -25,6 +30,52 @@ long long number_in(const ReadVariable& read, const char* name, const char* olde
                     long long otherwise) {
   return number_in(read, name, number_in(read, older_name, otherwise));
 }
+
+// Every allocation of NCCL has pages of its own, which GPUs can share with each other.
+constexpr int64_t kPage = int64_t{2} << 20;
+constexpr int64_t in_pages(int64_t bytes) {
+  return (bytes + kPage - 1) / kPage * kPage;
+}
+// A connection over one channel in one direction has a buffer for each of three protocols at one of
+// its ends, and at both what they tell each other.
+constexpr int64_t kLowLatencyBuffers = (512 << 10) + (4800 << 10), kControl = 4096;
+constexpr int64_t kBuffer = int64_t{4} << 20;
+
+class NcclPlan {
+ public:
+  explicit NcclPlan(const ReadVariable& read) : read_(read) {
+    const long long buffer = number_in(read, "NCCL_BUFFSIZE", kBuffer);
+    receiver_ = in_pages(kControl + kLowLatencyBuffers + std::max(buffer, 0LL));
+  }
+
+  void add(const PlannedCommunicator& ranks) {
+    const NcclChannels channels = nccl_channels(NcclOptions().max_ctas, read_);
+    add_communicator(channels);
+    memory_.bytes += channels.collective * both_ways();  // the ring: to the next, from the previous
+    if (ranks.exchanges()) memory_.bytes += (ranks.size() - 1) * channels.exchange * both_ways();
+    if (!ranks.messages()) return;
+    const NcclChannels of_messages = nccl_channels(kMessageCtas, read_);
+    const int neighbours = ranks.size() == 2 ? 1 : 2;
+    for (int lane = 0; lane < neighbours * kMessageLanes; ++lane) {
+      add_communicator(of_messages);  // for what is sent
+      add_communicator(of_messages);  // and for what is received
+      memory_.bytes += of_messages.exchange * both_ways();
+    }
+  }
+  NcclMemory memory() const { return memory_; }
+
+ private:
+  int64_t both_ways() const { return in_pages(kControl) + receiver_; }
+  // Its own tables, and three of each channel.
+  void add_communicator(const NcclChannels& channels) {
+    ++memory_.communicators;
+    memory_.bytes += (2 + 3 * std::max(channels.collective, channels.exchange)) * kPage;
+  }
+
+  const ReadVariable& read_;
+  int64_t receiver_ = 0;
+  NcclMemory memory_;
+};
 
 }  // namespace
 
@@ -48,6 +99,17 @@ NcclChannels nccl_channels(int max_ctas, const ReadVariable& read) {
       1LL, kMostChannels);
   return {static_cast<int>(collective),
           static_cast<int>(std::bit_ceil(static_cast<unsigned>(exchange)))};
+}
+
+NcclMemory planned_nccl_memory(ProcessMesh& mesh, const ReadVariable& read) {
+  std::set<const Communicator*> all = {&mesh.world()};
+  for (int kind = 0; kind < kMeshGroups; ++kind)
+    all.insert(&mesh.group(static_cast<MeshGroup>(kind)));
+  NcclPlan plan(read);
+  for (const Communicator* ranks : all)
+    if (const auto* planned = dynamic_cast<const PlannedCommunicator*>(ranks))
+      if (planned->size() > 1) plan.add(*planned);
+  return plan.memory();
 }
 
 }  // namespace dstrain

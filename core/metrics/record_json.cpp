@@ -97,6 +97,10 @@ std::string json_line(const StartupInfo& info, double ts) {
   line["memory_bytes"] = memory;
   put(line, "memory_available_bytes", info.memory_available_bytes);
   put(line, "gpu_available_bytes", info.gpu_available_bytes);
+  if (info.communicators) {
+    line["communicators"] = info.communicators->count;
+    line["communicator_bytes"] = info.communicators->bytes;
+  }
   Json data = Json::array();
   for (const DataRow& row : info.data) {
     Json source = {{"split", row.split}, {"source", row.source}};

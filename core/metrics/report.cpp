@@ -160,6 +160,13 @@ void add_rows(Table& table, std::vector<MemoryRow> rows, const std::string& sum_
   add(sum_label, sum);
 }
 
+std::string communicators_text(const CommunicatorMemory& memory) {
+  return fmt::format(
+      "NCCL's {} for {}, {}", format_bytes(memory.bytes),
+      format_plural(memory.count, "communicator"),
+      memory.is_measured ? "measured: it is taken already" : "an estimate (one machine, NVLink)");
+}
+
 void add_memory(Table& table, const StartupInfo& info) {
   if (info.memory.empty()) return;
   table.heading(info.memory_rank.empty() ? info.ranks > 1 ? "Memory of one rank" : "Memory"
@@ -168,6 +175,7 @@ void add_memory(Table& table, const StartupInfo& info) {
   for (const MemoryRow& row : info.memory) (row.on_gpu ? gpu : host).push_back(row);
   if (gpu.empty()) return add_rows(table, std::move(host), "total", info.memory_available_bytes);
   add_rows(table, std::move(gpu), "total on the GPU", info.gpu_available_bytes);
+  if (info.communicators) table.row("beside it", communicators_text(*info.communicators));
   add_rows(table, std::move(host), "total on the host", info.memory_available_bytes);
 }
 

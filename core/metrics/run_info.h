@@ -17,6 +17,13 @@ struct MemoryRow {
   bool on_gpu = false;
 };
 
+// What NCCL takes of a GPU for the communicators of one rank, beside what the run plans.
+struct CommunicatorMemory {
+  int64_t count = 0;
+  int64_t bytes = 0;
+  bool is_measured = false;  // and taken already; estimated otherwise
+};
+
 struct DataRow {
   std::string split;   // "train" or "valid"
   std::string source;  // path
@@ -55,6 +62,7 @@ struct StartupInfo {
   std::optional<double> flops_per_token;     // forward and backward
 
   std::vector<MemoryRow> memory;  // of one rank
+  std::optional<CommunicatorMemory> communicators;
   std::optional<int64_t> memory_available_bytes;  // of the host
   std::optional<int64_t> gpu_available_bytes;
   // Of the rows that are known.
@@ -95,10 +103,10 @@ struct RunSummary {
   double tokens_per_s = 0;        // mean over this process's steps
   std::optional<double> mfu;
   int64_t skipped_total = 0;
-  std::string traffic;      // of gradients, first rank, this process; empty with one rank
+  std::string traffic;  // of gradients, first rank, this process; empty with one rank
   // The first rank's mean over this process's steps; absent with one rank.
   std::optional<ExposedRecord> exposed;
-  double step_ms = 0;  // mean over this process's steps
+  double step_ms = 0;       // mean over this process's steps
   std::string checkpoint;   // path of the newest; empty = none
   std::string metrics;      // path of metrics.jsonl; empty = not written
   std::string tensorboard;  // folder; empty = not written

@@ -163,8 +163,8 @@ TEST_CASE("dry run: sums of gradients in bf16 are in the plan, on CPUs, too",
                      "train.steps=2", "schedule.warmup=1", "precision.reduce=bf16"});
   const Finished planned = plan(job);
   CHECK(planned.code == 0);
-  CHECK_THAT(planned.out,
-             Contains(", fp32, sums of gradients bf16\n") && Contains("gradients on their way"));
+  CHECK_THAT(planned.out, Contains(", fp32, sums of gradients bf16\n") &&
+                              Contains("gradients on their way") && !Contains("NCCL"));
 }
 
 TEST_CASE("dry run: a job for a GPU is planned in its types, on any machine", "[dry_run][memory]") {
@@ -176,6 +176,8 @@ TEST_CASE("dry run: a job for a GPU is planned in its types, on any machine", "[
              Contains(", tf32, moments bf16\n"));
   const Finished ranks = plan(job, {"--set", "parallel.data=2", "--set", "train.global_batch=4"});
   CHECK_THAT(ranks.out, Contains(", bf16\n") && Contains("lower halves of values"));
+  CHECK_THAT(ranks.out, Contains("  beside it      NCCL's 968 MiB for 2 communicators, an estimate "
+                                 "(one machine, NVLink)\n"));
 }
 
 TEST_CASE("dry run: a job that holds nowhere is refused", "[dry_run]") {

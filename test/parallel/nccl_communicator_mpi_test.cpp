@@ -113,6 +113,28 @@ TEST_CASE("nccl communicator: exchanges between ranks that have connected for th
   });
 }
 
+TEST_CASE("nccl communicator: what connections take of a GPU is measured", "[ranks2]") {
+  NcclOptions options;
+  options.free_memory = gpu_memory_free;
+  run_gpu_rank(
+      [](GpuRank& rank) {
+        const NcclMemory one = nccl_memory(rank.device);
+        rank_check(one.communicators == 1 && one.bytes > 0, "a communicator and its ring");
+        rank.device.prepare(Connections::exchanges);
+        const NcclMemory exchanging = nccl_memory(rank.device);
+        rank_check(exchanging.communicators == 1 && exchanging.bytes > one.bytes, "exchanges");
+        rank.device.prepare(Connections::messages);
+        const NcclMemory all = nccl_memory(rank.device);
+        rank_check(all.communicators == 5 && all.bytes > exchanging.bytes, "messages");
+        rank_check(nccl_memory(rank.host).communicators == 0, "host memory has none");
+        if (rank.device.rank() == 0)
+          fmt::print("NCCL takes {} MiB for a ring, {} for exchanges, {} for messages\n",
+                     one.bytes >> 20, (exchanging.bytes - one.bytes) >> 20,
+                     (all.bytes - exchanging.bytes) >> 20);
+      },
+      options);
+}
+
 // Far more than NCCL keeps on the way.
 TEST_CASE("nccl communicator: ranks that all send before they receive do not lock up",
           "[ranks2][ranks4]") {

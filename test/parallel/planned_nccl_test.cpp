@@ -3,18 +3,25 @@
 #include <map>
 #include <string>
 
+#include "core/backend/cpu_backend.h"
+#include "parallel/rank_job.h"
 #include "test/support/catch.h"
+#include "test/support/layout_jobs.h"
 
 namespace dstrain {
 namespace {
 
 using Values = std::map<std::string, std::string>;
 
-NcclChannels channels(int max_ctas, const Values& values) {
-  return nccl_channels(max_ctas, [&](const char* name) -> const char* {
+ReadVariable reader(const Values& values) {
+  return [&](const char* name) -> const char* {
     const auto at = values.find(name);
     return at == values.end() ? nullptr : at->second.c_str();
-  });
+  };
+}
+
+NcclChannels channels(int max_ctas, const Values& values) {
+  return nccl_channels(max_ctas, reader(values));
 }
 
 // "collective exchange"
@@ -53,6 +60,44 @@ TEST_CASE("planned nccl: numbers of channels that the environment asks for") {
   CHECK(text_of({{"NCCL_MAX_P2P_NCHANNELS", "0"}}) == "24 1");
   CHECK(text_of({{"NCCL_MIN_P2P_NCHANNELS", "40"}}) == "24 64");
   CHECK(text_of({{"NCCL_MIN_P2P_NCHANNELS", "12"}, {"NCCL_MAX_P2P_NCHANNELS", "8"}}) == "24 16");
+}
+
+TEST_CASE("planned nccl: a rank's communicators and connections, in MiB") {
+  constexpr int kTables = (2 + 3 * 32) * 2, kRing = 24 * (2 + 10), kExchange = 32 * (2 + 10);
+  constexpr int kOne = kTables + kRing, kPair = 2 * (2 + 3 * 8) * 2 + 8 * (2 + 10);
+  const Config job = test::tiny_moe_job(4);
+  // "communicators MiB"
+  const auto planned = [](const Config& config, const MeshShape& shape, const Values& values = {}) {
+    const auto backend = make_cpu_backend(1);
+    RankJob plan(config, shape, 0, *backend, /*training=*/true);
+    const NcclMemory memory = planned_nccl_memory(plan.mesh(), reader(values));
+    CHECK(memory.bytes % (1 << 20) == 0);
+    return std::to_string(memory.communicators) + " " + std::to_string(memory.bytes >> 20);
+  };
+  const auto text = [](int count, int mib) {
+    return std::to_string(count) + " " + std::to_string(mib);
+  };
+  CHECK(planned(job, {1, 1, 1, 1, 1}) == "0 0");
+  // All ranks, and those of the stage, which sum everything.
+  CHECK(planned(job, {1, 2, 1, 1, 1}) == text(2, 2 * kOne));
+  CHECK(planned(job, {1, 8, 1, 1, 1}) == text(2, 2 * kOne));
+  // A stage with a tensor part of two, whose sums over sequences have the same ranks.
+  CHECK(planned(job, {1, 1, 1, 2, 1}) == text(3, 3 * kOne));
+  // Experts travel to three other ranks.
+  CHECK(planned(job, {1, 4, 1, 1, 4}) == text(3, 3 * kOne + 3 * kExchange));
+  // Messages in two directions, with two communicators each; beside all ranks those of the
+  // pipeline, and those of its first and last stage.
+  CHECK(planned(job, {2, 1, 1, 1, 1}) == text(3 + 4, 3 * kOne + 2 * kPair));
+  // To the next and from the previous stage are different ranks.
+  CHECK(planned(job, {4, 1, 1, 1, 1}) == text(3 + 8, 3 * kOne + 4 * kPair));
+  Config compressed = job;
+  compressed.compression.method = CompressionMethod::int8;
+  CHECK(planned(compressed, {1, 2, 1, 1, 1}) == text(2, 2 * kOne + kExchange));
+
+  CHECK(planned(job, {1, 2, 1, 1, 1}, {{"NCCL_MAX_CTAS", "8"}}) ==
+        text(2, 2 * ((2 + 3 * 8) * 2 + 8 * (2 + 10))));
+  CHECK(planned(job, {1, 2, 1, 1, 1}, {{"NCCL_BUFFSIZE", "1048576"}}) ==
+        text(2, 2 * (kTables + 24 * (2 + 8))));
 }
 
 }  // namespace dstrain

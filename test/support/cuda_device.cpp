@@ -13,6 +13,10 @@ int gpu_count() {
   return visible_gpus();
 }
 
+int64_t gpu_memory_free() {
+  return free_gpu_memory();
+}
+
 std::unique_ptr<Backend> make_gpu_backend(int device) {
   CudaOptions options;
   options.device = device;

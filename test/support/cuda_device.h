@@ -2,6 +2,7 @@
 // Programs without the CUDA back end have none.
 #pragma once
 
+#include <cstdint>
 #include <memory>
 #include <string>
 
@@ -20,6 +21,7 @@ inline bool skipped_without_gpu() {
 }
 
 int gpu_count();
+int64_t gpu_memory_free();  // in bytes, of the calling thread's GPU
 // For a rank that has a GPU of its own. Runs give the same bits.
 std::unique_ptr<Backend> make_gpu_backend(int device);
 // On the first GPU.

@@ -13,6 +13,10 @@ int gpu_count() {
   return 0;
 }
 
+int64_t gpu_memory_free() {
+  return 0;
+}
+
 std::unique_ptr<Backend> make_gpu_backend(int) {
   throw RuntimeFailure(why_gpu_missing());
 }

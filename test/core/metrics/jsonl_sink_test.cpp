@@ -145,6 +145,11 @@ TEST_CASE("json_line: evaluations, checkpoints, start and end") {
   CHECK(start["memory_bytes"]["activations"] == 210000000);
   CHECK(start["data"][0]["tokens"] == 1012345);
   CHECK_FALSE(start["data"][0].contains("documents"));
+  CHECK_FALSE(start.contains("communicator_bytes"));
+  info.communicators = CommunicatorMemory{5, 1 << 30, true};
+  const auto with_gpus = nlohmann::json::parse(json_line(info, 0));
+  CHECK(with_gpus["communicators"] == 5);
+  CHECK(with_gpus["communicator_bytes"] == 1 << 30);
   const auto end = nlohmann::json::parse(json_line(example_summary(), 0));
   CHECK(end["outcome"] == "finished");
   CHECK(end["evals"][0]["bits_per_byte"] == 1.8512);

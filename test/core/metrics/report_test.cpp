@@ -56,6 +56,18 @@ TEST_CASE("startup_table: memory of a GPU and of its host have sums of their own
                              "  total on the GPU  over 3.00 GiB of 79.0 GiB available\n"
                              "  checkpoint snapshot    1.00 GiB\n"
                              "  total on the host      1.00 GiB of 8.00 GiB available\n"));
+  info.communicators = CommunicatorMemory{5, int64_t{1} << 30, false};
+  CHECK_THAT(
+      startup_table(info, false),
+      Catch::Contains(" of 79.0 GiB available\n"
+                      "  beside it      NCCL's 1.00 GiB for 5 communicators, an estimate (one "
+                      "machine, NVLink)\n"
+                      "  checkpoint snapshot "));
+  info.communicators->is_measured = true;
+  CHECK_THAT(
+      startup_table(info, false),
+      Catch::Contains("NCCL's 1.00 GiB for 5 communicators, measured: it is taken already\n"));
+  CHECK(info.gpu_memory_bytes() == int64_t{3} << 30);
 }
 
 TEST_CASE("startup_table: a resumed run, a layout, and what a dry run does not know") {
