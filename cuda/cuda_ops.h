@@ -71,6 +71,9 @@ class CudaOps : public Ops {
                           const Tensor& v_UGW, const Tensor& o_THW, const Tensor& lse_TH,
                           const AttentionSegments& segments, double scale, const Tensor& dq_THQ,
                           const Tensor& dk_UGQ, const Tensor& dv_UGW) override;
+  void merge_attention(Stream&, const Tensor& part_THW, const Tensor& part_lse_TH,
+                       const AttentionSegments& segments, const Tensor& o_THW,
+                       const Tensor& lse_TH) override;
   void add_bias(Stream&, const Tensor& x_TD, const Tensor& bias_D) override;
   void bias_backward(Stream&, const Tensor& dy_TD, Accumulate accumulate,
                      const Tensor& dbias_D) override;
@@ -136,12 +139,12 @@ class CudaOps : public Ops {
                    const SliceOf& slice) override;
   void topk_compress(Stream&, const Tensor& grad_PN, const TopkFormat& format,
                      const Tensor& residual_PN, const Tensor& payload_PB) override;
-  void topk_sum(Stream&, const Tensor& payload_PB, const TopkFormat& format,
-                Accumulate accumulate, const Tensor& sum_N) override;
+  void topk_sum(Stream&, const Tensor& payload_PB, const TopkFormat& format, Accumulate accumulate,
+                const Tensor& sum_N) override;
   void int8_compress(Stream&, const Tensor& grad_PN, const Int8Format& format,
                      const Tensor& residual_PN, const Tensor& payload_PB) override;
-  void int8_sum(Stream&, const Tensor& payload_PB, const Int8Format& format,
-                Accumulate accumulate, const Tensor& sum_N) override;
+  void int8_sum(Stream&, const Tensor& payload_PB, const Int8Format& format, Accumulate accumulate,
+                const Tensor& sum_N) override;
   void clear_if_skipped(Stream&, const StepScalars* scalars, const Tensor& x) override;
 
  private:

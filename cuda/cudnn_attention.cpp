@@ -15,6 +15,7 @@
 #include <utility>
 
 #include "core/base/log.h"
+#include "cuda/cuda_check.h"
 
 namespace cudnn_frontend {
 void* cudnn_dlhandle = nullptr;  // the front end finds cuDNN's functions in this library
@@ -48,8 +49,8 @@ std::string load_cudnn() {
 }
 
 std::string describe(const CudnnAttentionShape& s) {
-  return fmt::format("{} of {} {} {} queries and {} keys, {} heads of {} and {}, {} of keys",
-                     s.backward ? "backward" : "forward", s.B,
+  return fmt::format("{}{} of {} {} {} queries and {} keys, {} heads of {} and {}, {} of keys",
+                     s.causal ? "" : "not causal, ", s.backward ? "backward" : "forward", s.B,
                      s.ragged ? "sequences of up to" : "sequences of", s.queries, s.keys, s.H, s.Q,
                      s.W, s.G);
 }
@@ -126,21 +127,24 @@ class GraphOfShape {
   }
 
   template <class Attributes>
-  Attributes causal() const {
+  Attributes masked() const {
     Attributes attributes;
-    attributes.set_name("attention")
-        .set_attn_scale(static_cast<float>(s_.scale))
-        .set_diagonal_alignment(s_.queries == s_.keys ? fe::DiagonalAlignment_t::TOP_LEFT
-                                                      : fe::DiagonalAlignment_t::BOTTOM_RIGHT)
-        .set_diagonal_band_right_bound(0);
+    attributes.set_name("attention").set_attn_scale(static_cast<float>(s_.scale));
+    if (s_.causal)
+      attributes
+          .set_diagonal_alignment(s_.queries == s_.keys ? fe::DiagonalAlignment_t::TOP_LEFT
+                                                        : fe::DiagonalAlignment_t::BOTTOM_RIGHT)
+          .set_diagonal_band_right_bound(0);
     if (s_.ragged)
       attributes.set_padding_mask(true).set_seq_len_q(query_lengths_).set_seq_len_kv(key_lengths_);
     return attributes;
   }
 
   void describe_forward() {
-    auto attributes = causal<fe::graph::SDPA_attributes>();
+    auto attributes = masked<fe::graph::SDPA_attributes>();
     attributes.set_generate_stats(true);
+    // The engine of causal attention: left to itself, the front end takes another one here.
+    if (!s_.causal) attributes.set_implementation(fe::AttentionImplementation_t::COMPOSITE);
     const auto [o, stats] = graph_->sdpa(q_, k_, v_, attributes);
     set_output(o, heads(CudnnTensor::o, s_.queries, s_.H, s_.W, o_offsets_));
     stats->set_data_type(fe::DataType_t::FLOAT);
@@ -152,7 +156,7 @@ class GraphOfShape {
         graph_->tensor(heads(CudnnTensor::o, s_.queries, s_.H, s_.W, o_offsets_));
     const TensorPointer dout =
         graph_->tensor(heads(CudnnTensor::dout, s_.queries, s_.H, s_.W, o_offsets_));
-    auto attributes = causal<fe::graph::SDPA_backward_attributes>();
+    auto attributes = masked<fe::graph::SDPA_backward_attributes>();
     attributes.set_deterministic_algorithm(deterministic);
     // Makes the work space one of T and U rows, whatever the room for sequences.
     if (s_.ragged) attributes.set_max_total_seq_len_q(s_.T).set_max_total_seq_len_kv(s_.U);
@@ -260,6 +264,12 @@ void CudnnAttention::run(Stream& stream, const CudnnAttentionShape& shape,
     const auto tensor = static_cast<CudnnTensor>(i);
     if (void* const pointer = pointers[tensor]) plan.pointers[uid(tensor)] = pointer;
   }
+  // Before 9.18, gradients take in what backward finds there for rows between sequences, which may
+  // be no numbers (NVIDIA/TransformerEngine issue 2186).
+  if (shape.ragged && shape.backward && fe::detail::get_backend_version() < 91800)
+    check_cuda(
+        cudaMemsetAsync(workspace, 0, static_cast<size_t>(plan.workspace_bytes), cuda(stream)),
+        "clearing the work space of attention");
   if (fe::detail::set_stream(plans_->handle(), cuda(stream)) != CUDNN_STATUS_SUCCESS)
     throw RuntimeFailure("the GPU failed: cuDNN does not take the stream");
   auto status = plan.graph->execute(plans_->handle(), plan.pointers, workspace);

@@ -16,6 +16,9 @@ namespace dstrain {
 // What a plan depends on.
 struct CudnnAttentionShape {
   bool backward = false;
+  // The last of `queries` sees all of `keys`, each one before it a key less. If not causal, which
+  // is ragged only, all queries of a sequence see all of its keys.
+  bool causal = true;
   // Whether lengths and first elements of the sequences come from device memory. If not, the
   // tensors are B sequences of `queries` rows (of `keys` rows), one after the other.
   bool ragged = false;

@@ -1,16 +1,16 @@
 // Attention: by cuDNN where it takes the shape, by our own tiled kernels elsewhere. cuDNN gets bf16
 // sequences that attend to themselves, as a batch of sequences of one length or as documents of any
-// lengths one after the other, whose lengths and offsets are made here from the segment table. Our
-// own kernels have the rest: f32, keys of other ranks or of earlier tokens, and what is
-// deterministic but would take cuDNN too much memory.
+// lengths one after the other, and documents that attend to all of the keys that another rank has
+// of them. Our own kernels have the rest: f32, keys of earlier tokens, and what is deterministic
+// but would take cuDNN too much memory.
 // Legend: T query rows, U key rows, H query heads, G key/value heads, Q and W head widths, B
 // sequences.
-#include <array>
 #include <bit>
 #include <initializer_list>
 #include <optional>
 
 #include "core/backend/expect.h"
+#include "cuda/attention_documents.h"
 #include "cuda/cuda_ops.h"
 #include "cuda/cudnn_attention.h"
 #include "cuda/kernel.cuh"
@@ -66,14 +66,11 @@ struct CudnnCall {
   int64_t workspace_bytes = 0;
 
   int64_t scratch_bytes() const {
-    const auto integers = [](int64_t count, int64_t size) {
-      return ScratchPieces::padded(count * size);
-    };
     int64_t bytes = ScratchPieces::padded(workspace_bytes);
     if (shape.ragged)
-      bytes += 2 * integers(shape.B, 4) + 5 * integers(shape.B + 1, 8);
+      bytes += documents_bytes(shape);
     else if (shape.backward)
-      bytes += integers(calls * shape.T * shape.H, 4);
+      bytes += ScratchPieces::padded(4 * calls * shape.T * shape.H);
     return bytes;
   }
 };
@@ -116,15 +113,18 @@ std::optional<CudnnCall> call_of_batch(const Call& c, CudnnAttentionShape s, boo
   return call;
 }
 
-// The call for documents one after the other, of which each attends to itself: the key rows are the
-// query rows.
+// The call for documents one after the other. Causal: each attends to itself, and the key rows are
+// the query rows. Not causal: of these there are few, of which the table has room for the most.
 std::optional<CudnnCall> call_of_documents(const Call& c, CudnnAttentionShape s) {
-  if (c.T() != c.U() || c.segments.max_queries != c.segments.max_keys) return std::nullopt;
+  const AttentionSegments& segments = c.segments;
+  if (s.causal && (c.T() != c.U() || segments.max_queries != segments.max_keys))
+    return std::nullopt;
   const int64_t count =
-      c.segments.max_count > 0 ? c.segments.max_count : c.segments.table_N4.size(0);
+      s.causal && segments.max_count > 0 ? segments.max_count : segments.table_N4.size(0);
   s.ragged = true;
-  s.B = std::max(kLeastDocuments, power_of_two(count));
-  s.queries = s.keys = std::max(kLeastLength, power_of_two(c.segments.max_queries));
+  s.B = std::max(s.causal ? kLeastDocuments : 1, power_of_two(count));
+  s.queries = std::max(kLeastLength, power_of_two(segments.max_queries));
+  s.keys = std::max(kLeastLength, power_of_two(segments.max_keys));
   s.T = c.T();
   s.U = c.U();
   if (s.B > kMostDocuments) return std::nullopt;
@@ -134,19 +134,22 @@ std::optional<CudnnCall> call_of_documents(const Call& c, CudnnAttentionShape s)
 // Whether and how cuDNN computes this; builds its plan.
 std::optional<CudnnCall> cudnn_call(CudnnAttention* cudnn, const CudaDevice& device,
                                     const Call& c) {
-  if (!cudnn || c.T() == 0 || c.segments.max_queries == 0 ||
+  if (!cudnn || c.T() == 0 || c.U() == 0 || c.segments.max_queries == 0 ||
+      c.segments.max_keys == 0 ||
       !fits_cudnn({c.q_THQ, c.k_UGQ, c.v_UGW, c.o_THW, c.do_THW, c.dq_THQ, c.dk_UGQ, c.dv_UGW}))
     return std::nullopt;
   CudnnAttentionShape shape;
   shape.backward = c.backward;
+  shape.causal = c.segments.causal;
   shape.H = c.H();
   shape.G = c.G();
   shape.Q = c.Q();
   shape.W = c.W();
   shape.scale = c.scale;
   const bool keeps_scores = c.backward && device.deterministic;
-  std::optional<CudnnCall> call =
-      c.segments.uniform ? call_of_batch(c, shape, keeps_scores) : call_of_documents(c, shape);
+  std::optional<CudnnCall> call = c.segments.uniform && shape.causal
+                                      ? call_of_batch(c, shape, keeps_scores)
+                                      : call_of_documents(c, shape);
   if (!call || (keeps_scores && call->shape.B * score_bytes(call->shape) > kMostWorkspace))
     return std::nullopt;
   const std::optional<int64_t> bytes = cudnn->workspace_bytes(call->shape);
@@ -154,55 +157,6 @@ std::optional<CudnnCall> cudnn_call(CudnnAttention* cudnn, const CudaDevice& dev
     return std::nullopt;
   call->workspace_bytes = *bytes;
   return call;
-}
-
-struct Documents {
-  const int32_t* table;
-  const int32_t* count;
-  int64_t T;
-  int B;
-  int64_t q_row, k_row, v_row, o_row, lse_row;  // elements of a row
-  int32_t* query_lengths;
-  int32_t* key_lengths;
-  int64_t* q_offsets;
-  int64_t* k_offsets;
-  int64_t* v_offsets;
-  int64_t* o_offsets;
-  int64_t* lse_offsets;
-
-  static constexpr int kOutputs = 3;
-  uint32_t* outputs[kOutputs];     // null: fewer
-  int64_t output_words[kOutputs];  // of a row
-};
-
-// Block n writes length and offsets of document n, and clears the rows of the outputs between it
-// and the one before, which cuDNN leaves as they are.
-__global__ void documents_kernel(const Documents d) {
-  const int n = static_cast<int>(blockIdx.x), count = *d.count;
-  int64_t before = 0;  // where the document before ends
-  if (n > count)
-    before = d.T;
-  else if (n > 0)
-    before = int64_t{d.table[4 * n - 4]} + d.table[4 * n - 3];
-  const int64_t begin = n < count ? d.table[4 * n] : d.T,
-                length = n < count ? d.table[4 * n + 1] : 0;
-  if (threadIdx.x == 0) {
-    const bool of_itself =
-        n >= count || (d.table[4 * n + 2] == begin && d.table[4 * n + 3] == length);
-    if (count > d.B || begin < before || begin + length > d.T || !of_itself) __trap();
-    if (n < d.B) d.query_lengths[n] = d.key_lengths[n] = static_cast<int32_t>(length);
-    d.q_offsets[n] = begin * d.q_row;
-    d.k_offsets[n] = begin * d.k_row;
-    d.v_offsets[n] = begin * d.v_row;
-    d.o_offsets[n] = begin * d.o_row;
-    d.lse_offsets[n] = begin * d.lse_row;
-  }
-#pragma unroll
-  for (int i = 0; i < Documents::kOutputs; ++i)
-    if (d.outputs[i])
-      for (int64_t word = before * d.output_words[i] + threadIdx.x;
-           word < begin * d.output_words[i]; word += blockDim.x)
-        d.outputs[i][word] = 0;
 }
 
 // [B, S, H] as [B, H, S], which is how cuDNN's backward reads it.
@@ -223,46 +177,6 @@ __global__ void pack_lse_kernel(const float* __restrict__ lse, int64_t S, int64_
   }
 }
 
-void prepare_documents(Stream& stream, const Call& c, const CudnnAttentionShape& s,
-                       ScratchPieces& scratch, CudnnPointers& pointers) {
-  Documents d{};
-  d.table = pointer<const int32_t>(c.segments.table_N4);
-  d.count = pointer<const int32_t>(c.segments.count_1);
-  d.T = s.T;
-  d.B = static_cast<int>(s.B);
-  d.q_row = s.H * s.Q;
-  d.k_row = s.G * s.Q;
-  d.v_row = s.G * s.W;
-  d.o_row = s.H * s.W;
-  d.lse_row = s.H;
-  const auto lengths = [&](CudnnTensor name) {
-    int32_t* const memory = scratch.take<int32_t>(s.B);
-    pointers[name] = memory;
-    return memory;
-  };
-  const auto offsets = [&](CudnnTensor name) {
-    int64_t* const memory = scratch.take<int64_t>(s.B + 1);
-    pointers[name] = memory;
-    return memory;
-  };
-  d.query_lengths = lengths(CudnnTensor::query_lengths);
-  d.key_lengths = lengths(CudnnTensor::key_lengths);
-  d.q_offsets = offsets(CudnnTensor::q_offsets);
-  d.k_offsets = offsets(CudnnTensor::k_offsets);
-  d.v_offsets = offsets(CudnnTensor::v_offsets);
-  d.o_offsets = offsets(CudnnTensor::o_offsets);
-  d.lse_offsets = offsets(CudnnTensor::lse_offsets);
-  const std::array<Tensor, Documents::kOutputs> outputs =
-      c.backward ? std::array{c.dq_THQ, c.dk_UGQ, c.dv_UGW}
-                 : std::array{c.o_THW, c.lse_TH, Tensor()};
-  for (size_t i = 0; i < outputs.size() && outputs[i].defined(); ++i) {
-    d.outputs[i] = pointer<uint32_t>(outputs[i]);
-    d.output_words[i] = outputs[i].row_numel() * dtype_bytes(outputs[i].dtype()) / 4;
-  }
-  documents_kernel<<<static_cast<unsigned>(s.B + 1), 256, 0, cuda(stream)>>>(d);
-  check_launch("the documents of attention");
-}
-
 float* pack_lse(Stream& stream, const Call& c, int64_t length, ScratchPieces& scratch) {
   float* const packed = scratch.take<float>(c.T() * c.H());
   const dim3 grid(static_cast<unsigned>(c.T() / length * ceil_div(length, kLseTile)),
@@ -279,7 +193,7 @@ void run_cudnn(Stream& stream, CudnnAttention& cudnn, const CudnnCall& call, con
   CudnnPointers pointers;
   float* lse = pointer<float>(c.lse_TH);
   if (s.ragged)
-    prepare_documents(stream, c, s, scratch, pointers);
+    prepare_documents(stream, c.segments, s, scratch, pointers);
   else if (s.backward)
     lse = pack_lse(stream, c, s.queries, scratch);
   void* const workspace = scratch.take<char>(call.workspace_bytes);
@@ -298,14 +212,19 @@ void run_cudnn(Stream& stream, CudnnAttention& cudnn, const CudnnCall& call, con
     pointers[CudnnTensor::lse] = lse + i * s.T * s.H;
     cudnn.run(stream, s, pointers, workspace);
   }
+  if (s.ragged && s.backward)
+    clear_between_documents(stream, c.segments, s, {c.dq_THQ}, {c.dk_UGQ, c.dv_UGW});
+  else if (s.ragged)
+    clear_between_documents(stream, c.segments, s, {c.o_THW, c.lse_TH}, {});
 }
 
-// The largest scratch of a call on these tensors, whatever its segments; builds the plans that most
-// steps use.
+// The largest scratch of a call on these tensors, whatever its segments, but of so many queries and
+// keys if not causal; builds the plans that most steps use.
 int64_t largest_scratch(CudnnAttention* cudnn, const CudaDevice& device, Call c) {
   int64_t bytes = tiled_attention_bytes(c.T(), c.U(), c.H());
   c.segments.max_count = ceil_div(c.T(), kPlannedLength);
   for (const bool uniform : {false, true}) {
+    if (uniform && !c.segments.causal) break;
     c.segments.uniform = uniform;
     if (const auto call = cudnn_call(cudnn, device, c))
       bytes = std::max(bytes, call->scratch_bytes());

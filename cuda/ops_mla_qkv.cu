@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t t = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
   const int32_t position = t < m.tokens ? m.rope.positions[t] : 0;
   const unsigned moves = m.H * (m.N + m.W) / kSize;
-  const unsigned keys = groups * columns, turns = keys + m.H * columns;
+  const unsigned keys = groups * columns, turns = m.q ? keys + m.H * columns : keys;
   for (unsigned round = 0; t < m.tokens && round < rounds(moves, turns); ++round) {
     Moves<F, kSize, /*kBackward=*/true> moved;
     moved.load(m, t, threadIdx.x + round * kBatch * blockDim.x, moves);
@@ -240,8 +240,6 @@ void CudaOps::mla_qkv_backward(Stream& stream, const Tensor& dq_THQ, const Tenso
                                const Tensor& dv_THW, const RopeTable& rope,
                                const Tensor& positions_T, const Tensor& dk_rope_TP,
                                const Tensor& dkv_b_THX) {
-  expect_strided(dq_THQ, "mla_qkv_backward: dq_THQ", dk_THQ.dtype(),
-                 {dk_THQ.size(0), dk_THQ.size(1), dk_THQ.size(2)});
   expect_mla("mla_qkv_backward", dq_THQ, dk_rope_TP, dkv_b_THX, rope, positions_T, dk_THQ, dv_THW);
   if (dk_THQ.numel() == 0) return;
   dispatch_f(dk_THQ.dtype(), "mla_qkv_backward", [&]<class F>() {

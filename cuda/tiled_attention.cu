@@ -1,4 +1,4 @@
-// Causal attention in tiles of 16 rows per warp by kKeys columns, with the softmax normalised at
+// Attention in tiles of 16 rows per warp by kKeys columns, with the softmax normalised at
 // the end (FlashAttention-2, Dao 2023, arXiv:2307.08691): o = softmax(scale q k^T) v. See
 // tiled_attention.cuh.
 #include "cuda/tiled_attention.h"
@@ -10,14 +10,15 @@ namespace {
 
 // One warp per segment; `side` is 0 for tiles of queries, 2 for tiles of keys.
 __global__ void segments_of_tiles_kernel(const int32_t* __restrict__ table,
-                                         const int32_t* __restrict__ count, int side, int64_t rows,
-                                         int rows_of_tile, int32_t* first, int32_t* last) {
+                                         const int32_t* __restrict__ count, bool causal, int side,
+                                         int64_t rows, int rows_of_tile, int32_t* first,
+                                         int32_t* last) {
   const int warps = static_cast<int>(gridDim.x * blockDim.x / 32);
   for (int n = static_cast<int>((blockIdx.x * blockDim.x + threadIdx.x) / 32); n < *count;
        n += warps) {
     const int32_t* const row = table + int64_t{4} * n;
     const int64_t begin = row[side], count_of_rows = row[side + 1];
-    if (begin < 0 || row[1] < 0 || row[3] < row[1] || begin + count_of_rows > rows)
+    if (begin < 0 || row[1] < 0 || row[3] < (causal ? row[1] : 1) || begin + count_of_rows > rows)
       __trap();  // the CPU throws
     if (count_of_rows == 0) continue;
     const int64_t last_tile = (begin + count_of_rows - 1) / rows_of_tile;
@@ -124,14 +125,14 @@ __global__ void __launch_bounds__(kMostThreads, 2) attention_kernel(const Forwar
     const int64_t begin = max(block_row, segment.query);
     const int64_t end = min(block_row + rows, segment.query + segment.queries);
     if (begin >= end) continue;
-    // Query row t sees shift + t keys.
-    const int64_t shift = segment.keys - segment.queries - segment.query + 1;
-    const int keys = static_cast<int>(shift + end - 1);
+    // Query row t sees shift + t keys, or all if these are less.
+    const int64_t shift = segment.shift - segment.query + 1;
+    const int keys = static_cast<int>(min(segment.keys, shift + end - 1));
     int visible[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int64_t t = row + 8 * r;
-      visible[r] = begin <= t && t < end ? static_cast<int>(shift + t) : 0;
+      visible[r] = begin <= t && t < end ? static_cast<int>(min(segment.keys, shift + t)) : 0;
     }
     // Keys of a tile are on their way while values before them are multiplied, and values while
     // keys are.
@@ -216,14 +217,15 @@ int64_t tile_table_bytes(int64_t rows) {
 SegmentsOfTiles find_segments(const AttentionSegments& segments, Side side, int64_t rows,
                               int rows_of_tile, int32_t* memory, cudaStream_t stream) {
   const int64_t tiles = ceil_div(rows, rows_of_tile), most = segments.table_N4.size(0);
-  const SegmentsOfTiles found{pointer<const int32_t>(segments.table_N4), memory, memory + tiles};
+  const SegmentsOfTiles found{pointer<const int32_t>(segments.table_N4), memory, memory + tiles,
+                              segments.causal};
   const auto size = static_cast<size_t>(4 * tiles);
   check_cuda(cudaMemsetAsync(memory, 0x7f, size, stream), "clearing attention's tiles");
   check_cuda(cudaMemsetAsync(memory + tiles, 0xff, size, stream), "clearing attention's tiles");
   if (most == 0) return found;
   segments_of_tiles_kernel<<<grid_for(most, 4, 132, 8), 128, 0, stream>>>(
-      found.table, pointer<const int32_t>(segments.count_1), static_cast<int>(side), rows,
-      rows_of_tile, memory, memory + tiles);
+      found.table, pointer<const int32_t>(segments.count_1), segments.causal,
+      static_cast<int>(side), rows, rows_of_tile, memory, memory + tiles);
   check_launch("the segments of attention's tiles");
   return found;
 }

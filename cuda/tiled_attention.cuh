@@ -40,6 +40,7 @@ struct Heads {
 
 struct Segment {
   int64_t query, queries, key, keys;
+  int64_t shift;  // query i sees key j if j <= shift + i
 };
 
 // The segment table and, per tile of rows, the first and the last segment that meets it (none:
@@ -48,10 +49,11 @@ struct SegmentsOfTiles {
   const int32_t* table;
   const int32_t* first;
   const int32_t* last;
+  bool causal;
 
   __device__ Segment operator[](int n) const {
     const int32_t* const row = table + int64_t{4} * n;
-    return {row[0], row[1], row[2], row[3]};
+    return {row[0], row[1], row[2], row[3], causal ? int64_t{row[3]} - row[1] : row[3]};
   }
 };
 

@@ -1,4 +1,4 @@
-// Gradients of causal attention in tiles, after FlashAttention-2 (Dao 2023, arXiv:2307.08691). With
+// Gradients of attention in tiles, after FlashAttention-2 (Dao 2023, arXiv:2307.08691). With
 // s = scale q k^T and p = exp(s - lse):
 //   dv = p^T do,  ds = p (do v^T - delta) scale,  delta = sum(do o),  dq = ds k,  dk = ds^T q
 // dq is computed by query rows, dk and dv by key rows, which computes scores and probabilities
@@ -90,12 +90,11 @@ __global__ void __launch_bounds__(kMostThreads, 2) attention_backward_kernel(con
     const int64_t begin = max(block_row, own);
     const int64_t end = min(block_row + rows, own + (kByKeys ? segment.keys : segment.queries));
     if (begin >= end) continue;
-    // Query i sees key j of the segment if j <= shift + i. Of the other side, [from, to) matters to
-    // this block.
-    const int shift = static_cast<int>(segment.keys - segment.queries);
+    // Of the other side, [from, to) matters to this block.
+    const int shift = static_cast<int>(segment.shift), keys = static_cast<int>(segment.keys);
     const int from = kByKeys ? max(0, static_cast<int>(begin - own) - shift) : 0;
-    const int to =
-        kByKeys ? static_cast<int>(segment.queries) : shift + static_cast<int>(end - own);
+    const int to = kByKeys ? static_cast<int>(segment.queries)
+                           : min(keys, shift + static_cast<int>(end - own));
     for (int member = 0; member < (kByKeys ? a.heads_per_group : 1); ++member) {
       const int column_head =
           kByKeys ? row_head * a.heads_per_group + member : row_head / a.heads_per_group;
@@ -127,7 +126,7 @@ __global__ void __launch_bounds__(kMostThreads, 2) attention_backward_kernel(con
           const int i = static_cast<int>(t - own);
           const bool inside = begin <= t && t < end;
           low[r] = kByKeys ? i - shift - column : 0;
-          high[r] = !inside ? 0 : kByKeys ? to - column : shift + i + 1 - column;
+          high[r] = !inside ? 0 : (kByKeys ? to : min(to, shift + i + 1)) - column;
         }
         const bool any = __any_sync(kAllLanes, max(low[0], 0) < min(high[0], kColumns) ||
                                                    max(low[1], 0) < min(high[1], kColumns));

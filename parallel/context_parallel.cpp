@@ -1,71 +1,100 @@
 #include "parallel/context_parallel.h"
 
-#include "core/dist/sequence_pieces.h"
+#include <algorithm>
 
 namespace dstrain {
+namespace {
 
-ContextParallel::ContextParallel(Communicator& ranks, ExposedTime& exposed, int64_t sequences,
-                                 int64_t sequence_length)
-    : ranks_(ranks), exposed_(exposed) {
-  const int64_t U = sequences * sequence_length;
-  gathered_row_U_.resize(static_cast<size_t>(U));
-  sequence_row_U_.resize(static_cast<size_t>(U));
-  int64_t gathered = 0;
-  for (int rank = 0; rank < ranks.size(); ++rank)
-    for (int64_t s = 0; s < sequences; ++s)
-      for (const SequencePiece& piece : pieces_of(sequence_length, {rank, ranks.size()}))
-        for (int64_t t = piece.begin; t < piece.end; ++t, ++gathered) {
-          const int64_t row = s * sequence_length + t;
-          gathered_row_U_[static_cast<size_t>(row)] = static_cast<int32_t>(gathered);
-          sequence_row_U_[static_cast<size_t>(gathered)] = static_cast<int32_t>(row);
-        }
+KeyRows like(const KeyRows& rows, Arena& arena, const char* tag) {
+  KeyRows made;
+  for (size_t i = 0; i < rows.size(); ++i)
+    if (rows[i].defined()) made[i] = arena.like(rows[i], tag);
+  return made;
 }
 
-void ContextParallel::make_memory(Backend& backend, Stream& stream, const OwnerVisitor& visit) {
-  visit("batch and constants", MemoryKind::device, [&](Arena& arena) {
-    const int64_t U = std::ssize(gathered_row_U_);
-    gathered_row_ = arena.make(DType::i32, {U}, "gathered rows of sequences");
-    sequence_row_ = arena.make(DType::i32, {U}, "sequence rows of gathered rows");
-    if (arena.measuring()) return;
-    backend.copy(stream, gathered_row_.raw(), gathered_row_U_.data(), gathered_row_.bytes());
-    backend.copy(stream, sequence_row_.raw(), sequence_row_U_.data(), sequence_row_.bytes());
-    stream.synchronize();
+void add(DistStream dist, const KeyRows& sum, const KeyRows& more) {
+  for (size_t i = 0; i < sum.size(); ++i)
+    if (sum[i].defined()) dist.ops.add(dist.stream, sum[i], more[i], sum[i]);
+}
+
+}  // namespace
+
+ContextParallel::ContextParallel(Communicator& ranks, Backend& backend, ExposedTime& exposed)
+    : ranks_(ranks),
+      place_{ranks.rank(), ranks.size()},
+      queue_(backend, exposed),
+      arrived_{CommPoint(backend), CommPoint(backend)},
+      given_{CommPoint(backend), CommPoint(backend)} {
+  ranks_.prepare(Connections::exchanges);
+}
+
+void ContextParallel::pass_start(DistStream dist, const KeyRows& rows, Returns returns,
+                                 Arena& arena) {
+  own_rows_ = rows;
+  returns_ = returns == Returns::gradients;
+  turn_ = -1;
+  const size_t buffers = peers() > 1 ? 2 : 1;
+  for (size_t i = 0; i < buffers; ++i) rows_[i] = like(rows, arena, "rows of a peer");
+  if (returns_) {
+    for (size_t i = 0; i < buffers; ++i) gradients_[i] = like(rows, arena, "gradients for a peer");
+    sum_ = like(rows, arena, "gradients by peers");
+    if (peers() > 1) arriving_ = like(rows, arena, "gradients by a peer");
+  }
+  fetch(dist, 0);
+}
+
+// Behind what dist.stream has queued, which is done with the rows that were in the buffer.
+void ContextParallel::fetch(DistStream dist, int peer) {
+  if (dist.dry) return;
+  const auto turn = static_cast<size_t>(peer % 2);
+  const DistStream comm = queue_.after(dist);
+  exchange(comm, visitor(peer), own_rows_, visited(peer), rows_[turn]);
+  arrived_[turn].set(comm);
+}
+
+KvExchange::Peer ContextParallel::next(DistStream dist) {
+  DSTRAIN_CHECK(++turn_ < peers(), "a pass has one turn for each peer");
+  const auto turn = static_cast<size_t>(turn_ % 2);
+  // First the transfer, then the wait: it need not wait for what computes on these rows.
+  if (turn_ + 1 < peers()) fetch(dist, turn_ + 1);
+  arrived_[turn].wait(dist, queue_.exposed(), CommKind::context);
+  if (!returns_) return {rows_[turn], {}};
+  given_[turn].wait(dist, queue_.exposed(), CommKind::context);
+  return {rows_[turn], gradients_[turn]};
+}
+
+void ContextParallel::give(DistStream dist) {
+  if (dist.dry) return;
+  const auto turn = static_cast<size_t>(turn_ % 2);
+  const DistStream comm = queue_.after(dist);
+  const bool first = turn_ == 0;
+  exchange(comm, visited(turn_), gradients_[turn], visitor(turn_), first ? sum_ : arriving_);
+  if (!first)
+    queue_.exposed().beside(CommKind::context, comm.stream, [&] { add(comm, sum_, arriving_); });
+  given_[turn].set(comm);
+}
+
+void ContextParallel::pass_finish(DistStream dist, const KeyRows& gradients) {
+  DSTRAIN_CHECK(turn_ + 1 == peers(), "a pass ends after the last peer");
+  if (dist.dry || !returns_) return;
+  given_[static_cast<size_t>(turn_ % 2)].wait(dist, queue_.exposed(), CommKind::context);
+  add(dist, gradients, sum_);
+}
+
+void ContextParallel::exchange(DistStream comm, int to, const KeyRows& send, int from,
+                               const KeyRows& receive) {
+  queue_.exposed().beside(CommKind::context, comm.stream, [&] {
+    for (size_t i = 0; i < send.size(); ++i) {
+      if (!send[i].defined()) continue;
+      const auto after = [&](std::vector<int64_t>& offsets, int rank) {
+        offsets.assign(static_cast<size_t>(place_.size) + 1, 0);
+        std::fill(offsets.begin() + rank + 1, offsets.end(), send[i].size(0));
+      };
+      after(send_offsets_, to);
+      after(recv_offsets_, from);
+      ranks_.all_to_all(comm.stream, send[i], send_offsets_, receive[i], recv_offsets_);
+    }
   });
-}
-
-Tensor ContextParallel::gather(DistStream dist, const Tensor& x_TGX, Arena& arena, const char* tag) {
-  const int64_t T = x_TGX.size(0), U = T * ranks_.size(), G = x_TGX.size(1), X = x_TGX.size(2);
-  const Tensor whole_UGX = arena.make(x_TGX.dtype(), {U, G, X}, tag);
-  const Tensor by_rank_UGX = arena.make(x_TGX.dtype(), {U, G, X}, "rows of all ranks");
-  if (dist.dry) return whole_UGX;
-  exposed_.on_computing(CommKind::context, dist.stream,
-                        [&] { ranks_.all_gather(dist.stream, x_TGX, by_rank_UGX); });
-  dist.ops.gather_rows(dist.stream, by_rank_UGX.view({U, G * X}), gathered_row_, whole_UGX.view({U, G * X}));
-  return whole_UGX;
-}
-
-KeysValues ContextParallel::gather_finish(DistStream dist, int, const Tensor& k_TGQ, const Tensor& v_TGW,
-                                          const AttentionSegments& local, Arena& arena) {
-  const Tensor k_UGQ = gather(dist, k_TGQ, arena, "keys of whole sequences");
-  const Tensor v_UGW = gather(dist, v_TGW, arena, "values of whole sequences");
-  return {k_UGQ, v_UGW, local};
-}
-
-Tensor ContextParallel::scatter(DistStream dist, const Tensor& dx_UGX, Arena& arena, const char* tag) {
-  const int64_t U = dx_UGX.size(0), T = U / ranks_.size(), G = dx_UGX.size(1), X = dx_UGX.size(2);
-  const Tensor dx_TGX = arena.make(dx_UGX.dtype(), {T, G, X}, tag);
-  const Tensor by_rank_UGX = arena.make(dx_UGX.dtype(), {U, G, X}, "gradients for all ranks");
-  if (dist.dry) return dx_TGX;
-  dist.ops.gather_rows(dist.stream, dx_UGX.view({U, G * X}), sequence_row_, by_rank_UGX.view({U, G * X}));
-  exposed_.on_computing(CommKind::context, dist.stream,
-                        [&] { ranks_.reduce_scatter_sum(dist.stream, by_rank_UGX, dx_TGX); });
-  return dx_TGX;
-}
-
-void ContextParallel::reduce_finish(DistStream dist, int, const Tensor& dk_UGQ, const Tensor& dv_UGW,
-                                    Tensor& dk_TGQ, Tensor& dv_TGW, Arena& arena) {
-  dk_TGQ = scatter(dist, dk_UGQ, arena, "d keys");
-  dv_TGW = scatter(dist, dv_UGW, arena, "d values");
 }
 
 }  // namespace dstrain

@@ -1,37 +1,58 @@
-// Context parallelism: every rank holds two chunks of each sequence (core/engine/batch_slot.h), computes
-// their keys and values, and gathers those of the whole sequences for its attention; gradients come back
-// summed over ranks. Gathered keys lie in sequence order, so that a document's keys are neighbours.
+// Context parallelism: every rank holds two chunks of each sequence (core/dist/sequence_pieces.h),
+// and rows of the others come to it one rank after another, beside what it computes, as gradients
+// go back.
+//
+// Rows lie in two buffers that take turns: those of the next peer arrive while those of this one
+// are used. So do gradients on their way out. What arrives of them is added up in the order of
+// arrival, which follows from the layout.
 #pragma once
 
+#include <array>
+#include <cstdint>
+#include <vector>
+
 #include "core/dist/dist_context.h"
-#include "parallel/exposed_time.h"
+#include "core/dist/sequence_pieces.h"
+#include "parallel/comm_queue.h"
 
 namespace dstrain {
 
 class ContextParallel : public KvExchange {
  public:
-  // sequences and sequence_length of a micro-batch.
-  ContextParallel(Communicator& ranks, ExposedTime& exposed, int64_t sequences,
-                  int64_t sequence_length);
-  // The row tables; run on measuring arenas, then on real ones.
-  void make_memory(Backend& backend, Stream& stream, const OwnerVisitor& visit);
+  // A collective call of all ranks, whose communicator is for this alone.
+  ContextParallel(Communicator& ranks, Backend& backend, ExposedTime& exposed);
 
-  void gather_start(DistStream, int, const Tensor&, const Tensor&) override {}
-  KeysValues gather_finish(DistStream dist, int layer, const Tensor& k_TGQ, const Tensor& v_TGW,
-                           const AttentionSegments& local, Arena& arena) override;
-  void reduce_start(DistStream, int, const Tensor&, const Tensor&) override {}
-  void reduce_finish(DistStream dist, int layer, const Tensor& dk_UGQ, const Tensor& dv_UGW,
-                     Tensor& dk_TGQ, Tensor& dv_TGW, Arena& arena) override;
+  int peers() const override { return place_.size - 1; }
+  KeysValues own(DistStream, int, const Tensor& k_TGQ, const Tensor& v_TGW,
+                 const AttentionSegments& local) override {
+    return {k_TGQ, v_TGW, local};
+  }
+  void pass_start(DistStream dist, const KeyRows& rows, Returns returns, Arena& arena) override;
+  Peer next(DistStream dist) override;
+  void give(DistStream dist) override;
+  void pass_finish(DistStream dist, const KeyRows& gradients) override;
 
  private:
-  Tensor gather(DistStream dist, const Tensor& x_TGX, Arena& arena, const char* tag);
-  Tensor scatter(DistStream dist, const Tensor& dx_UGX, Arena& arena, const char* tag);
+  using Buffers = std::array<KeyRows, 2>;  // take turns
+
+  void fetch(DistStream dist, int peer);
+  void exchange(DistStream comm, int to, const KeyRows& send, int from, const KeyRows& receive);
+  // This rank turns to one, and at the same time the other turns to this one.
+  int visited(int peer) const { return peer_of(place_, peer); }
+  int visitor(int peer) const { return (place_.rank + place_.size - 1 - peer) % place_.size; }
 
   Communicator& ranks_;
-  ExposedTime& exposed_;
-  // Where row u of the sequences lies in the ranks' rows one after another, and the other way round.
-  std::vector<int32_t> gathered_row_U_, sequence_row_U_;
-  Tensor gathered_row_, sequence_row_;
+  const AxisPlace place_;
+  CommQueue queue_;
+  std::array<CommPoint, 2> arrived_, given_;  // by turn
+  std::vector<int64_t> send_offsets_, recv_offsets_;
+
+  // Of the pass that is under way.
+  KeyRows own_rows_;
+  Buffers rows_, gradients_;
+  KeyRows arriving_, sum_;  // gradients for this rank's rows: from one peer, from all so far
+  bool returns_ = false;
+  int turn_ = -1;  // the peer whose rows are used
 };
 
 }  // namespace dstrain

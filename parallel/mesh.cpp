@@ -100,8 +100,6 @@ ProcessMesh::ProcessMesh(const MeshShape& shape, Communicator& world, Backend& b
   DSTRAIN_CHECK(shape.stage_ranks() % shape.expert == 0, "experts fold over whole runs of ranks");
   place_ = place_of(shape, world.rank());
   for (int i = 0; i < kMeshGroups; ++i) make_group(static_cast<MeshGroup>(i), backend);
-  group(MeshGroup::pipeline).prepare(Connections::messages);
-  group(MeshGroup::expert).prepare(Connections::exchanges);
 }
 
 ProcessMesh::ProcessMesh(const MeshShape& shape, int world_rank, Backend& backend)

@@ -44,8 +44,7 @@ std::string draw_mesh(const Config& config, const MeshShape& shape);
 // Kinds whose calls all run on the same stream, one after another. Other kinds run beside others.
 inline constexpr std::array kMeshGroupsOfSums = {MeshGroup::stage, MeshGroup::data,
                                                  MeshGroup::data_context, MeshGroup::expert_data};
-inline constexpr std::array kMeshGroupsOfLayers = {MeshGroup::context, MeshGroup::tensor,
-                                                   MeshGroup::tensor_context};
+inline constexpr std::array kMeshGroupsOfLayers = {MeshGroup::tensor, MeshGroup::tensor_context};
 
 // This rank's place and communicators. Making one is a collective call of all ranks of `world`,
 // which must be shape.ranks() ranks and outlive the mesh, as must the backend. Groups of one rank

@@ -56,9 +56,7 @@ RankDistribution::RankDistribution(const Config& config, ProcessMesh& mesh, Back
   if (place.expert.size > 1)
     experts_.emplace(mesh.group(MeshGroup::expert), backend, exposed_,
                      config.parallel.expert_buffer);
-  if (place.context.size > 1)
-    context_.emplace(mesh.group(MeshGroup::context), exposed_, config.train.micro_batch,
-                     config.data.seq_len);
+  if (place.context.size > 1) context_.emplace(mesh.group(MeshGroup::context), backend, exposed_);
   if (place.tensor.size * place.context.size > 1)
     sequences_.emplace(mesh.group(MeshGroup::tensor_context), exposed_,
                        place.tensor.size > 1 ? CommKind::tensor : CommKind::context);
@@ -163,10 +161,6 @@ void RankDistribution::measure_sums(ParameterSet& parameters, const ZeroOptions&
     else
       auto_->measure(group, options, reduce_[number_of(group)].ranks, largest[number_of(group)],
                      mesh_.world(), backend_);
-}
-
-void RankDistribution::make_memory(Backend& backend, Stream& stream, const OwnerVisitor& visit) {
-  if (context_) context_->make_memory(backend, stream, visit);
 }
 
 void RankDistribution::sum_over_ranks(DistStream dist, const Tensor& x) {

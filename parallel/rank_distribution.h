@@ -1,5 +1,5 @@
-// What engines and layers of one rank of a job are given (core/dist/distribution.h), over the communicators
-// of its mesh. Axes of one rank get the local versions.
+// What engines and layers of one rank of a job are given (core/dist/distribution.h), over the
+// communicators of its mesh. Axes of one rank get the local versions.
 #pragma once
 
 #include <array>
@@ -24,10 +24,10 @@ namespace dstrain {
 
 class RankDistribution : public Distribution {
  public:
-  // `node` names the machine of this rank. Making one is a collective call of all ranks; mesh and backend
-  // outlive it. `earlier`: of the checkpoint that the job goes on from.
-  RankDistribution(const Config& config, ProcessMesh& mesh, Backend& backend, const std::string& node,
-                   const EarlierCompression& earlier = {});
+  // `node` names the machine of this rank. Making one is a collective call of all ranks; mesh and
+  // backend outlive it. `earlier`: of the checkpoint that the job goes on from.
+  RankDistribution(const Config& config, ProcessMesh& mesh, Backend& backend,
+                   const std::string& node, const EarlierCompression& earlier = {});
 
   const RankPlace& place() const override { return mesh_.place(); }
   TensorParallel& tensor() override;
@@ -36,11 +36,10 @@ class RankDistribution : public Distribution {
   SequenceSums& sequences() override;
   std::unique_ptr<ParamStore> make_param_store(ParameterSet& parameters,
                                                const ParamStoreOptions& options) override;
-  void make_memory(Backend& backend, Stream& stream, const OwnerVisitor& visit) override;
   void sum_over_ranks(DistStream dist, const Tensor& x) override;
 
-  // What gradients cost on the wire since the start, over this rank's stores, which must still live;
-  // seconds are those of the steps taken.
+  // What gradients cost on the wire since the start, over this rank's stores, which must still
+  // live; seconds are those of the steps taken.
   GradTraffic traffic() const;
   // How long computing waits in all of these.
   ExposedTime& exposed() { return exposed_; }

@@ -1,4 +1,4 @@
-// Causal attention in tiles of queries by keys, with the softmax normalised at the end
+// Attention in tiles of queries by keys, with the softmax normalised at the end
 // (FlashAttention-2, Dao 2023, arXiv:2307.08691). With s = scale q k^T and p = exp(s - lse):
 //   o = p v,  dv = p^T do,  ds = p (do v^T - delta) scale,  delta = sum(do o)
 //   dq = ds k,  dk = ds^T q
@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <string>
 
 #include "core/backend/cpu_gemm.h"
@@ -211,7 +212,7 @@ void backward_keys(const Backward<F>& op, const Segments& segments, int64_t begi
     const int64_t k_begin = std::max<int64_t>(0, begin - s.key),
                   k_end = std::min(end, s.key_end()) - s.key;
     if (k_begin >= k_end) continue;
-    const int64_t first_query = std::max<int64_t>(0, k_begin - (s.keys - s.queries));
+    const int64_t first_query = s.first_query(k_begin);
     for (int64_t h = g * op.heads_per_group; h < (g + 1) * op.heads_per_group; ++h) {
       for (int64_t i = first_query; i < s.queries; i += kQueries)
         op.block(QueryBlocks::block(s, i), h, k_begin, k_end, Wanted::dkv, scratch);
@@ -229,6 +230,18 @@ void check_shapes(const Tensor& q, const Tensor& k, const Tensor& v, const Tenso
   expect_strided(v, "attention: v_UGW", q.dtype(), {k.size(0), G, v.size(2)});
   expect_strided(o, "attention: o_THW", q.dtype(), {T, H, v.size(2)});
   expect(lse, "attention: lse_TH", q.dtype(), {T, H});
+}
+
+// Of one row and head (Ops::merge_attention).
+template <class F>
+void merge_row(const F* __restrict__ part, F part_lse, F* __restrict__ o, int64_t width, F& lse) {
+  const double largest = std::max(lse, part_lse);
+  const double own = std::exp(lse - largest), other = std::exp(part_lse - largest),
+               sum = own + other;
+  const F share = static_cast<F>(other / sum);
+#pragma omp simd
+  for (int64_t j = 0; j < width; ++j) o[j] += share * (part[j] - o[j]);
+  lse = static_cast<F>(largest + std::log(sum));
 }
 
 void clear_rows(ThreadPool& pool, const Tensor& x) {
@@ -328,6 +341,28 @@ void CpuOps::attention_backward(Stream&, const Tensor& do_THW, const Tensor& q_T
         op.block(b, (task - key_tasks) % H, 0, b.segment.keys, Wanted::dq, memory);
       }
     });
+  });
+}
+
+void CpuOps::merge_attention(Stream&, const Tensor& part_THW, const Tensor& part_lse_TH,
+                             const AttentionSegments& segments, const Tensor& o_THW,
+                             const Tensor& lse_TH) {
+  const DType dtype = o_THW.dtype();
+  const int64_t T = o_THW.size(0), H = o_THW.size(1), W = o_THW.size(2);
+  expect(o_THW, "merge_attention: o_THW", dtype, {T, H, W});
+  expect(part_THW, "merge_attention: part_THW", dtype, {T, H, W});
+  expect(lse_TH, "merge_attention: lse_TH", dtype, {T, H});
+  expect(part_lse_TH, "merge_attention: part_lse_TH", dtype, {T, H});
+  const Segments table(segments, T, std::numeric_limits<int64_t>::max());
+  dispatch_float(dtype, [&]<class F>() {
+    for (int64_t n = 0; n < table.count(); ++n) {
+      const Segment segment = table[n];
+      pool_.run_ranges(segment.queries * H, rows_per_task(W), [&](int64_t begin, int64_t end) {
+        for (int64_t i = segment.query * H + begin; i < segment.query * H + end; ++i)
+          merge_row(part_THW.data<F>() + i * W, part_lse_TH.data<F>()[i], o_THW.data<F>() + i * W,
+                    W, lse_TH.data<F>()[i]);
+      });
+    }
   });
 }
 

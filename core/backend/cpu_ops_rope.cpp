@@ -149,7 +149,7 @@ void CpuOps::mla_qkv_backward(Stream&, const Tensor& dq_THQ, const Tensor& dk_TH
   const DType dtype = dk_THQ.dtype();
   const auto [T, H, Q, P, N, W] = MlaShape(dk_THQ, dv_THW, rope);
   expect_rope(rope, positions_T, dtype, T, Q);
-  expect_strided(dq_THQ, "mla_qkv_backward: dq_THQ", dtype, {T, H, Q});
+  if (dq_THQ.defined()) expect_strided(dq_THQ, "mla_qkv_backward: dq_THQ", dtype, {T, H, Q});
   expect_strided(dv_THW, "mla_qkv_backward: dv_THW", dtype, {T, H, W});
   expect_strided(dk_rope_TP, "mla_qkv_backward: dk_rope_TP", dtype, {T, P});
   expect_strided(dkv_b_THX, "mla_qkv_backward: dkv_b_THX", dtype, {T, H, N + W});
@@ -157,15 +157,16 @@ void CpuOps::mla_qkv_backward(Stream&, const Tensor& dq_THQ, const Tensor& dk_TH
     pool_.run_ranges(T, rows_per_task(H * (Q + W)), [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {
         const auto rotation = rotation_at<F>(rope, positions_T, t, F(-1));
-        F* const dq = row<F>(dq_THQ, t);
+        if (dq_THQ.defined()) {
+          F* const dq = row<F>(dq_THQ, t) + N;
+          for (int64_t h = 0; h < H; ++h) rotation.apply(dq + h * Q, dq + h * Q);
+        }
         const F* const dk = row<F>(dk_THQ, t);
         const F* const dv = row<F>(dv_THW, t);
         F* const dkv_b = row<F>(dkv_b_THX, t);
         F* const dk_rope = row<F>(dk_rope_TP, t);
         std::fill(dk_rope, dk_rope + P, F(0));
         for (int64_t h = 0; h < H; ++h) {
-          F* const dq_head = dq + h * Q + N;
-          rotation.apply(dq_head, dq_head);
           const F* const dk_head = dk + h * Q;
           F* const dkv_head = dkv_b + h * (N + W);
           copy(dk_head, N, dkv_head);

@@ -13,15 +13,20 @@ namespace dstrain {
 
 struct Segment {
   int64_t query, queries, key, keys;
+  bool causal;
   // How many keys query i sees; they are the first ones.
-  int64_t visible(int64_t i) const { return keys - queries + i + 1; }
+  int64_t visible(int64_t i) const { return causal ? keys - queries + i + 1 : keys; }
+  // The first query that sees key j.
+  int64_t first_query(int64_t j) const {
+    return causal ? std::max<int64_t>(0, j - (keys - queries)) : 0;
+  }
   int64_t key_end() const { return key + keys; }
 };
 
 // Reads and checks the segment table.
 class Segments {
  public:
-  Segments(const AttentionSegments& segments, int64_t T, int64_t U) {
+  Segments(const AttentionSegments& segments, int64_t T, int64_t U) : causal_(segments.causal) {
     const Tensor& table = segments.table_N4;
     expect(table, "the segment table", DType::i32, {table.size(0), 4});
     DSTRAIN_CHECK(segments.count_1.defined() && segments.count_1.dtype() == DType::i32,
@@ -32,7 +37,7 @@ class Segments {
     for (int64_t n = 0; n < count_; ++n) {
       const Segment s = (*this)[n];
       DSTRAIN_CHECK(s.query >= 0 && s.queries >= 0 && s.query + s.queries <= T && s.key >= 0 &&
-                        s.keys >= s.queries && s.key_end() <= U,
+                        s.keys >= (causal_ ? s.queries : 1) && s.key_end() <= U,
                     "segment " + std::to_string(n) + " lies outside of the queries or keys");
       queries_ += s.queries;
     }
@@ -42,10 +47,11 @@ class Segments {
   int64_t queries() const { return queries_; }  // of all segments
   Segment operator[](int64_t n) const {
     const int32_t* const row = rows_ + 4 * n;
-    return {row[0], row[1], row[2], row[3]};
+    return {row[0], row[1], row[2], row[3], causal_};
   }
 
  private:
+  bool causal_;
   const int32_t* rows_ = nullptr;
   int64_t count_ = 0;
   int64_t queries_ = 0;

@@ -38,6 +38,8 @@ class NullOps : public Ops {
   void attention_backward(Stream&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                           const Tensor&, const Tensor&, const AttentionSegments&, double,
                           const Tensor&, const Tensor&, const Tensor&) override {}
+  void merge_attention(Stream&, const Tensor&, const Tensor&, const AttentionSegments&,
+                       const Tensor&, const Tensor&) override {}
   void add_bias(Stream&, const Tensor&, const Tensor&) override {}
   void bias_backward(Stream&, const Tensor&, Accumulate, const Tensor&) override {}
   void router_topk(Stream&, const Tensor&, const Tensor&, const RouterParams&, const Tensor&,
@@ -46,19 +48,20 @@ class NullOps : public Ops {
                       const Tensor&) override {}
   void router_backward(Stream&, const Tensor&, const Tensor&, const Tensor&, const RouterParams&,
                        const Tensor&, const RowsOfSequences&, const Tensor&) override {}
-  void balance_statistics(Stream&, const Tensor&, const Tensor&, const RowsOfSequences&, const Tensor&,
-                          const Tensor&) override {}
+  void balance_statistics(Stream&, const Tensor&, const Tensor&, const RowsOfSequences&,
+                          const Tensor&, const Tensor&) override {}
   void balance_loss(Stream&, const Tensor&, const Tensor&, int64_t, int64_t, double, const Tensor&,
                     const Tensor&) override {}
   void count_experts(Stream&, const Tensor&, const Tensor&) override {}
-  void router_bias_update(Stream&, const Tensor&, double, const StepScalars*, const Tensor&) override {}
+  void router_bias_update(Stream&, const Tensor&, double, const StepScalars*,
+                          const Tensor&) override {}
   void sort_by_expert(Stream&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                       const Tensor&, const Tensor&) override {}
   void combine_rows(Stream&, const Tensor&, const Tensor&, const Tensor&, const Tensor&) override {}
   void gather_rows(Stream&, const Tensor&, const Tensor&, const Tensor&) override {}
   void count_tokens_by_rank(Stream&, const Tensor&, int64_t, const Tensor&) override {}
-  void address_tokens(Stream&, const Tensor&, const Tensor&, int64_t, int64_t, int64_t, const Tensor&,
-                      const Tensor&, const Tensor&) override {}
+  void address_tokens(Stream&, const Tensor&, const Tensor&, int64_t, int64_t, int64_t,
+                      const Tensor&, const Tensor&, const Tensor&) override {}
   void embedding(Stream&, const Tensor&, const Tensor&, int64_t, const Tensor&) override {}
   void embedding_backward(Stream&, const Tensor&, const Tensor&, int64_t, Accumulate,
                           const Tensor&) override {}

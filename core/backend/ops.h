@@ -4,8 +4,8 @@
 //  - A call is asynchronous on its stream; inputs and outputs must stay valid until it has passed.
 //    No call allocates or makes the host wait.
 //  - Element types: F is f32, bf16 (CUDA) or f64 (CPU, for gradient checks). Statistics S (rstd,
-//    log-sum-exp, scores, routing weights) are f32, or f64 where F is f64. Parameter gradients are f32
-//    (f64 with F = f64) whatever F is. Sums are f32 or better.
+//    log-sum-exp, scores, routing weights) are f32, or f64 where F is f64. Parameter gradients are
+//    f32 (f64 with F = f64) whatever F is. Sums are f32 or better.
 //  - Parameter gradients follow `Accumulate`; activation gradients are overwritten unless said.
 //  - Empty is legal: zero tokens, experts without rows.
 //  - Outputs do not overlap inputs unless the op says "in place" or "may alias".
@@ -40,17 +40,21 @@ struct RopeTable {
 
 // Which queries see which keys. Row n of `table_N4` (i32) is {query begin, query count, key begin,
 // key count}; queries are the last `query count` of the keys: query j sees keys up to and including
-// key count - query count + j (causal, aligned at the end). Each query row is in exactly one segment;
-// key ranges may overlap between segments. Rows at and after `count_1` are unused.
+// key count - query count + j (causal, aligned at the end). Each query row is in exactly one
+// segment; key ranges may overlap between segments. Rows at and after `count_1` are unused. Not
+// causal: every query of a segment sees all of its keys, of which there are any number but none. A
+// query row may be in no segment; queries and keys both ascend from segment to segment without
+// overlap.
 struct AttentionSegments {
   Tensor table_N4;
   Tensor count_1;           // i32
   int64_t max_queries = 0;  // upper bounds over segments, for launch shapes
   int64_t max_keys = 0;
-  int64_t max_count = 0;    // upper bound of count_1; 0: the table's rows
-  // All rows of the table are used, each with max_queries queries and max_keys keys, one after the other:
-  // the tensors are batches of sequences of one length.
+  int64_t max_count = 0;  // upper bound of count_1; 0: the table's rows
+  // All rows of the table are used, each with max_queries queries and max_keys keys, one after the
+  // other: the tensors are batches of sequences of one length.
   bool uniform = false;
+  bool causal = true;
 };
 
 enum class RouterScoring { softmax, sigmoid };
@@ -73,8 +77,9 @@ struct CrossEntropyTargets {
   Tensor soft_index_TK, soft_prob_TK;  // i32, S
 };
 
-// What a step reads from device memory, so that a captured graph can be replayed. The host writes the
-// inputs before each step and `updates` when a run starts or resumes; clip_scale writes the rest.
+// What a step reads from device memory, so that a captured graph can be replayed. The host writes
+// the inputs before each step and `updates` when a run starts or resumes; clip_scale writes the
+// rest.
 struct StepInputs {
   double lr = 0;
   double loss_scale = 1;  // factor of d(loss)/d(token loss): 1 / valid tokens of the global batch
@@ -85,8 +90,8 @@ struct StepScalars {
   double grad_scale = 1;        // clipping coefficient
   double bias_correction1 = 1;  // 1 - beta1^updates
   double bias_correction2 = 1;
-  int64_t updates = 0;          // applied so far, the one of this step included
-  int32_t finite = 1;           // 0: the update is skipped
+  int64_t updates = 0;  // applied so far, the one of this step included
+  int32_t finite = 1;   // 0: the update is skipped
   int32_t unused = 0;
 };
 
@@ -106,10 +111,10 @@ class Ops {
   virtual ~Ops() = default;
 
   // --- matrix products -------------------------------------------------------------------------
-  // c[M,N] = alpha * op(a) op(b) + beta * c. a, b, c are matrices whose rows may be strided. a and b are F;
-  // c is F or S (router logits, weight gradients). For the router, one of a and b may be S beside
-  // an F: it is not rounded to F (logit gradients have to stay in f32), and c is F or S. Products are
-  // summed in S. beta 0 ignores what c held.
+  // c[M,N] = alpha * op(a) op(b) + beta * c. a, b, c are matrices whose rows may be strided. a and
+  // b are F; c is F or S (router logits, weight gradients). For the router, one of a and b may be S
+  // beside an F: it is not rounded to F (logit gradients have to stay in f32), and c is F or S.
+  // Products are summed in S. beta 0 ignores what c held.
   virtual void matmul(Stream&, Trans ta, Trans tb, double alpha, const Tensor& a, const Tensor& b,
                       double beta, const Tensor& c) = 0;
 
@@ -130,44 +135,46 @@ class Ops {
                                               const Tensor& x_index_R, const Tensor& offsets_E1,
                                               Accumulate accumulate, const Tensor& dweight_EOI) = 0;
 
-  // --- gated feed-forward (SwiGLU; Shazeer 2020, arXiv:2002.05202), dense or grouped --------------
-  // gate_up_R2I = x W_e^T (gate in the first I columns, up in the last);
-  // h_RI = silu(gate) * up * row_weight.  weight_E2ID is [E, 2I, D]; row_weight_R (S) may be absent.
+  // --- gated feed-forward (SwiGLU; Shazeer 2020, arXiv:2002.05202), dense or grouped
+  // -------------- gate_up_R2I = x W_e^T (gate in the first I columns, up in the last); h_RI =
+  // silu(gate) * up * row_weight.  weight_E2ID is [E, 2I, D]; row_weight_R (S) may be absent.
   virtual void ffn_up(Stream&, const Tensor& x_XD, const Tensor& row_index_R,
                       const Tensor& weight_E2ID, const Tensor& offsets_E1,
                       const Tensor& row_weight_R, const Tensor& gate_up_R2I,
                       const Tensor& h_RI) = 0;
   // From the gradient of y = h W_down^T: dh = dy W_down, then through the product above.
-  // Writes dgate_up, h once more (backward_weight of W_down needs it) and, if row weights are present,
-  // drow_weight[r] = sum_i dh[r,i] silu(gate) up.  weight_EDI is [E, D, I].
+  // Writes dgate_up, h once more (backward_weight of W_down needs it) and, if row weights are
+  // present, drow_weight[r] = sum_i dh[r,i] silu(gate) up.  weight_EDI is [E, D, I].
   virtual void ffn_down_backward_input(Stream&, const Tensor& dy_XD, const Tensor& row_index_R,
                                        const Tensor& weight_EDI, const Tensor& offsets_E1,
                                        const Tensor& gate_up_R2I, const Tensor& row_weight_R,
                                        const Tensor& dgate_up_R2I, const Tensor& h_RI,
                                        const Tensor& drow_weight_R) = 0;
 
-  // --- normalisation -------------------------------------------------------------------------------
-  // sum = x + delta (delta absent: sum = x and sum_TD may be absent), rstd = 1/sqrt(mean(sum^2) + eps),
-  // y = sum * rstd * weight.  x and y may be strided. sum may alias x.
+  // --- normalisation
+  // ------------------------------------------------------------------------------- sum = x + delta
+  // (delta absent: sum = x and sum_TD may be absent), rstd = 1/sqrt(mean(sum^2) + eps), y = sum *
+  // rstd * weight.  x and y may be strided. sum may alias x.
   virtual void add_rms_norm(Stream&, const Tensor& x_TD, const Tensor& delta_TD,
                             const Tensor& weight_D, double eps, const Tensor& sum_TD,
                             const Tensor& y_TD, const Tensor& rstd_T) = 0;
-  // dx = dresidual + d(norm)/d(sum); dresidual may be absent, dx may alias it. x_TD is the sum above.
-  // x, dy and dx may be strided.
+  // dx = dresidual + d(norm)/d(sum); dresidual may be absent, dx may alias it. x_TD is the sum
+  // above. x, dy and dx may be strided.
   virtual void rms_norm_backward(Stream&, const Tensor& dy_TD, const Tensor& x_TD,
                                  const Tensor& weight_D, const Tensor& rstd_T,
                                  const Tensor& dresidual_TD, Accumulate accumulate,
                                  const Tensor& dx_TD, const Tensor& dweight_D) = 0;
 
-  // --- attention -------------------------------------------------------------------------------------
-  // MLA (DeepSeek-V2, arXiv:2405.04434). Rotates the last rope_dim of each query head in place; k is
+  // --- attention
+  // ------------------------------------------------------------------------------------- MLA
+  // (DeepSeek-V2, arXiv:2405.04434). Rotates the last rope_dim of each query head in place; k is
   // [nope part of kv_b | rotated k_rope], k_rope shared by all heads; v is the last W of kv_b.
   // q_THQ [T,H,Q] (absent: only k and v), k_rope_TP [T, rope_dim] (strided), kv_b_THX
   // [T,H,Q-rope_dim+W], positions_T i32.
-  virtual void mla_qkv(Stream&, const Tensor& q_THQ, const Tensor& k_rope_TP, const Tensor& kv_b_THX,
-                       const RopeTable& rope, const Tensor& positions_T, const Tensor& k_THQ,
-                       const Tensor& v_THW) = 0;
-  // Rotates dq back in place; dk_rope_TP (strided) sums over heads.
+  virtual void mla_qkv(Stream&, const Tensor& q_THQ, const Tensor& k_rope_TP,
+                       const Tensor& kv_b_THX, const RopeTable& rope, const Tensor& positions_T,
+                       const Tensor& k_THQ, const Tensor& v_THW) = 0;
+  // Rotates dq (may be absent) back in place; dk_rope_TP (strided) sums over heads.
   virtual void mla_qkv_backward(Stream&, const Tensor& dq_THQ, const Tensor& dk_THQ,
                                 const Tensor& dv_THW, const RopeTable& rope,
                                 const Tensor& positions_T, const Tensor& dk_rope_TP,
@@ -181,25 +188,35 @@ class Ops {
                                 const Tensor& dv_TGW, const RopeTable& rope,
                                 const Tensor& positions_T, const Tensor& dqkv_TX) = 0;
   // o = softmax(scale q k^T) v within segments; log-sum-exp per query and head for backward
-  // (FlashAttention-2, Dao 2023, arXiv:2307.08691). Head h reads key/value head h / (H/G).
+  // (FlashAttention-2, Dao 2023, arXiv:2307.08691). Head h reads key/value head h / (H/G). Query
+  // rows in no segment get zeros.
   virtual void attention(Stream&, const Tensor& q_THQ, const Tensor& k_UGQ, const Tensor& v_UGW,
                          const AttentionSegments& segments, double scale, const Tensor& o_THW,
                          const Tensor& lse_TH) = 0;
-  // dk and dv are overwritten; key rows in no segment get zeros.
+  // dq, dk and dv are overwritten, with zeros in rows of no segment. o and lse may be those of
+  // attention to more keys than these (merge_attention): then the gradients are what these keys
+  // add.
   virtual void attention_backward(Stream&, const Tensor& do_THW, const Tensor& q_THQ,
                                   const Tensor& k_UGQ, const Tensor& v_UGW, const Tensor& o_THW,
                                   const Tensor& lse_TH, const AttentionSegments& segments,
                                   double scale, const Tensor& dq_THQ, const Tensor& dk_UGQ,
                                   const Tensor& dv_UGW) = 0;
+  // o and lse of attention to some keys become those of attention to these and the keys of the
+  // other part, in the query rows of the part's segments; other rows stay. With m = log(exp lse +
+  // exp part_lse): o = exp(lse - m) o + exp(part_lse - m) part, lse = m. All contiguous.
+  virtual void merge_attention(Stream&, const Tensor& part_THW, const Tensor& part_lse_TH,
+                               const AttentionSegments& segments, const Tensor& o_THW,
+                               const Tensor& lse_TH) = 0;
   // x += bias per row; dbias (+)= sum over rows.
   virtual void add_bias(Stream&, const Tensor& x_TD, const Tensor& bias_D) = 0;
   virtual void bias_backward(Stream&, const Tensor& dy_TD, Accumulate accumulate,
                              const Tensor& dbias_D) = 0;
 
-  // --- routing -------------------------------------------------------------------------------------
-  // scores = softmax or sigmoid of logits (S [T,E]); experts are chosen by scores + bias (bias_E
-  // absent: 0) among the best groups; ties go to the lower index. weights are the chosen scores
-  // without bias, normalised and scaled. indices_TK is in descending order of choice.
+  // --- routing
+  // ------------------------------------------------------------------------------------- scores =
+  // softmax or sigmoid of logits (S [T,E]); experts are chosen by scores + bias (bias_E absent: 0)
+  // among the best groups; ties go to the lower index. weights are the chosen scores without bias,
+  // normalised and scaled. indices_TK is in descending order of choice.
   virtual void router_topk(Stream&, const Tensor& logits_TE, const Tensor& bias_E,
                            const RouterParams& params, const Tensor& scores_TE,
                            const Tensor& indices_TK, const Tensor& weights_TK) = 0;
@@ -219,8 +236,8 @@ class Ops {
                                   const RowsOfSequences& rows, const Tensor& load_SE,
                                   const Tensor& prob_SE) = 0;
   // DeepSeek-V3 (arXiv:2412.19437) eq. 17-20: loss_1 (f64) += alpha * sum_s sum_e f_e P_e with
-  // f_e = load E / (K n), P_e = prob / n, n tokens in the sequence; coeff = d loss / d prob. The caller
-  // divides alpha by the sequences of the global batch.
+  // f_e = load E / (K n), P_e = prob / n, n tokens in the sequence; coeff = d loss / d prob. The
+  // caller divides alpha by the sequences of the global batch.
   virtual void balance_loss(Stream&, const Tensor& load_SE, const Tensor& prob_SE,
                             int64_t tokens_per_sequence, int64_t experts_per_token, double alpha,
                             const Tensor& loss_1, const Tensor& coeff_SE) = 0;
@@ -264,8 +281,9 @@ class Ops {
                               const Tensor& token_of_row_Z, const Tensor& row_of_token_TN,
                               const Tensor& choices_ZK) = 0;
 
-  // --- embedding and loss -----------------------------------------------------------------------------
-  // weight holds rows [vocab_begin, vocab_begin + its size) of the vocabulary; other tokens give zeros.
+  // --- embedding and loss
+  // ----------------------------------------------------------------------------- weight holds rows
+  // [vocab_begin, vocab_begin + its size) of the vocabulary; other tokens give zeros.
   virtual void embedding(Stream&, const Tensor& tokens_T, const Tensor& weight_VD,
                          int64_t vocab_begin, const Tensor& x_TD) = 0;
   virtual void embedding_backward(Stream&, const Tensor& tokens_T, const Tensor& dx_TD,
@@ -292,8 +310,9 @@ class Ops {
                                       const Tensor& lse_T, const StepScalars* scalars,
                                       double factor) = 0;
 
-  // --- optimizer -----------------------------------------------------------------------------------
-  // sum_1 (f64) += sum of squares, in an order that depends on x's length only.
+  // --- optimizer
+  // ----------------------------------------------------------------------------------- sum_1 (f64)
+  // += sum of squares, in an order that depends on x's length only.
   virtual void add_sum_squares(Stream&, const Tensor& x, const Tensor& sum_1) = 0;
   // grad_norm = sqrt(sum); grad_scale = min(1, max_norm / (norm + 1e-6)) (1 if max_norm is 0);
   // finite = whether the sum is; if so, the next update's number and bias corrections. scalars is
@@ -301,25 +320,28 @@ class Ops {
   virtual void clip_scale(Stream&, const Tensor& sum_1, double max_norm, double beta1, double beta2,
                           StepScalars* scalars) = 0;
   // Decoupled AdamW (Loshchilov & Hutter, arXiv:1711.05101) over a flat range; does nothing if
-  // scalars->finite is 0. g = grad * grad_scale; p -= lr * (weight_decay * p + m^ / (sqrt(v^) + eps)).
-  // param is F. A bf16 param needs param_low (u16, absent otherwise): together they are the f32 master
-  // value, whose lower 16 bits are param_low and whose nearest bf16, ties away from zero, is param. grad
-  // is S; moments are S or bf16.
+  // scalars->finite is 0. g = grad * grad_scale; p -= lr * (weight_decay * p + m^ / (sqrt(v^) +
+  // eps)). param is F. A bf16 param needs param_low (u16, absent otherwise): together they are the
+  // f32 master value, whose lower 16 bits are param_low and whose nearest bf16, ties away from
+  // zero, is param. grad is S; moments are S or bf16.
   virtual void adamw(Stream&, const AdamWParams& params, const StepScalars* scalars,
                      const Tensor& grad, const Tensor& param, const Tensor& param_low,
                      const Tensor& exp_avg, const Tensor& exp_avg_sq) = 0;
 
-  // --- elementwise -----------------------------------------------------------------------------------
+  // --- elementwise
+  // -----------------------------------------------------------------------------------
   virtual void fill(Stream&, const Tensor& x, double value) = 0;
   virtual void add(Stream&, const Tensor& a, const Tensor& b, const Tensor& out) = 0;  // may alias
-  virtual void convert(Stream&, const Tensor& source, const Tensor& destination) = 0;  // f32 f64 bf16
+  virtual void convert(Stream&, const Tensor& source,
+                       const Tensor& destination) = 0;  // f32 f64 bf16
   // f32 values as a bf16 parameter and its lower 16 bits (see adamw), and back.
   virtual void split_master(Stream&, const Tensor& master, const Tensor& param,
                             const Tensor& param_low) = 0;
   virtual void join_master(Stream&, const Tensor& param, const Tensor& param_low,
                            const Tensor& master) = 0;
-  // x[i] = std * normal(seed, stream, index of element i in the global tensor). x is a run, from element
-  // `first` on, of the slice [begin, begin + extent) of the middle dim of a tensor [outer, global, inner].
+  // x[i] = std * normal(seed, stream, index of element i in the global tensor). x is a run, from
+  // element `first` on, of the slice [begin, begin + extent) of the middle dim of a tensor [outer,
+  // global, inner].
   struct SliceOf {
     int64_t outer = 1, global = 1, begin = 0, extent = 1, inner = 1;
     int64_t first = 0;
@@ -327,11 +349,11 @@ class Ops {
   virtual void fill_normal(Stream&, const Tensor& x, uint64_t seed, uint64_t stream, double std,
                            const SliceOf& slice) = 0;
 
-  // --- gradient compression (core/backend/compressed_format.h): P pieces of N elements, f32 ---------------
-  // v = grad + residual; the payload holds what is sent of v, the residual becomes v - sent. It may be absent.
-  // NaN and infinity are sent: they count as largest in top-k, and make a whole int8 block NaN; residuals
-  // stay finite: such an element keeps its own.
-  // Of each block the elements of largest magnitude, ties to the lower index.
+  // --- gradient compression (core/backend/compressed_format.h): P pieces of N elements, f32
+  // --------------- v = grad + residual; the payload holds what is sent of v, the residual becomes
+  // v - sent. It may be absent. NaN and infinity are sent: they count as largest in top-k, and make
+  // a whole int8 block NaN; residuals stay finite: such an element keeps its own. Of each block the
+  // elements of largest magnitude, ties to the lower index.
   virtual void topk_compress(Stream&, const Tensor& grad_PN, const TopkFormat& format,
                              const Tensor& residual_PN, const Tensor& payload_PB) = 0;
   // sum = piece 0 + piece 1 + ..., in this order; Accumulate::add begins with what sum holds.

@@ -1,18 +1,22 @@
 // Attention, and what makes its queries, keys and values, on a clock.
+#include <algorithm>
+
 #include "core/backend/op_cost.h"
 #include "core/backend/timed_ops.h"
 
 namespace dstrain {
 namespace {
 
-// Scores and values of every query with its keys: uniform segments exactly, others as if they were.
+// Scores and values of every query with its keys: uniform segments exactly, others as if they were
+// as large as the largest.
 double attention_flops(const Tensor& q_THQ, const Tensor& v_UGW,
                        const AttentionSegments& segments) {
   const double keys = static_cast<double>(segments.max_keys),
                queries = static_cast<double>(segments.max_queries);
-  const double mean_keys = keys - (queries - 1) / 2;
-  return 2 * size_of(q_THQ, 0) * size_of(q_THQ, 1) * mean_keys *
-         (size_of(q_THQ, 2) + size_of(v_UGW, 2));
+  const double mean_keys = segments.causal ? keys - (queries - 1) / 2 : keys;
+  const double rows =
+      segments.causal ? size_of(q_THQ, 0) : queries * static_cast<double>(segments.max_count);
+  return 2 * rows * size_of(q_THQ, 1) * mean_keys * (size_of(q_THQ, 2) + size_of(v_UGW, 2));
 }
 
 // In place: of each head the part that is as wide as a row of k_rope.
@@ -80,6 +84,16 @@ void TimedOps::attention_backward(Stream& stream, const Tensor& do_THW, const Te
           inner_.attention_backward(stream, do_THW, q_THQ, k_UGQ, v_UGW, o_THW, lse_TH, segments,
                                     scale, dq_THQ, dk_UGQ, dv_UGW);
         });
+}
+
+void TimedOps::merge_attention(Stream& stream, const Tensor& part_THW, const Tensor& part_lse_TH,
+                               const AttentionSegments& segments, const Tensor& o_THW,
+                               const Tensor& lse_TH) {
+  const double share = static_cast<double>(segments.max_queries * segments.max_count) /
+                       std::max(1.0, size_of(o_THW, 0));
+  timed(stream, "merge_attention", 0,
+        share * bytes_of({&part_THW, &part_lse_TH, &o_THW, &o_THW, &lse_TH, &lse_TH}),
+        [&] { inner_.merge_attention(stream, part_THW, part_lse_TH, segments, o_THW, lse_TH); });
 }
 
 void TimedOps::add_bias(Stream& stream, const Tensor& x_TD, const Tensor& bias_D) {

@@ -1,5 +1,5 @@
-// One rank's share in a job of several: its place, and the parts that engines and layers are given. The
-// version for one rank is LocalDistribution; parallel/ makes the others.
+// One rank's share in a job of several: its place, and the parts that engines and layers are given.
+// The version for one rank is LocalDistribution; parallel/ makes the others.
 #pragma once
 
 #include <memory>
@@ -20,8 +20,6 @@ class Distribution {
   // One per model part. `parameters` has its layout and outlives the store.
   virtual std::unique_ptr<ParamStore> make_param_store(ParameterSet& parameters,
                                                        const ParamStoreOptions& options) = 0;
-  // Tables and buffers of the parts above, by owner; run on measuring arenas, then on real ones.
-  virtual void make_memory(Backend&, Stream&, const OwnerVisitor&) {}
   // Sum over all ranks of the job, in place; f64 or i64. Every rank calls it.
   virtual void sum_over_ranks(DistStream, const Tensor& x) = 0;
 };

@@ -49,17 +49,15 @@ class LocalDispatcher : public TokenDispatcher {
 
 class LocalKvExchange : public KvExchange {
  public:
-  void gather_start(DistStream, int, const Tensor&, const Tensor&) override {}
-  KeysValues gather_finish(DistStream, int, const Tensor& k_TGQ, const Tensor& v_TGW,
-                           const AttentionSegments& local, Arena&) override {
+  int peers() const override { return 0; }
+  KeysValues own(DistStream, int, const Tensor& k_TGQ, const Tensor& v_TGW,
+                 const AttentionSegments& local) override {
     return {k_TGQ, v_TGW, local};
   }
-  void reduce_start(DistStream, int, const Tensor&, const Tensor&) override {}
-  void reduce_finish(DistStream, int, const Tensor& dk_UGQ, const Tensor& dv_UGW, Tensor& dk_TGQ,
-                     Tensor& dv_TGW, Arena&) override {
-    dk_TGQ = dk_UGQ;
-    dv_TGW = dv_UGW;
-  }
+  void pass_start(DistStream, const KeyRows&, Returns, Arena&) override {}
+  Peer next(DistStream) override { return {}; }
+  void give(DistStream) override {}
+  void pass_finish(DistStream, const KeyRows&) override {}
 };
 
 class LocalSequenceSums : public SequenceSums {
@@ -68,13 +66,13 @@ class LocalSequenceSums : public SequenceSums {
   void reduce_finish(DistStream, const Tensor&) override {}
 };
 
-// Which parameters have had a contribution to their gradient since begin(): the first overwrites what was
-// there, later ones add.
+// Which parameters have had a contribution to their gradient since begin(): the first overwrites
+// what was there, later ones add.
 class GradContributions {
  public:
   explicit GradContributions(const ParameterSet& parameters);
-  void begin();                   // for all
-  void begin(int block);          // for those of a block
+  void begin();           // for all
+  void begin(int block);  // for those of a block
   Accumulate next(const Parameter& parameter);
   bool any(const Parameter& parameter) const { return written_[index_of(parameter)].second; }
 

@@ -1,5 +1,6 @@
-// The input of one micro-batch on the device, with its staging in host memory: this rank's share of the
-// sequences, targets of all depths, and the attention segments over keys of whole sequences.
+// The input of one micro-batch on the device, with its staging in host memory: this rank's share of
+// the sequences, targets of all depths, and the attention segments over its own keys and those of
+// its peers.
 #pragma once
 
 #include <memory>
@@ -31,22 +32,37 @@ class BatchSlot {
   void make_host(Arena& arena);
   // Before the first load, once memory is there.
   void prepare(Backend& backend) { staged_ = backend.make_event(); }
-  // Copies what it needs before it returns, and waits only if the staging is still on its way to the device.
+  // Copies what it needs before it returns, and waits only if the staging is still on its way to
+  // the device.
   void load(Backend& backend, Stream& stream, const HostBatch& batch);
   const Batch& batch() const { return batch_; }
   // For planning: a batch with targets, and the largest segments.
   void assume_largest();
 
  private:
-  void stage_rows(const int32_t* source_T, int32_t* rows) const;
+  using Pieces = std::vector<SequencePiece>;
+  // A run of a rank's rows.
+  struct Rows {
+    int64_t begin = 0, count = 0;
+  };
+  // Those of pieces [first, last) with tokens of the document: neighbours.
+  Rows rows_of(const Pieces& pieces, size_t first, size_t last, int64_t document_begin,
+               int64_t document_end) const;
+  void stage_rows(const Pieces& pieces, const int32_t* source_T, int32_t* rows) const;
   void stage_segments(const HostBatch& batch);
+  bool is_lower(int peer) const { return peer_of(context_, peer) < context_.rank; }
+  void set_largest(int peer, int64_t count);
+  void stage_peer(const HostBatch& batch, int peer);
   void stage_targets(const HostBatch& batch);
 
-  std::vector<SequencePiece> pieces_;
+  AxisPlace context_;
+  Pieces pieces_;
+  std::vector<Pieces> peer_pieces_;
   Batch batch_;
   std::vector<Tensor> targets_;
-  // Host: tokens, positions and targets in a row each; whole sequences of targets; the segment table.
-  Tensor rows_XT_, whole_2T_, table_N4_;
+  // Host: tokens, positions and targets in a row each; whole sequences of targets; the segment
+  // table and after it its count. Of each peer positions, and segments with their count.
+  Tensor rows_XT_, whole_2T_, table_N4_, peer_positions_PT_, peer_table_PX_;
   std::unique_ptr<Event> staged_;
   bool staging_in_use_ = false;
 };

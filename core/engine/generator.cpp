@@ -13,15 +13,16 @@ constexpr int64_t kChunkTokens = 64;
 
 }  // namespace
 
-KeysValues CachedKvExchange::gather_finish(DistStream dist, int layer, const Tensor& k_TGQ,
-                                           const Tensor& v_TGW, const AttentionSegments& local, Arena& arena) {
-  if (arena.measuring()) return {k_TGQ, v_TGW, local};
+KeysValues CachedKvExchange::own(DistStream dist, int layer, const Tensor& k_TGQ,
+                                 const Tensor& v_TGW, const AttentionSegments& local) {
+  if (dist.dry) return {k_TGQ, v_TGW, local};
   const size_t index = static_cast<size_t>(layer);
   if (layers_.size() <= index) layers_.resize(index + 1);
   auto append = [&](DeviceMemory& memory, const Tensor& x) {
     const int64_t row_bytes = x.row_numel() * dtype_bytes(x.dtype());
     if (!memory.data()) memory = DeviceMemory(backend_, context_ * row_bytes, MemoryKind::device);
-    backend_.copy(dist.stream, static_cast<char*>(memory.data()) + past_ * row_bytes, x.raw(), x.bytes());
+    backend_.copy(dist.stream, static_cast<char*>(memory.data()) + past_ * row_bytes, x.raw(),
+                  x.bytes());
     return Tensor(memory.data(), x.dtype(), {past_ + x.size(0), x.size(1), x.size(2)});
   };
   const Tensor k_UGQ = append(layers_[index].k, k_TGQ), v_UGW = append(layers_[index].v, v_TGW);
@@ -57,7 +58,8 @@ Generator::Generator(Backend& backend, DeepSeekModel& model, int64_t context, DT
   model_.forward(ctx, state_);
   model_.logits(ctx, state_, 0, 1, logits_1V_);
   auto real = [&](Arena& arena, DeviceMemory& memory) {
-    memory = DeviceMemory(backend_, std::max<int64_t>(arena.peak(), Arena::kAlignment), MemoryKind::device);
+    memory = DeviceMemory(backend_, std::max<int64_t>(arena.peak(), Arena::kAlignment),
+                          MemoryKind::device);
     arena = Arena(arena.name(), memory.data(), memory.bytes());
   };
   real(slot_, slot_memory_);
@@ -88,7 +90,8 @@ const std::vector<float>& Generator::feed(std::span<const int32_t> tokens) {
   DSTRAIN_CHECK(!tokens.empty() && position_ + std::ssize(tokens) <= context_,
                 "tokens beyond the context that was planned");
   while (!tokens.empty()) {
-    const size_t count = std::min(tokens.size(), static_cast<size_t>(std::min(kChunkTokens, context_)));
+    const size_t count =
+        std::min(tokens.size(), static_cast<size_t>(std::min(kChunkTokens, context_)));
     feed_chunk(tokens.first(count));
     tokens = tokens.subspan(count);
   }
@@ -116,7 +119,8 @@ void Generator::feed_chunk(std::span<const int32_t> tokens) {
   model_.forward(ctx, state_);
   model_.logits(ctx, state_, T - 1, T, logits_1V_);
   slot_.reset();
-  logits_ = read_tensor(backend_, *stream_, logits_1V_);  // waits, so the host copies above are done
+  logits_ =
+      read_tensor(backend_, *stream_, logits_1V_);  // waits, so the host copies above are done
   batch_.tokens_T = all_tokens;
   batch_.positions_T = all_positions;
   position_ += T;
@@ -132,7 +136,8 @@ int32_t sample_token(std::span<const float> logits, const SamplingOptions& optio
   if (options.temperature <= 0) return *std::min_element(order.begin(), order.end(), better);
   size_t count = order.size();
   if (options.top_k > 0) count = std::min(count, static_cast<size_t>(options.top_k));
-  std::partial_sort(order.begin(), order.begin() + static_cast<std::ptrdiff_t>(count), order.end(), better);
+  std::partial_sort(order.begin(), order.begin() + static_cast<std::ptrdiff_t>(count), order.end(),
+                    better);
   std::vector<double> weight(count);
   const double largest = logits[static_cast<size_t>(order[0])];
   for (size_t i = 0; i < count; ++i)

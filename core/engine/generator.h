@@ -14,14 +14,14 @@ namespace dstrain {
 class CachedKvExchange : public LocalKvExchange {
  public:
   CachedKvExchange(Backend& backend, int64_t context) : backend_(backend), context_(context) {}
-  // Rows already in the cache, and where the segment table of the next call lies (device memory, i32
-  // [1,4] and [1]).
+  // Rows already in the cache, and where the segment table of the next call lies (device memory,
+  // i32 [1,4] and [1]).
   void set_position(int64_t past, const AttentionSegments& segments) {
     past_ = past;
     segments_ = segments;
   }
-  KeysValues gather_finish(DistStream, int layer, const Tensor& k_TGQ, const Tensor& v_TGW,
-                           const AttentionSegments& local, Arena& arena) override;
+  KeysValues own(DistStream, int layer, const Tensor& k_TGQ, const Tensor& v_TGW,
+                 const AttentionSegments& local) override;
 
  private:
   struct Layer {
@@ -36,7 +36,8 @@ class CachedKvExchange : public LocalKvExchange {
 
 class Generator {
  public:
-  // The model's parameters are bound and its constants cover `context` positions; both outlive this.
+  // The model's parameters are bound and its constants cover `context` positions; both outlive
+  // this.
   Generator(Backend& backend, DeepSeekModel& model, int64_t context, DType dtype);
 
   int64_t position() const { return position_; }

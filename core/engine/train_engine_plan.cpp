@@ -36,7 +36,6 @@ int64_t TrainEngine::host_memory_bytes() const {
 // The fixed tensors of the run by owner. Runs twice: on measuring arenas, and on real ones.
 void TrainEngine::for_each_owner(const OwnerVisitor& visit) {
   for (Chunk& chunk : chunks_) chunk.store->make_memory(visit);
-  distribution_.make_memory(backend_, *stream_, visit);
   visit("batch and constants", MemoryKind::device, [this](Arena& a) {
     for (BatchSlot& batch : batches_) batch.make_device(a);
     for (Chunk& chunk : chunks_)

@@ -7,10 +7,9 @@
 namespace dstrain {
 
 GqaAttention::GqaAttention(const ModelConfig& model, const Declare& declare, int layer)
-    : layer_(layer),
+    : call_{layer, attention_scale(model)},
       head_dim_(model.gqa_head_dim()),
       queries_per_group_(model.num_attention_heads / model.kv_heads()),
-      scale_(attention_scale(model)),
       qkv_proj_(declare.in("qkv_proj"),
                 {model.kv_heads(), queries_per_group_ + 2, head_dim_, model.hidden_size},
                 {.tensor_dim = 0}, model.attention_bias ? Bias::add : Bias::none),
@@ -27,8 +26,8 @@ void GqaAttention::project(StepContext& ctx, const RopeTable& rope, AttentionSav
   ArenaScope scope(ctx.arena.scratch);
   const Tensor x_TD = gather_tokens(ctx, saved.x_tD, ctx.arena.scratch, "all tokens");
   const Tensor qkv_TX = qkv_proj_.forward(ctx, x_TD, ctx.arena.scratch, "queries, keys, values");
-  ctx.ops.gqa_qkv(ctx.stream, qkv_TX.view({T, G, m + 2, Q}), rope, ctx.batch.positions_T, saved.q_THQ,
-                  saved.k_TGQ, saved.v_TGW);
+  ctx.ops.gqa_qkv(ctx.stream, qkv_TX.view({T, G, m + 2, Q}), rope, ctx.batch.positions_T,
+                  saved.q_THQ, saved.k_TGQ, saved.v_TGW);
 }
 
 void GqaAttention::forward(StepContext& ctx, const RopeTable& rope, const Tensor& x_tD,
@@ -39,12 +38,10 @@ void GqaAttention::forward(StepContext& ctx, const RopeTable& rope, const Tensor
   saved.lse_TH = ctx.arena.saved.make(ctx.stat(), {T, H}, "log-sum-exp");
   project(ctx, rope, saved, ctx.arena.cheap);
 
-  const DistStream dist = ctx.dist_stream();
-  ctx.dist.kv.gather_start(dist, layer_, saved.k_TGQ, saved.v_TGW);
-  const KeysValues kv = ctx.dist.kv.gather_finish(dist, layer_, saved.k_TGQ, saved.v_TGW,
-                                                  ctx.batch.segments, ctx.arena.scratch);
-  ctx.ops.attention(ctx.stream, saved.q_THQ, kv.k_UGQ, kv.v_UGW, kv.segments, scale_, saved.o_THW,
-                    saved.lse_TH);
+  attention_with_peers(ctx, call_, {saved.k_TGQ, saved.v_TGW}, saved,
+                       [](const KeyRows& rows, const PeerTokens&, const auto& attention) {
+                         attention(rows[0], rows[1]);
+                       });
   o_proj_.forward_reduced(ctx, saved.o_THW.view({T, H * head_dim_}), out_tD);
 }
 
@@ -62,20 +59,22 @@ void GqaAttention::backward_input(StepContext& ctx, const RopeTable& rope, const
 
   ArenaScope scope(ctx.arena.scratch);
   Arena& scratch = ctx.arena.scratch;
-  const DistStream dist = ctx.dist_stream();
+  KvExchange& kv = ctx.dist.kv;
+  kv.pass_start(ctx.dist_stream(), {saved.k_TGQ, saved.v_TGW}, KvExchange::Returns::gradients,
+                scratch);
   const Tensor do_THW = scratch.make(ctx.dtype, {T, G * m, Q}, "d attention output");
   o_proj_.backward_input(ctx, saved.dout_TD, do_THW.view({T, G * m * Q}));
 
-  ctx.dist.kv.gather_start(dist, layer_, saved.k_TGQ, saved.v_TGW);
-  const KeysValues kv = ctx.dist.kv.gather_finish(dist, layer_, saved.k_TGQ, saved.v_TGW,
-                                                  ctx.batch.segments, scratch);
   const Tensor dq_THQ = scratch.make(ctx.dtype, {T, G * m, Q}, "d queries");
-  const Tensor dk_UGQ = scratch.like(kv.k_UGQ, "d keys"), dv_UGW = scratch.like(kv.v_UGW, "d values");
-  ctx.ops.attention_backward(ctx.stream, do_THW, saved.q_THQ, kv.k_UGQ, kv.v_UGW, saved.o_THW,
-                             saved.lse_TH, kv.segments, scale_, dq_THQ, dk_UGQ, dv_UGW);
-  Tensor dk_TGQ, dv_TGW;
-  ctx.dist.kv.reduce_start(dist, layer_, dk_UGQ, dv_UGW);
-  ctx.dist.kv.reduce_finish(dist, layer_, dk_UGQ, dv_UGW, dk_TGQ, dv_TGW, scratch);
+  attention_backward_of_peers(
+      ctx, call_, saved, do_THW, dq_THQ,
+      [](const KvExchange::Peer& peer, const PeerTokens&, const auto& attention) {
+        attention(peer.rows[0], peer.rows[1], peer.gradients[0], peer.gradients[1]);
+      });
+  const Tensor dk_TGQ = scratch.like(saved.k_TGQ, "d keys"),
+               dv_TGW = scratch.like(saved.v_TGW, "d values");
+  attention_backward_of_own(ctx, call_, saved, do_THW, dq_THQ, dk_TGQ, dv_TGW);
+  kv.pass_finish(ctx.dist_stream(), {dk_TGQ, dv_TGW});
   ctx.ops.gqa_qkv_backward(ctx.stream, dq_THQ, dk_TGQ, dv_TGW, rope, ctx.batch.positions_T,
                            saved.dq_TX.view({T, G, m + 2, Q}));
   const Tensor partial_TD = partial_sums(ctx, dx_tD, scratch, "partial d input");
@@ -89,7 +88,8 @@ void GqaAttention::backward_weight(StepContext& ctx, const AttentionSaved& saved
   qkv_proj_.backward_weight(ctx, saved.dq_TX, saved.x_TD);
 }
 
-std::unique_ptr<Attention> make_attention(const ModelConfig& model, const Declare& declare, int layer) {
+std::unique_ptr<Attention> make_attention(const ModelConfig& model, const Declare& declare,
+                                          int layer) {
   if (model.is_mla()) return std::make_unique<MlaAttention>(model, declare, layer);
   return std::make_unique<GqaAttention>(model, declare, layer);
 }

@@ -1,9 +1,9 @@
-// Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245); with as many key/value heads as query
-// heads, plain multi-head attention. One product makes queries, keys and values: the weight is
-// [G, H/G + 2, Q, D], so that a cut over key/value heads keeps each group whole.
+// Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245); with as many key/value heads as
+// query heads, plain multi-head attention. One product makes queries, keys and values: the weight
+// is [G, H/G + 2, Q, D], so that a cut over key/value heads keeps each group whole.
 #pragma once
 
-#include "core/layers/attention.h"
+#include "core/layers/peer_attention.h"
 
 namespace dstrain {
 
@@ -20,9 +20,8 @@ class GqaAttention : public Attention {
  private:
   void project(StepContext& ctx, const RopeTable& rope, AttentionSaved& saved, Arena& arena) const;
 
-  int layer_;
+  AttentionCall call_;
   int64_t head_dim_, queries_per_group_;
-  double scale_;
   Linear qkv_proj_;
   Linear o_proj_;
   int64_t groups_;  // key/value heads of this rank

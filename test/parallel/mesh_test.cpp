@@ -195,7 +195,7 @@ TEST_CASE("ProcessMesh: kinds of the same stream and ranks share a communicator"
   CHECK_FALSE(shared(experts, MeshGroup::expert, MeshGroup::stage));
   CHECK(shared(tensor, MeshGroup::tensor, MeshGroup::tensor_context));
   CHECK_FALSE(shared(tensor, MeshGroup::tensor, MeshGroup::stage));
-  CHECK(shared(context, MeshGroup::context, MeshGroup::tensor_context));
+  CHECK_FALSE(shared(context, MeshGroup::context, MeshGroup::tensor_context));
   CHECK(shared(context, MeshGroup::stage, MeshGroup::data_context));
   CHECK_FALSE(shared(context, MeshGroup::stage, MeshGroup::data));
   CHECK_FALSE(shared(context, MeshGroup::context, MeshGroup::data));

@@ -221,29 +221,16 @@ class ScaledSequenceSums : public WrappedSequenceSums {
 // What a rank found for the keys of others is lost.
 class OwnKeyGradients : public WrappedKvExchange {
  public:
-  OwnKeyGradients(KvExchange& inner, const RankPlace& place, const Config& config)
-      : WrappedKvExchange(inner), place_(place), length_(config.data.seq_len) {}
-  void reduce_start(DistStream dist, int layer, const Tensor& dk_UGQ,
-                    const Tensor& dv_UGW) override {
-    if (!dist.dry)
-      for (const Tensor& x : {dk_UGQ, dv_UGW}) drop_others(x);
-    inner_.reduce_start(dist, layer, dk_UGQ, dv_UGW);
+  using WrappedKvExchange::WrappedKvExchange;
+  Peer next(DistStream dist) override { return current_ = inner_.next(dist); }
+  void give(DistStream dist) override {
+    for (const Tensor& x : current_.gradients)
+      if (x.defined()) dist.ops.fill(dist.stream, x, 0);
+    inner_.give(dist);
   }
 
  private:
-  void drop_others(const Tensor& x_UGX) const {
-    const int64_t width = x_UGX.size(1) * x_UGX.size(2);
-    for (int64_t row = 0; row < x_UGX.size(0); ++row) {
-      const auto pieces = pieces_of(length_, place_.context);
-      const bool own = std::any_of(pieces.begin(), pieces.end(), [&](const SequencePiece& piece) {
-        return row % length_ >= piece.begin && row % length_ < piece.end;
-      });
-      if (!own) std::fill_n(x_UGX.data<float>() + row * width, width, 0.0f);
-    }
-  }
-
-  RankPlace place_;
-  int64_t length_;
+  Peer current_;
 };
 
 class OneRound : public WrappedDispatcher {
@@ -397,8 +384,8 @@ void add_context_faults(std::vector<LayoutFault>& all) {
   all.push_back(
       {"gradients of keys and values stay where they arise", dense(kContext), kGradients, [] {
          DistributionParts parts;
-         parts.kv = [config = dense(kContext).config](KvExchange& inner, const RankPlace& place) {
-           return std::make_unique<OwnKeyGradients>(inner, place, config);
+         parts.kv = [](KvExchange& inner, const RankPlace&) {
+           return std::make_unique<OwnKeyGradients>(inner);
          };
          return planted(parts);
        }()});

@@ -100,6 +100,12 @@ class ForwardingOps : public Ops {
                             dk_UGQ, dv_UGW);
     after_op();
   }
+  void merge_attention(Stream& s, const Tensor& part_THW, const Tensor& part_lse_TH,
+                       const AttentionSegments& segments, const Tensor& o_THW,
+                       const Tensor& lse_TH) override {
+    ops_.merge_attention(s, part_THW, part_lse_TH, segments, o_THW, lse_TH);
+    after_op();
+  }
   void add_bias(Stream& s, const Tensor& x_TD, const Tensor& bias_D) override {
     ops_.add_bias(s, x_TD, bias_D);
     after_op();
@@ -237,11 +243,13 @@ class ForwardingOps : public Ops {
     ops_.add(s, a, b, out);
     after_op();
   }
-  void split_master(Stream& s, const Tensor& master, const Tensor& param, const Tensor& low) override {
+  void split_master(Stream& s, const Tensor& master, const Tensor& param,
+                    const Tensor& low) override {
     ops_.split_master(s, master, param, low);
     after_op();
   }
-  void join_master(Stream& s, const Tensor& param, const Tensor& low, const Tensor& master) override {
+  void join_master(Stream& s, const Tensor& param, const Tensor& low,
+                   const Tensor& master) override {
     ops_.join_master(s, param, low, master);
     after_op();
   }

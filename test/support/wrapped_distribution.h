@@ -78,20 +78,18 @@ class WrappedDispatcher : public TokenDispatcher {
 class WrappedKvExchange : public KvExchange {
  public:
   explicit WrappedKvExchange(KvExchange& inner) : inner_(inner) {}
-  void gather_start(DistStream dist, int layer, const Tensor& k_TGQ, const Tensor& v_TGW) override {
-    inner_.gather_start(dist, layer, k_TGQ, v_TGW);
+  int peers() const override { return inner_.peers(); }
+  KeysValues own(DistStream dist, int layer, const Tensor& k_TGQ, const Tensor& v_TGW,
+                 const AttentionSegments& local) override {
+    return inner_.own(dist, layer, k_TGQ, v_TGW, local);
   }
-  KeysValues gather_finish(DistStream dist, int layer, const Tensor& k_TGQ, const Tensor& v_TGW,
-                           const AttentionSegments& local, Arena& arena) override {
-    return inner_.gather_finish(dist, layer, k_TGQ, v_TGW, local, arena);
+  void pass_start(DistStream dist, const KeyRows& rows, Returns returns, Arena& arena) override {
+    inner_.pass_start(dist, rows, returns, arena);
   }
-  void reduce_start(DistStream dist, int layer, const Tensor& dk_UGQ,
-                    const Tensor& dv_UGW) override {
-    inner_.reduce_start(dist, layer, dk_UGQ, dv_UGW);
-  }
-  void reduce_finish(DistStream dist, int layer, const Tensor& dk_UGQ, const Tensor& dv_UGW,
-                     Tensor& dk_TGQ, Tensor& dv_TGW, Arena& arena) override {
-    inner_.reduce_finish(dist, layer, dk_UGQ, dv_UGW, dk_TGQ, dv_TGW, arena);
+  Peer next(DistStream dist) override { return inner_.next(dist); }
+  void give(DistStream dist) override { inner_.give(dist); }
+  void pass_finish(DistStream dist, const KeyRows& gradients) override {
+    inner_.pass_finish(dist, gradients);
   }
 
  protected:
@@ -172,9 +170,6 @@ class WrappedDistribution : public Distribution {
                                                const ParamStoreOptions& options) override {
     auto store = inner_.make_param_store(parameters, options);
     return parts_.store ? parts_.store(std::move(store), parameters, place()) : std::move(store);
-  }
-  void make_memory(Backend& backend, Stream& stream, const OwnerVisitor& visit) override {
-    inner_.make_memory(backend, stream, visit);
   }
   void sum_over_ranks(DistStream dist, const Tensor& x) override {
     if (parts_.sum_over_ranks) return parts_.sum_over_ranks(inner_, dist, x);

@@ -1,7 +1,7 @@
 // attention and attention_backward against the plain softmax in double, f64, threads and
 // differences.
-#include <array>
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <vector>
 
@@ -15,6 +15,7 @@ struct Shape {
   int64_t T, U, H, G, Q, W;
   std::vector<double> table;  // {query begin, query count, key begin, key count} per segment
   bool uniform = false;
+  bool causal = true;
 };
 
 struct Attention {
@@ -42,8 +43,9 @@ struct Attention {
     dv = c.output({k.U, k.G, k.W});
   }
   AttentionSegments segments(const Bound& t) const {
-    if (!k.uniform) return {t[table], t[count], k.T, k.U};
     const int64_t N = t[table].size(0);
+    if (!k.causal) return {t[table], t[count], k.T, k.U, N, false, false};
+    if (!k.uniform) return {t[table], t[count], k.T, k.U};
     return {t[table], t[count], k.T / N, k.U / N, N, true};
   }
   OpBody forward() const {
@@ -111,6 +113,24 @@ Shape wide(int which) {
   }
 }
 
+// Keys of other ranks, of which each query of a segment sees all.
+Shape of_others(int which) {
+  switch (which) {
+    case 0:
+      return {5, 4, 2, 1, 3, 2, {1, 3, 0, 4}, false, false};  // rows without keys on both sides
+    case 1:
+      return {7, 9, 4, 2, 3, 4, {0, 4, 1, 2, 5, 1, 4, 5}, false, false};  // more and fewer keys
+    case 2:
+      return {330, 410, 8, 4, 16, 8, {0, 130, 5, 300, 200, 130, 320, 80}, false, false};
+    case 3:  // many keys of one head: dk and dv by keys
+      return {150, 1100, 1, 1, 8, 8, {20, 110, 10, 1080}, false, false};
+    case 4:  // MLA
+      return {150, 130, 2, 2, 192, 128, {75, 75, 0, 130}, false, false};
+    default:
+      return {96, 96, 4, 2, 64, 64, {0, 24, 24, 24, 48, 24, 72, 24}, false, false};
+  }
+}
+
 // The definition, one query and head at a time, in double.
 struct Reference {
   HostTensor o, lse, dq, dk, dv;
@@ -124,7 +144,7 @@ struct Reference {
     const auto entry = [&](size_t i) { return static_cast<int64_t>(a.k.table[i]); };
     for (size_t n = 0; n < a.k.table.size(); n += 4) {
       for (int64_t j = 0; j < entry(n + 1); ++j) {
-        const int64_t visible = entry(n + 3) - entry(n + 1) + j + 1;
+        const int64_t visible = a.k.causal ? entry(n + 3) - entry(n + 1) + j + 1 : entry(n + 3);
         for (int64_t h = 0; h < a.k.H; ++h) query(a, t, entry(n) + j, h, entry(n + 2), visible);
       }
     }
@@ -202,10 +222,111 @@ TEST_CASE("attention and its gradients: widths of heads that models have", "[cor
   check_attention(Attention(54, shape, shape.uniform ? 0 : 1));
 }
 
-TEST_CASE("attention gradients agree with differences", "[core][ops]") {
-  const int which = GENERATE(0, 1, 2, 3, 4);
+TEST_CASE("attention and its gradients: keys of which queries see all", "[core][op]") {
+  const int which = GENERATE(0, 1, 2, 3, 4, 5);
   CAPTURE(which);
-  const Attention a(52, small(which));
+  check_attention(Attention(55, of_others(which), which % 2));
+}
+
+// Queries see their own rows' keys, and of the rows of another rank what is in their document: one
+// after the other, and merged.
+struct Pieces {
+  static constexpr int64_t kOther = 60, kOwn = 90;   // rows
+  static constexpr int64_t kSeen = 37, kReach = 50;  // of the other's rows; by so many queries
+  Attention whole;
+  Slot own_table, other_table, own_count, other_count, part, part_lse, part_dq;
+
+  Pieces(uint64_t seed, int64_t H, int64_t G, int64_t Q, int64_t W)
+      : whole(seed, {kOwn,
+                     kOther + kOwn,
+                     H,
+                     G,
+                     Q,
+                     W,
+                     {0, kReach, kOther - kSeen, kSeen + kReach, kReach, kOwn - kReach,
+                      kOther + kReach, kOwn - kReach}}) {
+    OpCase& c = whole.c;
+    own_table = c.fixed(DType::i32, {2, 4},
+                        {0, kReach, 0, kReach, kReach, kOwn - kReach, kReach, kOwn - kReach});
+    other_table = c.fixed(DType::i32, {1, 4}, {0, kReach, kOther - kSeen, kSeen});
+    own_count = c.fixed(DType::i32, {1}, {2});
+    other_count = c.fixed(DType::i32, {1}, {1});
+    part = c.output({kOwn, H, W});
+    part_lse = c.stat(c.output({kOwn, H}));
+    part_dq = c.output({kOwn, H, Q});
+  }
+  OpBody body(bool merges = true) const {
+    return [p = *this, merges](Ops& ops, Stream& s, const Bound& t) {
+      const Attention& a = p.whole;
+      const AttentionSegments own{t[p.own_table], t[p.own_count], kReach, kReach, 2};
+      const AttentionSegments other{
+          t[p.other_table], t[p.other_count], kReach, kSeen, 1, false, false};
+      const auto rows = [&](Slot slot, bool of_other) {
+        return of_other ? t[slot].rows(0, kOther) : t[slot].rows(kOther, kOther + kOwn);
+      };
+      ops.attention(s, t[a.q], rows(a.key, false), rows(a.v, false), own, a.scale, t[a.o],
+                    t[a.lse]);
+      ops.attention(s, t[a.q], rows(a.key, true), rows(a.v, true), other, a.scale, t[p.part],
+                    t[p.part_lse]);
+      if (merges) ops.merge_attention(s, t[p.part], t[p.part_lse], other, t[a.o], t[a.lse]);
+      const auto backward = [&](const AttentionSegments& segments, bool of_other, Slot dq) {
+        ops.attention_backward(s, t[a.dout], t[a.q], rows(a.key, of_other), rows(a.v, of_other),
+                               t[a.o], t[a.lse], segments, a.scale, t[dq], rows(a.dk, of_other),
+                               rows(a.dv, of_other));
+      };
+      backward(other, true, p.part_dq);
+      backward(own, false, a.dq);
+      ops.add(s, t[a.dq], t[p.part_dq], t[a.dq]);
+    };
+  }
+};
+
+TEST_CASE("attention by pieces of the keys is attention", "[core][op]") {
+  const bool mla = GENERATE(false, true);
+  CAPTURE(mla);
+  const Pieces p = mla ? Pieces(61, 2, 2, 192, 128) : Pieces(62, 4, 2, 64, 64);
+  const Attention& a = p.whole;
+  const Tolerance plain{.sum_length = 2 * a.k.Q + a.k.W + a.k.U, .roundings = 16};
+  Tolerance output = plain, gradient = plain;
+  output.bf16_roundings = 4;
+  gradient.bf16_roundings = 5;
+  const Bound t = check_op(
+      a.c, p.body(),
+      {{a.o, output}, {a.lse, plain}, {a.dq, gradient}, {a.dk, gradient}, {a.dv, gradient}});
+  const Reference want(a, t);
+  CHECK(compare_within(t.at(a.o), want.o, 1e-13));
+  CHECK(compare_within(t.at(a.lse), want.lse, 1e-13));
+  CHECK(compare_within(t.at(a.dq), want.dq, 1e-13));
+  CHECK(compare_within(t.at(a.dk), want.dk, 1e-13));
+  CHECK(compare_within(t.at(a.dv), want.dv, 1e-13));
+  const Bound unmerged = run_op(a.c, DType::f64, 1, p.body(false));
+  CHECK_FALSE(compare_within(unmerged.at(a.o), want.o, 1e-3));
+  CHECK_FALSE(compare_within(unmerged.at(a.dk), want.dk, 1e-3));
+}
+
+TEST_CASE("merge_attention: far apart, and rows of no segment", "[core][op]") {
+  OpCase c(63);
+  const Slot o = c.values({4, 1, 3}, {1, 2, 3, 1, 2, 3, 1, 2, 3, 1, 2, 3}),
+             part = c.values({4, 1, 3}, {5, 5, 5, 5, 5, 5, 5, 5, 5, 5, 5, 5}),
+             lse = c.stat(c.values({4, 1}, {1, 2000, 7, -2000})),
+             part_lse = c.stat(c.values({4, 1}, {1, -2000, 9, 2000})),
+             table = c.fixed(DType::i32, {2, 4}, {0, 2, 0, 1, 3, 1, 1, 1}),
+             count = c.fixed(DType::i32, {1}, {2});
+  const Bound t = run_op(c, DType::f32, 1, [&](Ops& ops, Stream& s, const Bound& b) {
+    ops.merge_attention(s, b[part], b[part_lse], {b[table], b[count], 2, 1, 2, false, false}, b[o],
+                        b[lse]);
+  });
+  CHECK(t.at(o).values() == std::vector<double>{3, 3.5, 4, 1, 2, 3, 1, 2, 3, 5, 5, 5});
+  CHECK(std::abs(t.at(lse).get(0) - (1 + std::log(2.0))) < 1e-6);
+  CHECK(t.at(lse).get(1) == 2000);
+  CHECK(t.at(lse).get(2) == 7);
+  CHECK(t.at(lse).get(3) == 2000);
+}
+
+TEST_CASE("attention gradients agree with differences", "[core][ops]") {
+  const int which = GENERATE(0, 1, 2, 3, 4, 5, 6);
+  CAPTURE(which);
+  const Attention a(52, which < 5 ? small(which) : of_others(which - 5));
   const std::vector<GradientPair> outputs = {{a.o, a.dout}};
   std::vector<GradientPair> inputs = {{a.q, a.dq}, {a.key, a.dk}, {a.v, a.dv}};
   if (which == 4) inputs = {{a.v, a.dv}};  // one key: dq and dk are zero

@@ -210,6 +210,21 @@ TEST_CASE("mla_qkv: without queries, keys and values are the same", "[op]") {
   CHECK(b.at(m.v).same_bits(with.at(m.v)));
 }
 
+TEST_CASE("mla_qkv_backward: without queries, gradients of keys and values are the same", "[op]") {
+  const MlaCase m(37, 3, 24, 8, 16, GENERATE(false, true));
+  const Tolerance sum{.sum_length = 6, .roundings = 2};
+  const Bound b = check_op(m.c,
+                           [&](Ops& ops, Stream& s, const Bound& t) {
+                             ops.mla_qkv_backward(s, Tensor(), t[m.dk], t[m.dv], m.table.of(t),
+                                                  t[m.positions], t[m.dk_rope], t[m.dkv_b]);
+                           },
+                           {{m.dk_rope, sum}, {m.dkv_b, {}}});
+  const Bound with = run_op(m.c, DType::f64, 1,
+                            [&](Ops& ops, Stream& s, const Bound& t) { m.backward(ops, s, t); });
+  CHECK(b.at(m.dk_rope).same_bits(with.at(m.dk_rope)));
+  CHECK(b.at(m.dkv_b).same_bits(with.at(m.dkv_b)));
+}
+
 TEST_CASE("gqa_qkv: f32 agrees with f64 and threads do not matter", "[op]") {
   const auto [T, H, G, Q] = GENERATE(table<int64_t, int64_t, int64_t, int64_t>({{0, 2, 1, 4},
                                                                                 {1, 1, 1, 2},

@@ -1,0 +1,122 @@
+// The exchange of context parallelism alone: whose rows come in which turn, and that their
+// gradients find the way back, whether transfers happen when they are queued or as late as they
+// may.
+#include "parallel/context_parallel.h"
+
+#include "test/support/catch.h"
+#include "test/support/late_backend.h"
+#include "test/support/rank_threads.h"
+
+namespace dstrain::test {
+namespace {
+
+constexpr int64_t kTokens = 6, kKeyWidth = 5, kValueWidth = 3;
+
+// Runs as late as the stream that it is called on.
+class LateExchanges : public LocalCommunicator {
+ public:
+  LateExchanges(Communicator& inner, Backend& backend, Stream& stream)
+      : LocalCommunicator(backend), inner_(inner), stream_(stream) {}
+  int rank() const override { return inner_.rank(); }
+  int size() const override { return inner_.size(); }
+  void all_to_all(Stream& stream, const Tensor& send, std::span<const int64_t> send_offsets,
+                  const Tensor& recv, std::span<const int64_t> recv_offsets) override {
+    run_on(stream, [=, this, out = std::vector(send_offsets.begin(), send_offsets.end()),
+                    in = std::vector(recv_offsets.begin(), recv_offsets.end())] {
+      inner_.all_to_all(stream_, send, out, recv, in);
+    });
+  }
+
+ private:
+  Communicator& inner_;
+  Stream& stream_;  // where it really runs
+};
+
+// Small numbers, whose sums are exact.
+float row_value(int rank, int64_t i) {
+  return static_cast<float>(100 * rank + i);
+}
+float gradient_value(int from, int to, int64_t i) {
+  return static_cast<float>(1000 * (from + 1) + 100 * to + i);
+}
+
+template <class Value>
+void set(const Tensor& x, const Value& value) {
+  for (int64_t i = 0; i < x.numel(); ++i) x.data<float>()[i] = value(i);
+}
+template <class Value>
+bool all_are(const Tensor& x, const Value& value) {
+  for (int64_t i = 0; i < x.numel(); ++i)
+    if (x.data<float>()[i] != value(i)) return false;
+  return true;
+}
+
+KeyRows make_rows(Arena& arena) {
+  return {arena.make(DType::f32, {kTokens, kKeyWidth}, "keys"),
+          arena.make(DType::f32, {kTokens, 1, kValueWidth}, "values")};
+}
+
+void check_pass(RankContext& rank, Backend& backend, Communicator& ranks) {
+  const DeviceMemory memory(rank.backend, 1 << 16, MemoryKind::device);
+  Arena arena("test", memory.data(), memory.bytes());
+  ExposedTime exposed(backend, false);
+  ContextParallel context(ranks, backend, exposed);
+  const DistStream dist{backend.ops(), rank.stream, false};
+  const int me = ranks.rank(), size = ranks.size();
+  const KeyRows rows = make_rows(arena), own = make_rows(arena);
+  for (const auto returns : {KvExchange::Returns::gradients, KvExchange::Returns::nothing,
+                             KvExchange::Returns::gradients}) {
+    ArenaScope scope(arena);
+    const bool gives = returns == KvExchange::Returns::gradients;
+    for (const Tensor& x : rows) set(x, [&](int64_t i) { return row_value(me, i); });
+    for (const Tensor& x : own) set(x, [](int64_t) { return 0.5f; });
+    context.pass_start(dist, rows, returns, arena);
+    for (int i = 0; i < context.peers(); ++i) {
+      const KvExchange::Peer peer = context.next(dist);
+      const int other = peer_of({me, size}, i);
+      for (const Tensor& x : peer.rows)
+        rank_check(all_are(x, [&](int64_t j) { return row_value(other, j); }), "rows of a peer");
+      rank_check(peer.gradients[0].defined() == gives, "gradients where they are returned");
+      if (!gives) continue;
+      for (const Tensor& x : peer.gradients)
+        set(x, [&](int64_t j) { return gradient_value(me, other, j); });
+      context.give(dist);
+    }
+    context.pass_finish(dist, gives ? own : KeyRows{});
+    for (const Tensor& x : own)
+      rank_check(all_are(x,
+                         [&](int64_t j) {
+                           float sum = 0.5f;
+                           for (int other = 0; gives && other < size; ++other)
+                             if (other != me) sum += gradient_value(other, me, j);
+                           return sum;
+                         }),
+                 "gradients of own rows");
+  }
+}
+
+}  // namespace
+
+TEST_CASE("context parallel: rows of all peers, and sums of their gradients", "[ranks]") {
+  const int ranks = GENERATE(2, 3, 4, 5);
+  CAPTURE(ranks);
+  const int64_t turns = ranks - 1, values = kTokens * (kKeyWidth + kValueWidth);
+  run_ranks(ranks, [&](RankContext& rank) {
+    check_pass(rank, rank.backend, rank.world);
+    // Rows in three passes, gradients in two.
+    rank_check(rank.world.bytes_sent() == 5 * turns * values * 4,
+               "each row goes to each peer once");
+  });
+}
+
+TEST_CASE("context parallel: computing waits for transfers that come late", "[ranks]") {
+  const int ranks = GENERATE(2, 4);
+  CAPTURE(ranks);
+  run_ranks(ranks, [&](RankContext& rank) {
+    LateBackend late(rank.backend, rank.stream);
+    LateExchanges exchanges(rank.world, late, rank.stream);
+    check_pass(rank, late, exchanges);
+  });
+}
+
+}  // namespace dstrain::test
