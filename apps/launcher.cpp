@@ -46,12 +46,23 @@ bool is_hung(const std::vector<RankState>& states) {
                      [](const RankState& state) { return state.is_stuck; });
 }
 
-// Whether SIGSTOP or a debugger holds the process, so that its own watchdog cannot speak.
-bool is_stopped(pid_t pid) {
+// The letter that Linux has for the state of a process; '\0' if there is none.
+char process_state(pid_t pid) {
   std::ifstream file(fmt::format("/proc/{}/stat", pid));
   const std::string stat{std::istreambuf_iterator<char>(file), {}};
   const size_t state = stat.rfind(')') + 2;  // the name before may hold anything
-  return state < stat.size() && (stat[state] == 'T' || stat[state] == 't');
+  return state < stat.size() ? stat[state] : '\0';
+}
+
+// Whether SIGSTOP or a debugger holds the process, so that its own watchdog cannot speak.
+bool is_stopped(pid_t pid) {
+  const char state = process_state(pid);
+  return state == 'T' || state == 't';
+}
+
+bool is_gone(pid_t pid) {
+  const char state = process_state(pid);
+  return state == '\0' || state == 'Z' || state == 'X';
 }
 
 // Where the ranks stood when their watchdogs found them stuck: the fewest first, since they are
@@ -113,6 +124,7 @@ class Launcher {
   void act(MpirunJob& mpirun, const RankBoard& board);
   void end_hung(MpirunJob& mpirun, const RankBoard& board);
   bool have_come(const RankBoard& board) const;
+  bool is_ending(const RankBoard& board) const;
   void ask_to_leave(int signal);
   void pause();
   int exit_code_after_leaving(const End& end) const;
@@ -172,6 +184,13 @@ bool Launcher::have_come(const RankBoard& board) const {
   return now_s() - started_ > job_.times.ready_s;
 }
 
+// Whether mpirun has begun to end the job: it does so once the first rank has left, save or not.
+bool Launcher::is_ending(const RankBoard& board) const {
+  const std::vector<RankState> states = board.states();
+  return std::any_of(states.begin(), states.end(),
+                     [](const RankState& state) { return is_gone(state.pid); });
+}
+
 void Launcher::act(MpirunJob& mpirun, const RankBoard& board) {
   const bool is_ready = have_come(board);
   if (is_save_wanted_ && is_ready) {
@@ -191,6 +210,8 @@ void Launcher::act(MpirunJob& mpirun, const RankBoard& board) {
   }
   leaving_ = Leaving::ending;
   leave_by_ = now_s() + job_.times.end_s;
+  // It takes a second or two, and Open MPI 4's mpirun crashes if it is asked to end meanwhile.
+  if (is_ending(board)) return;
   if (!is_interrupted_)
     log_warning(
         "the ranks did not leave within {:g} s and are ended; what came after the newest "

@@ -32,9 +32,10 @@ namespace fs = std::filesystem;
 // A rank's shell: come() takes its slot of the board, as RankProcess does.
 const std::string kRank = R"sh(#!/bin/bash
 rank=${OMPI_COMM_WORLD_RANK:-0}
-slot() { printf "\\x$(printf %x $2)" |
-  dd of="$DSTRAIN_RANK_BOARD" bs=1 seek=$((32 * rank + $1)) conv=notrunc status=none; }
-come() { slot 4 $rank; slot 16 ${1:-0}; slot 0 1; echo $$ >>pids; echo $PPID >>mpiruns; }
+slot() { printf "$(printf '\\x%x' $(($2 & 255)) $(($2 >> 8 & 255)) $(($2 >> 16)) 0)" |
+  dd of="$DSTRAIN_RANK_BOARD" bs=4 seek=$((32 * rank + $1)) \
+    oflag=seek_bytes conv=notrunc status=none; }
+come() { slot 4 $rank; slot 16 ${1:-0}; slot 0 $$; echo $$ >>pids; echo $PPID >>mpiruns; }
 )sh";
 
 // An mpirun that runs one rank and looks after it as the real one does.
@@ -109,11 +110,11 @@ class LaunchedJob {
   std::string read(const std::string& name) const { return read_file(folder_ / name); }
   pid_t pid() const { return pid_; }
 
-  void make_mpirun_stubborn() {
-    std::string text = kFakeMpirun;
-    const std::string ends = "trap 'kill $rank; exit 1' TERM";
-    text.replace(text.find(ends), ends.size(), "trap '' TERM");
-    write_script(folder_ / "mpirun", text);
+  void make_mpirun_stubborn() { change_mpirun("trap 'kill $rank; exit 1' TERM", "trap '' TERM"); }
+  // It ends a second after its rank and breaks if it is asked to meanwhile, as Open MPI's does.
+  void make_mpirun_slow_to_end() {
+    change_mpirun("exit $code",
+                  "trap 'echo broken >>said; exit 139' TERM\nsleep 1 & wait; exit $code");
   }
 
   void start() {
@@ -178,8 +179,11 @@ class LaunchedJob {
   // Of the ranks that came, and of the mpiruns that started them.
   std::vector<pid_t> ranks() const { return pids_in("pids"); }
   std::vector<pid_t> mpiruns() const { return pids_in("mpiruns"); }
-  void all_gone() const {
+  void all_ranks_gone() const {
     for (const pid_t pid : ranks()) wait_until([pid] { return !is_alive(pid); });
+  }
+  void all_gone() const {
+    all_ranks_gone();
     for (const pid_t pid : mpiruns()) wait_until([pid] { return !is_alive(pid); });
   }
   std::vector<std::string> leftovers() const {
@@ -196,6 +200,12 @@ class LaunchedJob {
   }
 
  private:
+  void change_mpirun(const std::string& from, const std::string& to) {
+    std::string text = kFakeMpirun;
+    const size_t at = text.find(from);
+    REQUIRE(at != std::string::npos);
+    write_script(folder_ / "mpirun", text.replace(at, from.size(), to));
+  }
   std::vector<pid_t> pids_in(const std::string& name) const {
     std::ifstream file(folder_ / name);
     std::vector<pid_t> pids;
@@ -366,6 +376,20 @@ TEST_CASE("launcher: a second Ctrl-C ends the ranks at once", "[launcher]") {
   job.all_gone();
 }
 
+TEST_CASE("launcher: a second Ctrl-C after the ranks have saved and left is not sent to mpirun",
+          "[launcher]") {
+  LaunchedJob job(kSaveAndLeave);
+  job.make_mpirun_slow_to_end();
+  job.start();
+  job.wait_until([&] { return job.ranks().size() == 1; });
+  job.send(SIGINT);
+  job.wait_for("said", "left\n");
+  job.all_ranks_gone();
+  job.send(SIGINT);
+  CHECK(job.wait() == 75);
+  CHECK(job.read("said") == "left\n");
+}
+
 TEST_CASE("launcher: killing it ends mpirun and the ranks", "[launcher]") {
   const bool is_real = GENERATE(false, true);
   CAPTURE(is_real);
@@ -455,10 +479,7 @@ TEST_CASE("launcher: of a hang, the rank that is stopped is named", "[launcher]"
   LaunchedJob job(R"sh(
 come 12
 slot 8 3
-if [[ $rank == 1 ]]; then
-  for byte in 0 1 2 3; do slot $byte $(($$ >> 8 * byte & 255)); done
-  touch stops; kill -STOP $$
-fi
+if [[ $rank == 1 ]]; then touch stops; kill -STOP $$; fi
 while [[ ! -e stops ]]; do sleep 0.02; done
 sleep 0.3; slot 12 1; sleep 0.6; exit 1
 )sh",
