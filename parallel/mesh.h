@@ -19,7 +19,7 @@ enum class MeshGroup {
   pipeline,        // same place in all stages: what flows between stages
   stage,           // all ranks of a stage: gradients of replicated parameters
   data,            // differ in data alone
-  context,         // differ in context alone: keys and values of the same sequences
+  context,         // differ in context alone: latents, or keys and values, of the same sequences
   tensor,          // differ in tensor alone: parts of the same products
   data_context,    // same tensor part: gradients of parameters that tensor parallelism cuts
   tensor_context,  // same sequences: sums over their tokens

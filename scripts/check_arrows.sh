@@ -24,7 +24,7 @@ core/metrics    | core/base core/config                                         
 cuda            | core                                                           | fmt cuda cudnn cutlass
 parallel        | core                                                           | fmt mpi nccl cuda
 apps            | core cuda parallel                                             | fmt spdlog nlohmann CLI11
-test            | core cuda parallel apps test                                   | fmt spdlog nlohmann catch2 yaml-cpp pcre2 xxhash openmp
+test            | core cuda parallel apps test                                   | fmt spdlog nlohmann catch2 yaml-cpp pcre2 xxhash openmp cuda
 '
 
 # library | how its headers are written, as a regular expression
@@ -46,7 +46,7 @@ nccl     | nccl.*\.h
 cuda     | (cub/.*|cuda.*|cublas.*|driver_types|nvtx3/.*|cooperative_groups.*|mma)(\.h|\.hpp)?
 cudnn    | cudnn.*
 cutlass  | (cutlass|cute)/.*
-system   | [a-z_0-9]+|(sys|net|netinet|arpa|linux)/[a-z_0-9]+\.h|(c?xxabi|dirent|dlfcn|errno|execinfo|fcntl|ftw|glob|grp|limits|link|malloc|math|netdb|poll|pthread|pwd|sched|semaphore|signal|spawn|stdint|stdio|stdlib|string|syslog|termios|time|ucontext|unistd|utime|wait|getopt|libgen|fnmatch|inttypes|float|stdarg|stddef|assert)\.h
+system   | [a-z_0-9]+|(sys|net|netinet|arpa|linux|sanitizer)/[a-z_0-9]+\.h|(c?xxabi|dirent|dlfcn|errno|execinfo|fcntl|ftw|glob|grp|limits|link|malloc|math|netdb|poll|pthread|pwd|sched|semaphore|setjmp|signal|spawn|stdint|stdio|stdlib|string|syslog|termios|time|ucontext|unistd|utime|wait|getopt|libgen|fnmatch|inttypes|float|stdarg|stddef|assert)\.h
 '
 
 sources_in apps core parallel cuda test |

@@ -1,7 +1,11 @@
 // Attention of this rank's queries to its own keys and, under context parallelism, to those of its
 // peers (KvExchange): one peer after the other, whose part is merged into what is there. Backward
-// goes the same way with the log-sum-exp of the whole, so that every part gives its share of the
-// gradients (FlashAttention-2, arXiv:2307.08691, section 3.1).
+// takes the peers first, with the log-sum-exp of the whole, so that every part gives its share of
+// the gradients (FlashAttention-2, arXiv:2307.08691, section 3.1).
+//
+// In bf16, o and dq are rounded once more for each peer. A simulation of 4,096 keys has 0.18 % of
+// noise in o in one pass, 0.23 % with one peer, 0.33 % with 7, 0.61 % with 31; gradients grow as
+// much.
 //
 // What a peer's rows are is the layer's to know: its callback gets the peer, makes keys and values
 // and hands them to `attention`.

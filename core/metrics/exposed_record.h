@@ -15,7 +15,7 @@ enum class CommKind {
   parameters,  // gathered after an update (ZeRO 1 and 2) or before their use (ZeRO 3)
   experts,     // tokens on their way to experts and back
   tensor,      // parts of products, and sums over the ranks that share them
-  context,     // keys and values
+  context,     // latents, or keys and values
   pipeline,    // between stages
   results,     // losses, norms and counts of a step
 };

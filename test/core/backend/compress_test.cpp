@@ -132,7 +132,7 @@ Floats naive_topk(const Floats& v, const TopkFormat& format) {
 }  // namespace
 
 TEST_CASE("top-k sends the largest of each block, and the residual keeps the rest exactly",
-          "[op]") {
+          "[op][large]") {
   const int64_t n = GENERATE(1, 5, 63, 64, 65, 1000, 20011);
   const int64_t block = GENERATE(1, 64, 4096, 65536);
   const double density = GENERATE(0.001, 0.05, 0.5, 1.0);

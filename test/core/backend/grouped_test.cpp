@@ -34,7 +34,8 @@ Groups many_groups(int64_t sources) {
   return Groups(std::move(bounds), rows, sources);
 }
 
-TEST_CASE("grouped products: groups of many sizes among rows that belong to none", "[core][op]") {
+TEST_CASE("grouped products: groups of many sizes among rows that belong to none",
+          "[core][op][large]") {
   constexpr int64_t X = 150;
   const auto [many, O, I] = GENERATE(
       table<bool, int64_t, int64_t>({{false, 264, 80},  // rows of whole vectors: Hopper kernels

@@ -71,7 +71,7 @@ double token_loss(const LossCase& l, const Bound& b, int64_t t) {
 
 }  // namespace
 
-TEST_CASE("cross entropy: f32 agrees with f64 and threads do not matter", "[op]") {
+TEST_CASE("cross entropy: f32 agrees with f64 and threads do not matter", "[op][large]") {
   const auto [T, V] = GENERATE(table<int64_t, int64_t>(
       {{0, 5}, {1, 2}, {7, 100}, {1500, 33}, {64, 4096}, {3, 6001}, {5, 40005}}));
   const bool soft = GENERATE(false, true);

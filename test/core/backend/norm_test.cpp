@@ -39,7 +39,7 @@ struct NormCase {
 
 }  // namespace
 
-TEST_CASE("rms norm: f32 agrees with f64 and threads do not matter", "[op]") {
+TEST_CASE("rms norm: f32 agrees with f64 and threads do not matter", "[op][large]") {
   const auto [T, D] = GENERATE(table<int64_t, int64_t>({{0, 64},
                                                         {1, 1},
                                                         {3, 129},

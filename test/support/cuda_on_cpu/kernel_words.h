@@ -17,6 +17,11 @@
 #define __launch_bounds__(...)
 #define __forceinline__ inline
 
+template <class... T>
+cudaError_t cudaFuncSetAttribute(void (*kernel)(T...), cudaFuncAttribute attribute, int value) {
+  return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), attribute, value);
+}
+
 // --- numbers
 
 template <class A, class B>
@@ -31,6 +36,7 @@ constexpr std::common_type_t<A, B> max(A a, B b) {
   using T = std::common_type_t<A, B>;
   return static_cast<T>(a) < static_cast<T>(b) ? static_cast<T>(b) : static_cast<T>(a);
 }
+using std::isfinite;
 inline float __expf(float x) {
   return std::exp(x);
 }

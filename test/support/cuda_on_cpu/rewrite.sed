@@ -5,7 +5,7 @@ s/([A-Za-z0-9_:]+(<[^;<>]*(<[^;<>]*>[^;<>]*)*>)?)([ \n]*)<<<([^;]*)>>>\(([^;]*)\
 
 # Blocks run one after the other, so what they share can be static.
 s/extern __shared__ (__align__\([0-9]+\) )?([A-Za-z0-9_ ]+) ([A-Za-z0-9_]+)\[\];/\2* const \3 = ::cuda_on_cpu::dynamic_shared<\2>();/g
-s/__shared__ ((alignas\([0-9]+\) )?[A-Za-z0-9_]+) ([^;]*);/static \1 \3; ::cuda_on_cpu::enter_shared(\3);/g
+s/__shared__ (alignas\([0-9]+\) )?([A-Za-z0-9_]+) ([^;]*);/\1static \2 \3; ::cuda_on_cpu::enter_shared(\3);/g
 :sizes
 s/(::cuda_on_cpu::enter_shared\([^];[]*)\[[^]]*\]/\1/
 t sizes

@@ -69,10 +69,9 @@ class Device {
  public:
   void launch(const Launch& launch, const std::function<void()>& kernel);
 
-  [[noreturn]] void fail(const std::string& why);
+  [[noreturn]] void fail(std::string why);
   void wait_for_block();
-  unsigned meet(const char* function, unsigned mask, const void* value, void* values,
-                size_t bytes);
+  unsigned meet(const char* function, unsigned mask, const void* value, void* values, size_t bytes);
   void* dynamic_shared_memory() { return dynamic_shared_.get(); }
   void enter_shared(void* memory, size_t bytes);
   Thread& thread() { return *thread_; }
@@ -87,7 +86,7 @@ class Device {
   void wake(Thread& thread);
   void end_thread();
   void open_barrier_if_all_wait();
-  bool finish_if_all_met(const Thread& one);
+  void finish_if_all_met(const Thread& one);
   unsigned lanes_of(const Thread& thread) const;
 
   std::function<void()> kernel_;
@@ -131,7 +130,7 @@ void Device::switch_to(Fiber& to) {
     ucontext_t context;
     getcontext(&context);
     context.uc_stack.ss_sp = to.stack.get();
-    context.uc_stack.ss_size = kStackBytes;
+    context.uc_stack.ss_size = to.bytes;
     makecontext(&context, run_fiber, 0);
     setcontext(&context);
   }
@@ -197,7 +196,8 @@ void Device::go_on() {
       Fiber& fiber = *fibers_.emplace_back(std::make_unique<Fiber>());
       fiber.stack = std::make_unique_for_overwrite<std::byte[]>(kStackBytes);
       fiber.bottom = fiber.stack.get();
-      fiber.bytes = kStackBytes;
+      // Ends that were a power of two apart would share a few lines of the caches.
+      fiber.bytes = kStackBytes - fibers_.size() % 64 * 64 * 7;
       idle_.push_back(&fiber);
     }
     next->fiber = idle_.back();
@@ -290,13 +290,14 @@ void Device::open_barrier_if_all_wait() {
     if (thread.state == State::at_barrier) wake(thread);
 }
 
-void Device::fail(const std::string& why) {
+void Device::fail(std::string why) {
   const auto text = [](const uint3& at) {
-    return "(" + std::to_string(at.x) + ", " + std::to_string(at.y) + ", " +
-           std::to_string(at.z) + ")";
+    return "(" + std::to_string(at.x) + ", " + std::to_string(at.y) + ", " + std::to_string(at.z) +
+           ")";
   };
   std::cerr << "a kernel on the CPU failed in thread " << text(threadIdx) << " of block "
             << text(blockIdx) << ": " << why << std::endl;
+  why = std::string();  // nothing destroys what this stack holds
   failed_ = true;
   switch_to(host_);
   std::terminate();  // it does not come back
@@ -330,13 +331,13 @@ unsigned Device::meet(const char* function, unsigned mask, const void* value, vo
 }
 
 // Of the lanes that `one` waits for.
-bool Device::finish_if_all_met(const Thread& one) {
+void Device::finish_if_all_met(const Thread& one) {
   const unsigned mask = one.mask, lanes = lanes_of(one);
   Thread* const warp = &threads_[one.first_of_warp];
   unsigned present = 0;
   for (unsigned i = 0; i < lanes; ++i) {
     if (!(mask >> i & 1) || warp[i].state == State::ended) continue;
-    if (warp[i].state != State::in_warp) return false;
+    if (warp[i].state != State::in_warp) return;
     if (warp[i].mask != mask || std::strcmp(warp[i].function, one.function) != 0)
       fail(std::string("lanes of a warp wait for each other in ") + one.function + " and in " +
            warp[i].function + ", or with different masks");
@@ -354,7 +355,6 @@ bool Device::finish_if_all_met(const Thread& one) {
     warp[i].present = present;
     wake(warp[i]);
   }
-  return true;
 }
 
 }  // namespace
@@ -368,8 +368,8 @@ cudaError_t& launch_error() {
   return error;
 }
 
-void fail(const std::string& why) {
-  device().fail(why);
+void fail(std::string why) {
+  device().fail(std::move(why));
 }
 void wait_for_block() {
   device().wait_for_block();

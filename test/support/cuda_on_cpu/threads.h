@@ -36,7 +36,7 @@ cudaError_t& launch_error();
 // --- called by kernels
 
 // Ends the launch.
-[[noreturn]] void fail(const std::string& why);
+[[noreturn]] void fail(std::string why);
 
 // Until all threads of the block that have not ended are here.
 void wait_for_block();
