@@ -173,14 +173,16 @@ void Device::run_threads() {
   }
 }
 
-// Of the threads that can run, one.
+// Of the threads that can run, one of those that were woken last: these are a warp's, mostly, whose
+// stacks the caches still hold. A warp so gets far ahead of others.
 Thread* Device::draw() {
   if (ready_.empty()) {
     if (alive_ == 0) return nullptr;
     fail(std::to_string(at_barrier_) + " threads wait at a barrier, and " +
          std::to_string(alive_ - at_barrier_) + " for lanes of their warp: none can go on");
   }
-  std::swap(ready_[order_() % ready_.size()], ready_.back());
+  const size_t recent = std::min<size_t>(ready_.size(), kWarp);
+  std::swap(ready_[ready_.size() - 1 - order_() % recent], ready_.back());
   thread_ = ready_.back();
   ready_.pop_back();
   threadIdx = thread_->index;
@@ -257,6 +259,7 @@ void Device::run_block() {
     thread.open_group.clear();
     wake(thread);
   }
+  std::shuffle(ready_.begin(), ready_.end(), order_);
   alive_ = size;
   at_barrier_ = 0;
   go_on();
@@ -288,6 +291,7 @@ void Device::open_barrier_if_all_wait() {
   at_barrier_ = 0;
   for (Thread& thread : threads_)
     if (thread.state == State::at_barrier) wake(thread);
+  std::shuffle(ready_.begin(), ready_.end(), order_);
 }
 
 void Device::fail(std::string why) {
@@ -338,7 +342,8 @@ void Device::finish_if_all_met(const Thread& one) {
   for (unsigned i = 0; i < lanes; ++i) {
     if (!(mask >> i & 1) || warp[i].state == State::ended) continue;
     if (warp[i].state != State::in_warp) return;
-    if (warp[i].mask != mask || std::strcmp(warp[i].function, one.function) != 0)
+    if (warp[i].mask != mask ||
+        (warp[i].function != one.function && std::strcmp(warp[i].function, one.function) != 0))
       fail(std::string("lanes of a warp wait for each other in ") + one.function + " and in " +
            warp[i].function + ", or with different masks");
     present |= 1u << i;
