@@ -11,6 +11,7 @@
 #include "apps/assemble.h"
 #include "apps/comm_bench.h"
 #include "apps/commands.h"
+#include "apps/job_agreement.h"
 #include "apps/launch_machine.h"
 #include "apps/launcher.h"
 #include "apps/rank_environment.h"
@@ -66,6 +67,7 @@ int on_ranks(Config config, const BenchOptions& options, const RunOnRank& run) {
   mpi.expected_ranks = static_cast<int>(launched->size);
   MpiSession session(mpi);
   session.run([&](Communicator& world) {
+    require_same_job(world, machine_name(), config);
     run(config, {.world = &world, .place = *launched, .machine = machine_name()});
   });
   session.finalize();

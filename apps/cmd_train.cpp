@@ -5,6 +5,7 @@
 #include "apps/assemble.h"
 #include "apps/commands.h"
 #include "apps/dry_run.h"
+#include "apps/job_agreement.h"
 #include "apps/launch_training.h"
 #include "apps/rank_environment.h"
 #include "apps/rank_process.h"
@@ -34,6 +35,7 @@ int train_as_rank(Config config, const TrainerOptions& options, MetricsHub& hub,
   MpiSession session(mpi);
   ExitCode code = ExitCode::ok;
   session.run([&](Communicator& world) {
+    require_same_job(world, machine_name(), config);
     Trainer trainer(config, options, hub, {&world, ranks, machine_name(), &process.progress()});
     code = trainer.run();
   });

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "apps/evaluation.h"
+#include "apps/job_agreement.h"
 #include "apps/next_commands.h"
 #include "apps/signals.h"
 #include "apps/startup_info.h"
@@ -57,11 +58,18 @@ EarlierCompression earlier_compression(const Manifest& manifest) {
   return earlier;
 }
 
-std::map<std::string, std::string> data_fingerprints(const Config& config, const DataSet& train) {
-  std::map<std::string, std::string> out;
+using Fingerprints = std::map<std::string, std::string>;
+
+void add_fingerprints(const std::string& list, const DataSet& data, Fingerprints& out) {
+  for (size_t i = 0; i < data.datasets.size(); ++i)
+    out[fmt::format("{}[{}]", list, i)] = fmt::format("{:016x}", data.datasets[i].content_hash());
+}
+
+// Of what the order of the samples depends on.
+Fingerprints data_fingerprints(const Config& config, const DataSet& train) {
+  Fingerprints out;
   if (!config.data.tokenizer.empty()) out["tokenizer"] = file_fingerprint(config.data.tokenizer);
-  for (size_t i = 0; i < train.datasets.size(); ++i)
-    out[fmt::format("data.train[{}]", i)] = fmt::format("{:016x}", train.datasets[i].content_hash());
+  add_fingerprints("data.train", train, out);
   return out;
 }
 
@@ -81,6 +89,9 @@ Trainer::Trainer(const Config& config, const TrainerOptions& options, MetricsHub
   train_data_ = open_data(config_.data.train, config_.data.tokenizer);
   valid_data_ = open_data(config_.data.valid, config_.data.tokenizer);
   fingerprints_ = data_fingerprints(config_, train_data_);
+  Fingerprints of_all_data = fingerprints_;
+  add_fingerprints("data.valid", valid_data_, of_all_data);
+  require_same_data(world_, ranks_.machine, of_all_data);
   const std::optional<VerifiedCheckpoint> checkpoint = agree_on_start(options);
   if (checkpoint && checkpoint->manifest.meta.step >= config_.train.steps) {
     nothing_to_do_ = true;
