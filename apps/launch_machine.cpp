@@ -121,6 +121,7 @@ std::string version_text(const std::string& path) {
 
 Machine look_at_machine(const Variables& variables) {
   Machine machine;
+  machine.name = machine_name();
   machine.cores = available_cores();
   machine.is_root = ::geteuid() == 0;
   machine.is_container = is_container(variables);

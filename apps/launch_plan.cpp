@@ -38,11 +38,27 @@ std::string prefix_of(const std::string& mpirun) {
   return file_name(bin) == "bin" ? parent_folder(bin) : "";
 }
 
+bool has_domain(const std::string& host) {
+  return host.find('.') != host.npos && host.find_first_not_of("0123456789.") != host.npos;
+}
+
+// Open MPI starts ranks without a remote shell where a host has the machine's own name.
+const std::string& name_for_mpirun(const std::string& host, const Machine& machine) {
+  return host.substr(0, host.find('.')) == machine.name ? machine.name : host;
+}
+
 void add_hosts(const LaunchPlan& plan, std::vector<std::string>& words) {
   std::string list;
-  for (const HostRanks& host : plan.hosts)
-    list += fmt::format("{}{}:{}", list.empty() ? "" : ",", host.host, host.ranks);
+  bool have_domains = false;
+  for (const HostRanks& host : plan.hosts) {
+    list += fmt::format("{}{}:{}", list.empty() ? "" : ",",
+                        name_for_mpirun(host.host, plan.machine), host.ranks);
+    have_domains = have_domains || has_domain(host.host);
+  }
   words.insert(words.end(), {"--host", list});
+  // Open MPI 4 drops what follows the first dot, and then finds no host or another one.
+  if (have_domains && plan.mpirun.major <= 4)
+    words.insert(words.end(), {"--mca", "orte_keep_fqdn_hostnames", "1"});
   if (const std::string prefix = prefix_of(plan.mpirun.path); !prefix.empty())
     words.insert(words.end(), {"--prefix", prefix});
 }

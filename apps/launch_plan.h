@@ -42,6 +42,7 @@ struct Mpirun {
 };
 
 struct Machine {
+  std::string name;   // as it calls itself: its host name
   int64_t cores = 1;  // that this process may use
   bool is_root = false, is_container = false;
   bool allows_root = false;        // the user has set the variables that Open MPI asks for

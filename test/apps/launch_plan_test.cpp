@@ -140,6 +140,21 @@ TEST_CASE("mpirun_command: ranks on other hosts", "[launch]") {
   CHECK(holds(mpirun_command(cluster, {}).words, {"--prefix", "/opt/openmpi"}));
 }
 
+TEST_CASE("mpirun_command: hosts keep their domains", "[launch]") {
+  LaunchPlan cluster = plan({{"node1.cluster.example", 8}, {"node2.cluster.example", 4}});
+  const Words whole = {"--host", "node1.cluster.example:8,node2.cluster.example:4", "--mca",
+                       "orte_keep_fqdn_hostnames", "1"};
+  CHECK(holds(mpirun_command(cluster, {}).words, whole));
+  // This machine under the name that mpirun knows it by: it is not to reach itself through ssh.
+  cluster.machine.name = "node2";
+  CHECK(holds(mpirun_command(cluster, {}).words, {"--host", "node1.cluster.example:8,node2:4"}));
+
+  cluster.hosts = {{"10.0.0.1", 8}, {"10.0.0.2", 4}};
+  const Words addresses = mpirun_command(cluster, {}).words;
+  CHECK(holds(addresses, {"--host", "10.0.0.1:8,10.0.0.2:4"}));
+  CHECK_FALSE(holds(addresses, {"orte_keep_fqdn_hostnames"}));
+}
+
 TEST_CASE("mpirun_command: root needs a container or the user's word", "[launch]") {
   LaunchPlan local = plan({{"", 2}});
   local.machine.is_root = true;
