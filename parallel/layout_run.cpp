@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 #include <mutex>
+#include <set>
 
 #include "core/backend/cpu_backend.h"
 #include "parallel/thread_communicator.h"
@@ -95,8 +96,25 @@ class RankRun {
     share_state(world_, job_.engine().stream(), shared_.run.state);
   }
 
+  // On a device, what the last update made may still be on its way to the ranks that copy it
+  // (ParamStore::publish).
+  void wait_for_copies() {
+    TrainEngine& engine = job_.engine();
+    if (config_.parallel.zero != 1 && config_.parallel.zero != 2) return;
+    for (int chunk = 0; chunk < engine.num_chunks(); ++chunk) {
+      std::set<int> blocks;
+      for (const Parameter& p : engine.parameters(chunk).all())
+        if (p.spec.trainable) blocks.insert(p.spec.block);
+      for (const int block : blocks) {
+        engine.store(chunk).acquire_finish(engine.dist_stream(), block);
+        engine.store(chunk).release(engine.dist_stream(), block);
+      }
+    }
+  }
+
   void report() {
     LayoutRun& run = shared_.run;
+    wait_for_copies();
     const std::string copy =
         copy_difference(job_.engine(), job_.engine().loaded_state(), "param", run.state);
     if (run.disagreement.empty() && !copy.empty()) run.disagreement = copy;
