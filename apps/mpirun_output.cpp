@@ -10,6 +10,11 @@ namespace {
 const std::string kRule = std::string(74, '-') + "\n";
 // Said each time that a signal is passed on.
 constexpr std::string_view kForwarding = "mpirun: Forwarding signal ";
+// What it says of its messages when several ranks leave at once, some of which it cannot read:
+// "[node1:411] [[3629,0],0] ORTE_ERROR_LOG: Out of resource in file ../util/show_help.c at line
+// 501"
+constexpr std::string_view kComplaint = "] ORTE_ERROR_LOG: ", kOfMessages = "show_help.c at line ";
+constexpr size_t kLongestComplaint = 400;
 // A rank may print a rule of its own: what follows is not held back for ever.
 constexpr size_t kLongestMessage = 16384;
 
@@ -36,6 +41,11 @@ size_t begun(std::string_view text, std::string_view pattern) {
   for (size_t n = std::min(text.size(), pattern.size() - 1); n > 0; --n)
     if (text.ends_with(pattern.substr(0, n))) return n;
   return 0;
+}
+
+bool is_complaint(std::string_view line) {
+  const size_t at = line.find(kComplaint);
+  return at != line.npos && line.find(kOfMessages, at) != line.npos;
 }
 
 // Announces only that a message about the rank follows.
@@ -92,9 +102,21 @@ void MpirunOutput::pass(size_t bytes) {
   held_.erase(0, bytes);
 }
 
+// Where a complaint begins, or at the end a line that may become one.
+size_t MpirunOutput::find_complaint() const {
+  for (size_t at = 0; (at = held_.find('[', at)) != held_.npos; ++at) {
+    if ((at > 0 ? held_[at - 1] : last_) != '\n') continue;
+    const size_t end = held_.find('\n', at);
+    const bool is_open = end == held_.npos && held_.size() - at < kLongestComplaint;
+    if (is_open || is_complaint(std::string_view(held_).substr(at, end - at))) return at;
+  }
+  return held_.npos;
+}
+
 // Each returns whether there may be more to take from what is held.
 bool MpirunOutput::take_output() {
-  const size_t rule = held_.find(kRule), note = held_.find(kForwarding);
+  const size_t rule = held_.find(kRule);
+  const size_t note = std::min(held_.find(kForwarding), find_complaint());
   if (rule == held_.npos && note == held_.npos) {
     pass(held_.size() - std::max(begun(held_, kRule), begun(held_, kForwarding)));
     return false;

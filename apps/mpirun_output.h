@@ -36,6 +36,7 @@ class MpirunOutput {
   const std::optional<RankFailure>& failure() const { return failure_; }
 
  private:
+  size_t find_complaint() const;
   bool take_output();
   bool take_message();
   void pass(size_t bytes);

@@ -69,12 +69,29 @@ TEST_CASE("mpirun_output: messages are taken out of the ranks' output", "[launch
   CHECK(got.failure == RankFailure{12, 0, 65, ""});  // the first, not the last
 }
 
+TEST_CASE("mpirun_output: what mpirun cannot read of its own messages is left out", "[launch]") {
+  const size_t piece = GENERATE(1, 7, 74, 4096);
+  CAPTURE(piece);
+  const std::string complaint =
+      "[vm:30970] [[5124,0],0] ORTE_ERROR_LOG: Out of resource in file "
+      "../../../orte/util/show_help.c at line 501\n";
+  const std::string other =
+      "[vm:3] [[5,0],0] ORTE_ERROR_LOG: Not found in file routed.c at line 9\n";
+  const Collected got = collect(complaint + "error: why\n" + complaint + kRule + kAbort + kRule +
+                                    other + "[a line of a rank]\n" + complaint + "last\n",
+                                piece);
+  CHECK(got.passed == "error: why\n" + other + "[a line of a rank]\nlast\n");
+  CHECK(got.messages.empty());
+  CHECK(got.failure == RankFailure{1, 0, 65, ""});
+}
+
 TEST_CASE("mpirun_output: the ranks' own output passes unchanged", "[launch]") {
   const size_t piece = GENERATE(1, 74, 4096);
-  const std::string text = GENERATE(
-      as<std::string>(), "", "no end of line", std::string(73, '-') + "\n",
-      std::string(75, '-') + "\n" + std::string(200, '-') + "\nx\n", std::string(74, '-'),
-      "mpirun: Forw", "mpirun: something else\n", kRule + "a table without a second rule\n");
+  const std::string text =
+      GENERATE(as<std::string>(), "", "no end of line", std::string(73, '-') + "\n",
+               std::string(75, '-') + "\n" + std::string(200, '-') + "\nx\n", std::string(74, '-'),
+               "mpirun: Forw", "mpirun: something else\n", "[12", "[" + std::string(500, 'x'),
+               "\n[vm:1] ORTE_ERROR_LOG: \n", kRule + "a table without a second rule\n");
   CAPTURE(piece, text);
   const Collected got = collect(text, piece);
   CHECK(got.passed == text);
