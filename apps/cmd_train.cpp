@@ -60,7 +60,7 @@ int cmd_train(const TrainOptions& options) {
                                   .json = options.log_json}));
   if (options.dry_run)
     return dry_run(loaded, options, missing,
-                   decide_color(options.color, 1, std::getenv("NO_COLOR"), term));
+                   decide_color(options.color, 1, std::getenv("NO_COLOR"), term), launched);
   require_available(missing);
   validate(loaded, Purpose::train);
   hold_signals();  // looking for GPUs starts threads; before the first line, as it may start again

@@ -9,6 +9,7 @@
 #include "apps/launch_plan.h"
 #include "apps/run_folder.h"
 #include "apps/startup_info.h"
+#include "core/backend/cpu_backend.h"
 #include "core/base/format_units.h"
 #include "core/base/log.h"
 #include "core/checkpoint/hf_format.h"
@@ -111,15 +112,31 @@ StartupInfo plan_of_job(const Config& config, const MeshShape& shape, Backend& b
   return largest;
 }
 
-// Ranks of the job on the machine that has the most of them.
-int64_t ranks_of_a_machine(const Config& config) {
-  return most_ranks_of_host(ranks_to_start(config, gpus_for_ranks()));
+// A rank on the machine that has the most of them.
+RankEnvironment planned_rank(const Config& config, const MeshShape& shape,
+                             const std::optional<RankEnvironment>& launched) {
+  if (launched) return *launched;
+  RankEnvironment rank;
+  rank.size = shape.ranks();
+  rank.local_size = most_ranks_of_host(ranks_to_start(config, gpus_for_ranks()));
+  return rank;
+}
+
+MeshShape mesh_of_plan(const Config& config, const std::optional<RankEnvironment>& launched) {
+  std::optional<MeshShape> shape;
+  if (launched)
+    passes([&] { shape = resolve_mesh(config, launched->size); });
+  else
+    shape = planned_mesh(config);
+  return shape.value_or(smallest_mesh(config));
 }
 
 }  // namespace
 
 int dry_run(const LoadedConfig& loaded, const TrainOptions& options,
-            const std::vector<Unavailable>& missing, bool color) {
+            const std::vector<Unavailable>& missing, bool color,
+            const std::optional<RankEnvironment>& launched) {
+  if (launched && !launched->is_first()) return static_cast<int>(ExitCode::ok);
   validate(loaded, Purpose::inspect);
   Config config = loaded.config;
   passes([&] { validate(loaded, Purpose::train); });
@@ -131,9 +148,12 @@ int dry_run(const LoadedConfig& loaded, const TrainOptions& options,
       config.model.vocab_size > 0 &&
       std::ranges::all_of(missing, [](const Unavailable& feature) { return feature.is_device; });
   StartupInfo info = startup_info_of(config, nullptr);
+  RankEnvironment rank;
   if (is_planned) {
-    const MeshShape shape = planned_mesh(config).value_or(smallest_mesh(config));
-    const JobSize size{shape.ranks(), ranks_of_a_machine(config)};
+    const MeshShape shape = mesh_of_plan(config, launched);
+    rank = planned_rank(config, shape, launched);
+    config.run.threads = threads_per_rank(config.run.threads, rank, available_cores());
+    const JobSize size{rank.size, rank.local_size};
     if (missing.empty()) passes([&] { choose_device(config, size, visible_gpus_here()); });
     std::string note;
     const std::unique_ptr<Backend> backend = make_planning_backend(config, size, note);
@@ -143,7 +163,7 @@ int dry_run(const LoadedConfig& loaded, const TrainOptions& options,
   info.dry_run = true;
   add_data(info, config, has_tokenizer ? config.data.tokenizer : "");
   if (is_planned) {
-    passes([&] { require_memory(info.host_memory_bytes() * ranks_of_a_machine(config)); });
+    passes([&] { require_memory(info.host_memory_bytes() * rank.local_size); });
     check_gpu_memory(info);
   }
   if (!config.run.name.empty()) check_folder(info, config, options);

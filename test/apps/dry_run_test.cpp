@@ -69,6 +69,32 @@ TEST_CASE("dry run: prints the table that the run starts with, and writes nothin
   CHECK(job.saved_steps() == std::vector<int64_t>{2});
 }
 
+TEST_CASE("dry run: ranks share the cores, and what each takes, as they then do",
+          "[dry_run][job]") {
+  const TinyJob job({"train.steps=2", "schedule.warmup=1", "launch.ranks=2", "run.threads=0"});
+  const std::vector<std::string> table = table_of(plan(job).out);
+  CHECK(table.size() > 20);
+  CHECK(table == table_of(job.must_train().err));
+}
+
+TEST_CASE("dry run: under mpirun the plan is for its ranks, and printed once", "[dry_run][job]") {
+  const TinyJob job({"train.steps=2"});
+  Launch launch = job.launch({"--dry-run"});
+  std::string words;
+  for (const std::string& word : launch.args) words += " '" + word + "'";
+  launch.program = "/bin/bash";
+  launch.args = {"-c",
+                 "export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1\n"
+                 "exec mpirun --oversubscribe -np 2 " DSTRAIN_BINARY +
+                     words};
+  const Finished planned = run_program(launch);
+  CHECK(planned.code == 0);
+  CHECK_THAT(planned.out, Contains("2 ranks, data 2"));
+  const std::string end = "Dry run: nothing is trained or written.";
+  CHECK(planned.out.find(end) != std::string::npos);
+  CHECK(planned.out.find(end) == planned.out.rfind(end));
+}
+
 TEST_CASE("dry run: names every missing file at once", "[dry_run]") {
   const TinyJob job({"data.tokenizer=no-tokenizer.json", "data.train=[{path: no-train}, {path: x}]",
                      "data.valid=[{path: no-valid}]"});
