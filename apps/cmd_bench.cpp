@@ -19,6 +19,7 @@
 #include "apps/step_report.h"
 #include "core/backend/cpu_backend.h"
 #include "core/backend/matmul_bench.h"
+#include "core/base/format_units.h"
 #include "core/base/log.h"
 #include "core/config/layout.h"
 #include "core/config/validate.h"
@@ -130,17 +131,38 @@ ProductsTime time_products_of_step(const Config& config) {
   return {time_products(products, threads, 5), std::ssize(products)};
 }
 
+// As validate() does, for any number of ranks: no layout and no batch has to fit them.
+void validate_ranks_alone(LoadedConfig loaded) {
+  Config& config = loaded.config;
+  config.parallel = {};
+  config.train.micro_batch = 1;
+  config.train.global_batch = data_parallel_ranks(config);
+  validate(loaded, Purpose::inspect);
+}
+
+// So that no row of the table is missing without a word.
+void require_elements(const std::vector<int64_t>& sizes, int ranks) {
+  const int64_t least = ranks * static_cast<int64_t>(sizeof(float));
+  for (const int64_t size : sizes)
+    if (size < least)
+      throw UsageError(fmt::format(
+          "--sizes: {} are too few for {} ranks, which exchange an element each; give {} or more",
+          format_plural(size, "byte"), ranks, least));
+}
+
 void bench_comm_as_rank(const Config& config, const JobRanks& ranks, const BenchOptions& options) {
   if (!ranks.world)
     throw UsageError(
         "bench comm needs two ranks or more: add --set launch.ranks=2, or start it with mpirun");
   Communicator& world = *ranks.world;
+  const std::vector<int64_t> chosen =
+      options.sizes.empty() ? std::vector<int64_t>() : parse_sizes(options.sizes, "--sizes");
+  require_elements(chosen, world.size());
   const std::unique_ptr<Backend> backend = make_backend(config, ranks.place);
   const auto device_ranks = make_device_ranks(config, world, ranks.machine, *backend);
   const bool on_gpus = device_ranks != nullptr;
   const std::vector<CommTiming> timings = bench_comm(
-      on_gpus ? *device_ranks : world, *backend,
-      options.sizes.empty() ? default_sizes(on_gpus) : parse_sizes(options.sizes, "--sizes"));
+      on_gpus ? *device_ranks : world, *backend, chosen.empty() ? default_sizes(on_gpus) : chosen);
   if (!ranks.place.is_first()) return;
   const std::string device =
       fmt::format("{}, {}", backend->describe(), on_gpus ? "NCCL " + nccl_version() : "Open MPI");
@@ -193,8 +215,8 @@ int cmd_bench_ops(const BenchOptions& options) {
 
 int cmd_bench_comm(const BenchOptions& options) {
   if (!options.sizes.empty()) parse_sizes(options.sizes, "--sizes");
-  LoadedConfig loaded = load_config(options.config);
-  validate(loaded, Purpose::inspect);
+  const LoadedConfig loaded = load_config(options.config);
+  validate_ranks_alone(loaded);
   Config config = loaded.config;
   if (options.threads) config.run.threads = *options.threads;
   return on_ranks(config, options, [&options](const Config& job, const JobRanks& ranks) {

@@ -120,6 +120,23 @@ TEST_CASE("bench comm: each call in each size and type, with rates that agree") 
   }
 }
 
+TEST_CASE("bench comm: any number of ranks, whatever batch and layout the job has") {
+  std::vector<std::string> words = {"bench",   "comm",
+                                    "--set",   "launch.ranks=3",
+                                    "--set",   "run.device=cpu",
+                                    "--set",   "parallel.tensor=2",
+                                    "--sizes", "4K"};
+  const Finished finished = run_program(words);
+  INFO(finished.err);
+  CHECK(finished.code == 0);
+  CHECK_THAT(finished.out, Catch::Contains("3 ranks, ") && Catch::Contains("all_reduce"));
+
+  words.back() = "4K,8";
+  const Finished too_small = run_program(words);
+  CHECK(too_small.code == 2);
+  CHECK_THAT(too_small.err, Catch::Contains("--sizes: 8 bytes are too few for 3 ranks"));
+}
+
 TEST_CASE("bench comm: one rank, and sizes that are none, are refused") {
   const Finished alone = run_program({"bench", "comm", "--set", "run.device=cpu"});
   CHECK(alone.code == 2);
