@@ -72,8 +72,8 @@ class CudaOps : public Ops {
                           const AttentionSegments& segments, double scale, const Tensor& dq_THQ,
                           const Tensor& dk_UGQ, const Tensor& dv_UGW) override;
   void merge_attention(Stream&, const Tensor& part_THW, const Tensor& part_lse_TH,
-                       const AttentionSegments& segments, const Tensor& o_THW,
-                       const Tensor& lse_TH) override;
+                       const AttentionSegments& segments, const Tensor& o_THW, const Tensor& lse_TH,
+                       const Tensor& out_THW) override;
   void add_bias(Stream&, const Tensor& x_TD, const Tensor& bias_D) override;
   void bias_backward(Stream&, const Tensor& dy_TD, Accumulate accumulate,
                      const Tensor& dbias_D) override;

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <string>
+#include <type_traits>
 
 #include "core/base/error.h"
 #include "core/tensor/tensor.h"
@@ -31,6 +32,17 @@ void dispatch_f(DType dtype, const char* op, const Function& f) {
                                ": the CUDA back end computes in f32 and bf16, not in " +
                                dtype_name(dtype));
   }
+}
+
+// The same with F or S, which is float, as `dtype` says.
+template <class F, class Function>
+void dispatch_f_or_s(DType dtype, const char* op, const Function& f) {
+  dispatch_f(dtype, op, [&]<class E>() {
+    if constexpr (std::is_same_v<E, F> || std::is_same_v<E, float>)
+      f.template operator()<E>();
+    else
+      DSTRAIN_CHECK(false, std::string(op) + ": element types differ");
+  });
 }
 
 template <class F>

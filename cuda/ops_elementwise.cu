@@ -39,37 +39,38 @@ struct Fill {
 };
 
 // out may be a or b.
-template <class F>
+template <class A, class F, class Out>
 struct Add : AlwaysRuns {
   static constexpr int kSize = kVector<F>;
   template <int n>
   struct In {
-    Pack<F, n> a, b;
+    Pack<A, n> a;
+    Pack<F, n> b;
   };
 
-  const F* a;
+  const A* a;
   const F* b;
-  F* out;
+  Out* out;
   int64_t a_stride, b_stride, out_stride;
 
   Add(const Tensor& a_, const Tensor& b_, const Tensor& out_)
-      : a(pointer<F>(a_)),
+      : a(pointer<A>(a_)),
         b(pointer<F>(b_)),
-        out(pointer<F>(out_)),
+        out(pointer<Out>(out_)),
         a_stride(a_.row_stride()),
         b_stride(b_.row_stride()),
         out_stride(out_.row_stride()) {}
 
   template <int n>
   __device__ In<n> load(int64_t row, int64_t at) const {
-    return {Pack<F, n>::load(a + row * a_stride + at), Pack<F, n>::load(b + row * b_stride + at)};
+    return {Pack<A, n>::load(a + row * a_stride + at), Pack<F, n>::load(b + row * b_stride + at)};
   }
   template <int n>
   __device__ void store(int64_t row, int64_t at, const In<n>& in) const {
-    Pack<F, n> sum;
+    Pack<Out, n> sum;
 #pragma unroll
     for (int i = 0; i < n; ++i)
-      sum.at[i] = from_float<F>(to_float(in.a.at[i]) + to_float(in.b.at[i]));
+      sum.at[i] = from_float<Out>(to_float(in.a.at[i]) + to_float(in.b.at[i]));
     sum.store(out + row * out_stride + at);
   }
 };
@@ -280,11 +281,14 @@ void CudaOps::clear_if_skipped(Stream& stream, const StepScalars* scalars, const
 void CudaOps::add(Stream& stream, const Tensor& a, const Tensor& b, const Tensor& out) {
   expect_same_size(a, out, "add");
   expect_same_size(b, out, "add");
-  DSTRAIN_CHECK(a.dtype() == out.dtype() && b.dtype() == out.dtype(), "add: element types differ");
   const MapShape shape({out, a, b});
-  dispatch_f(out.dtype(), "add", [&]<class F>() {
-    launch_map(stream, Add<F>(a, b, out), shape,
-               shape.aligned(a) && shape.aligned(b) && shape.aligned(out), "add");
+  const bool aligned = shape.aligned(a) && shape.aligned(b) && shape.aligned(out);
+  dispatch_f(b.dtype(), "add", [&]<class F>() {
+    dispatch_f_or_s<F>(a.dtype(), "add", [&]<class A>() {
+      dispatch_f_or_s<F>(out.dtype(), "add", [&]<class Out>() {
+        launch_map(stream, Add<A, F, Out>(a, b, out), shape, aligned, "add");
+      });
+    });
   });
 }
 

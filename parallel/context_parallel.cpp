@@ -5,16 +5,33 @@
 namespace dstrain {
 namespace {
 
-KeyRows like(const KeyRows& rows, Arena& arena, const char* tag) {
+template <class Make>
+KeyRows for_each(const KeyRows& rows, const Make& make) {
   KeyRows made;
   for (size_t i = 0; i < rows.size(); ++i)
-    if (rows[i].defined()) made[i] = arena.like(rows[i], tag);
+    if (rows[i].defined()) made[i] = make(rows[i]);
   return made;
 }
 
-void add(DistStream dist, const KeyRows& sum, const KeyRows& more) {
-  for (size_t i = 0; i < sum.size(); ++i)
-    if (sum[i].defined()) dist.ops.add(dist.stream, sum[i], more[i], sum[i]);
+KeyRows like(const KeyRows& rows, Arena& arena, const char* tag) {
+  return for_each(rows, [&](const Tensor& x) { return arena.like(x, tag); });
+}
+
+KeyRows sums_for(const KeyRows& rows, Arena& arena, const char* tag) {
+  return for_each(rows, [&](const Tensor& x) {
+    return arena.make(stat_dtype(x.dtype()), {x.size(0), x.row_numel()}, tag);
+  });
+}
+
+// to = a + b
+void add(DistStream dist, const KeyRows& a, const KeyRows& b, const KeyRows& to) {
+  for (size_t i = 0; i < to.size(); ++i)
+    if (to[i].defined()) dist.ops.add(dist.stream, a[i], b[i], to[i]);
+}
+
+void convert(DistStream dist, const KeyRows& from, const KeyRows& to) {
+  for (size_t i = 0; i < to.size(); ++i)
+    if (to[i].defined()) dist.ops.convert(dist.stream, from[i], to[i]);
 }
 
 }  // namespace
@@ -37,8 +54,8 @@ void ContextParallel::pass_start(DistStream dist, const KeyRows& rows, Returns r
   for (size_t i = 0; i < buffers; ++i) rows_[i] = like(rows, arena, "rows of a peer");
   if (returns_) {
     for (size_t i = 0; i < buffers; ++i) gradients_[i] = like(rows, arena, "gradients for a peer");
-    sum_ = like(rows, arena, "gradients by peers");
-    if (peers() > 1) arriving_ = like(rows, arena, "gradients by a peer");
+    arriving_ = like(rows, arena, "gradients by a peer");
+    if (peers() > 1) sum_ = sums_for(rows, arena, "gradients by peers");
   }
   fetch(dist, 0);
 }
@@ -67,10 +84,14 @@ void ContextParallel::give(DistStream dist) {
   if (dist.dry) return;
   const auto turn = static_cast<size_t>(turn_ % 2);
   const DistStream comm = queue_.after(dist);
-  const bool first = turn_ == 0;
-  exchange(comm, visited(turn_), gradients_[turn], visitor(turn_), first ? sum_ : arriving_);
-  if (!first)
-    queue_.exposed().beside(CommKind::context, comm.stream, [&] { add(comm, sum_, arriving_); });
+  exchange(comm, visited(turn_), gradients_[turn], visitor(turn_), arriving_);
+  if (peers() > 1)
+    queue_.exposed().beside(CommKind::context, comm.stream, [&] {
+      if (turn_ == 0)
+        convert(comm, arriving_, sum_);
+      else
+        add(comm, sum_, arriving_, sum_);
+    });
   given_[turn].set(comm);
 }
 
@@ -78,7 +99,7 @@ void ContextParallel::pass_finish(DistStream dist, const KeyRows& gradients) {
   DSTRAIN_CHECK(turn_ + 1 == peers(), "a pass ends after the last peer");
   if (dist.dry || !returns_) return;
   given_[static_cast<size_t>(turn_ % 2)].wait(dist, queue_.exposed(), CommKind::context);
-  add(dist, gradients, sum_);
+  add(dist, peers() > 1 ? sum_ : arriving_, gradients, gradients);
 }
 
 void ContextParallel::exchange(DistStream comm, int to, const KeyRows& send, int from,

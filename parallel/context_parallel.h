@@ -3,8 +3,8 @@
 // go back.
 //
 // Rows lie in two buffers that take turns: those of the next peer arrive while those of this one
-// are used. So do gradients on their way out. What arrives of them is added up in the order of
-// arrival, which follows from the layout.
+// are used. So do gradients on their way out. What arrives of them is added up in S in the order of
+// arrival, which follows from the layout, and rounded with the rank's own to what gradients are.
 #pragma once
 
 #include <array>
@@ -50,7 +50,7 @@ class ContextParallel : public KvExchange {
   // Of the pass that is under way.
   KeyRows own_rows_;
   Buffers rows_, gradients_;
-  KeyRows arriving_, sum_;  // gradients for this rank's rows: from one peer, from all so far
+  KeyRows arriving_, sum_;  // gradients for this rank's rows: from a peer; S, from all so far
   bool returns_ = false;
   int turn_ = -1;  // the peer whose rows are used
 };

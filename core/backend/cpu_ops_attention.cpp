@@ -234,13 +234,13 @@ void check_shapes(const Tensor& q, const Tensor& k, const Tensor& v, const Tenso
 
 // Of one row and head (Ops::merge_attention).
 template <class F>
-void merge_row(const F* __restrict__ part, F part_lse, F* __restrict__ o, int64_t width, F& lse) {
+void merge_row(const F* __restrict__ part, F part_lse, F* __restrict__ out, int64_t width, F& lse) {
   const double largest = std::max(lse, part_lse);
   const double own = std::exp(lse - largest), other = std::exp(part_lse - largest),
                sum = own + other;
   const F share = static_cast<F>(other / sum);
 #pragma omp simd
-  for (int64_t j = 0; j < width; ++j) o[j] += share * (part[j] - o[j]);
+  for (int64_t j = 0; j < width; ++j) out[j] += share * (part[j] - out[j]);
   lse = static_cast<F>(largest + std::log(sum));
 }
 
@@ -344,22 +344,24 @@ void CpuOps::attention_backward(Stream&, const Tensor& do_THW, const Tensor& q_T
   });
 }
 
-void CpuOps::merge_attention(Stream&, const Tensor& part_THW, const Tensor& part_lse_TH,
+void CpuOps::merge_attention(Stream& stream, const Tensor& part_THW, const Tensor& part_lse_TH,
                              const AttentionSegments& segments, const Tensor& o_THW,
-                             const Tensor& lse_TH) {
-  const DType dtype = o_THW.dtype();
-  const int64_t T = o_THW.size(0), H = o_THW.size(1), W = o_THW.size(2);
-  expect(o_THW, "merge_attention: o_THW", dtype, {T, H, W});
+                             const Tensor& lse_TH, const Tensor& out_THW) {
+  const DType dtype = part_THW.dtype();
+  const int64_t T = part_THW.size(0), H = part_THW.size(1), W = part_THW.size(2);
   expect(part_THW, "merge_attention: part_THW", dtype, {T, H, W});
-  expect(lse_TH, "merge_attention: lse_TH", dtype, {T, H});
   expect(part_lse_TH, "merge_attention: part_lse_TH", dtype, {T, H});
+  expect(o_THW, "merge_attention: o_THW", dtype, {T, H, W});
+  expect(lse_TH, "merge_attention: lse_TH", dtype, {T, H});
+  expect(out_THW, "merge_attention: out_THW", dtype, {T, H, W});
   const Segments table(segments, T, std::numeric_limits<int64_t>::max());
+  if (o_THW.raw() != out_THW.raw()) convert(stream, o_THW, out_THW);
   dispatch_float(dtype, [&]<class F>() {
     for (int64_t n = 0; n < table.count(); ++n) {
       const Segment segment = table[n];
       pool_.run_ranges(segment.queries * H, rows_per_task(W), [&](int64_t begin, int64_t end) {
         for (int64_t i = segment.query * H + begin; i < segment.query * H + end; ++i)
-          merge_row(part_THW.data<F>() + i * W, part_lse_TH.data<F>()[i], o_THW.data<F>() + i * W,
+          merge_row(part_THW.data<F>() + i * W, part_lse_TH.data<F>()[i], out_THW.data<F>() + i * W,
                     W, lse_TH.data<F>()[i]);
       });
     }

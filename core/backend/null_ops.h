@@ -39,7 +39,7 @@ class NullOps : public Ops {
                           const Tensor&, const Tensor&, const AttentionSegments&, double,
                           const Tensor&, const Tensor&, const Tensor&) override {}
   void merge_attention(Stream&, const Tensor&, const Tensor&, const AttentionSegments&,
-                       const Tensor&, const Tensor&) override {}
+                       const Tensor&, const Tensor&, const Tensor&) override {}
   void add_bias(Stream&, const Tensor&, const Tensor&) override {}
   void bias_backward(Stream&, const Tensor&, Accumulate, const Tensor&) override {}
   void router_topk(Stream&, const Tensor&, const Tensor&, const RouterParams&, const Tensor&,

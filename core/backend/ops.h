@@ -201,12 +201,13 @@ class Ops {
                                   const Tensor& lse_TH, const AttentionSegments& segments,
                                   double scale, const Tensor& dq_THQ, const Tensor& dk_UGQ,
                                   const Tensor& dv_UGW) = 0;
-  // o and lse of attention to some keys become those of attention to these and the keys of the
-  // other part, in the query rows of the part's segments; other rows stay. With m = log(exp lse +
-  // exp part_lse): o = exp(lse - m) o + exp(part_lse - m) part, lse = m. All contiguous.
+  // From o and lse of attention to some keys those of attention to these and the keys of another
+  // part, in the query rows of the part's segments, which are not causal; other rows stay what they
+  // are in o and lse. With m = log(exp lse + exp part_lse): out = exp(lse - m) o + exp(part_lse -
+  // m) part, lse = m. part is F, o and out are F or S; out may be o. All contiguous.
   virtual void merge_attention(Stream&, const Tensor& part_THW, const Tensor& part_lse_TH,
                                const AttentionSegments& segments, const Tensor& o_THW,
-                               const Tensor& lse_TH) = 0;
+                               const Tensor& lse_TH, const Tensor& out_THW) = 0;
   // x += bias per row; dbias (+)= sum over rows.
   virtual void add_bias(Stream&, const Tensor& x_TD, const Tensor& bias_D) = 0;
   virtual void bias_backward(Stream&, const Tensor& dy_TD, Accumulate accumulate,
@@ -331,7 +332,8 @@ class Ops {
   // --- elementwise
   // -----------------------------------------------------------------------------------
   virtual void fill(Stream&, const Tensor& x, double value) = 0;
-  virtual void add(Stream&, const Tensor& a, const Tensor& b, const Tensor& out) = 0;  // may alias
+  // out = a + b; out may be a or b. b is F, a and out are F or S.
+  virtual void add(Stream&, const Tensor& a, const Tensor& b, const Tensor& out) = 0;
   virtual void convert(Stream&, const Tensor& source,
                        const Tensor& destination) = 0;  // f32 f64 bf16
   // f32 values as a bf16 parameter and its lower 16 bits (see adamw), and back.

@@ -88,12 +88,16 @@ void TimedOps::attention_backward(Stream& stream, const Tensor& do_THW, const Te
 
 void TimedOps::merge_attention(Stream& stream, const Tensor& part_THW, const Tensor& part_lse_TH,
                                const AttentionSegments& segments, const Tensor& o_THW,
-                               const Tensor& lse_TH) {
+                               const Tensor& lse_TH, const Tensor& out_THW) {
   const double share = static_cast<double>(segments.max_queries * segments.max_count) /
                        std::max(1.0, size_of(o_THW, 0));
+  const double share_of_o = o_THW.raw() == out_THW.raw() ? share : 1;
   timed(stream, "merge_attention", 0,
-        share * bytes_of({&part_THW, &part_lse_TH, &o_THW, &o_THW, &lse_TH, &lse_TH}),
-        [&] { inner_.merge_attention(stream, part_THW, part_lse_TH, segments, o_THW, lse_TH); });
+        share * bytes_of({&part_THW, &part_lse_TH, &lse_TH, &lse_TH}) +
+            share_of_o * bytes_of({&o_THW, &out_THW}),
+        [&] {
+          inner_.merge_attention(stream, part_THW, part_lse_TH, segments, o_THW, lse_TH, out_THW);
+        });
 }
 
 void TimedOps::add_bias(Stream& stream, const Tensor& x_TD, const Tensor& bias_D) {

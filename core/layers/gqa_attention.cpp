@@ -66,14 +66,14 @@ void GqaAttention::backward_input(StepContext& ctx, const RopeTable& rope, const
   o_proj_.backward_input(ctx, saved.dout_TD, do_THW.view({T, G * m * Q}));
 
   const Tensor dq_THQ = scratch.make(ctx.dtype, {T, G * m, Q}, "d queries");
-  attention_backward_of_peers(
+  const Tensor dq_by_peers_THQ = attention_backward_of_peers(
       ctx, call_, saved, do_THW, dq_THQ,
       [](const KvExchange::Peer& peer, const PeerTokens&, const auto& attention) {
         attention(peer.rows[0], peer.rows[1], peer.gradients[0], peer.gradients[1]);
       });
   const Tensor dk_TGQ = scratch.like(saved.k_TGQ, "d keys"),
                dv_TGW = scratch.like(saved.v_TGW, "d values");
-  attention_backward_of_own(ctx, call_, saved, do_THW, dq_THQ, dk_TGQ, dv_TGW);
+  attention_backward_of_own(ctx, call_, saved, do_THW, dq_by_peers_THQ, dq_THQ, dk_TGQ, dv_TGW);
   kv.pass_finish(ctx.dist_stream(), {dk_TGQ, dv_TGW});
   ctx.ops.gqa_qkv_backward(ctx.stream, dq_THQ, dk_TGQ, dv_TGW, rope, ctx.batch.positions_T,
                            saved.dq_TX.view({T, G, m + 2, Q}));

@@ -158,14 +158,14 @@ void MlaAttention::backward_input(StepContext& ctx, const RopeTable& rope, const
   o_proj_.backward_input(ctx, saved.dout_TD, do_THW.view({T, H * v_dim_}));
 
   const Tensor dq_THQ = saved.dq_TX.view({T, H, Q});
-  attention_backward_of_peers(
+  const Tensor dq_by_peers_THQ = attention_backward_of_peers(
       ctx, call_, saved, do_THW, dq_THQ,
       [&](const KvExchange::Peer& peer, const PeerTokens& tokens, const auto& attention) {
         peer_backward(ctx, rope, peer, tokens, attention);
       });
   const Tensor dk_THQ = scratch.like(saved.k_TGQ, "d keys"),
                dv_THW = scratch.like(saved.v_TGW, "d values");
-  attention_backward_of_own(ctx, call_, saved, do_THW, dq_THQ, dk_THQ, dv_THW);
+  attention_backward_of_own(ctx, call_, saved, do_THW, dq_by_peers_THQ, dq_THQ, dk_THQ, dv_THW);
   // Heads of this rank only: what they have for the shared latent is summed over ranks below.
   const Tensor dkva_TX = partial_sums(ctx, saved.dkva_tX, scratch, "partial d latent");
   keys_backward(ctx, rope, {dq_THQ, dk_THQ, dv_THW}, {saved.kvn_TL, saved.kv_rstd_T}, saved.kva_TX,

@@ -14,6 +14,7 @@ namespace dstrain {
 struct PeerTokens {
   Tensor positions_T;          // i32, as Batch's
   AttentionSegments segments;  // of this rank's queries over the peer's keys; not causal
+  bool is_seen() const { return segments.max_queries > 0; }  // a document is on both sides
 };
 
 // One micro-batch in device memory. T = sequences * tokens_per_sequence: under context parallelism

@@ -3,7 +3,10 @@
 // may.
 #include "parallel/context_parallel.h"
 
+#include <vector>
+
 #include "test/support/catch.h"
+#include "test/support/host_tensor.h"
 #include "test/support/late_backend.h"
 #include "test/support/rank_threads.h"
 
@@ -95,6 +98,26 @@ void check_pass(RankContext& rank, Backend& backend, Communicator& ranks) {
   }
 }
 
+// Sums that a CPU back end does not have: of bf16, and of bf16 and f32, rounded once.
+class Bf16Sums : public NullOps {
+ public:
+  explicit Bf16Sums(Ops& ops) : ops_(ops) {}
+  void convert(Stream& stream, const Tensor& source, const Tensor& destination) override {
+    ops_.convert(stream, source, destination);
+  }
+  void add(Stream& stream, const Tensor& a, const Tensor& b, const Tensor& out) override {
+    const std::vector<int64_t> shape = {out.size(0), out.row_numel()};
+    const HostTensor left(DType::f32, shape), right(DType::f32, shape);
+    convert(stream, a, left);
+    convert(stream, b, right);
+    ops_.add(stream, left, right, left);
+    convert(stream, left, out);
+  }
+
+ private:
+  Ops& ops_;
+};
+
 }  // namespace
 
 TEST_CASE("context parallel: rows of all peers, and sums of their gradients", "[ranks]") {
@@ -106,6 +129,36 @@ TEST_CASE("context parallel: rows of all peers, and sums of their gradients", "[
     // Rows in three passes, gradients in two.
     rank_check(rank.world.bytes_sent() == 5 * turns * values * 4,
                "each row goes to each peer once");
+  });
+}
+
+// A bf16 of 256 does not change if 1 is added to it.
+TEST_CASE("context parallel: gradients in bf16 are rounded when all are there", "[ranks]") {
+  const int ranks = GENERATE(2, 3, 5);
+  CAPTURE(ranks);
+  run_ranks(ranks, [&](RankContext& rank) {
+    const DeviceMemory memory(rank.backend, 1 << 16, MemoryKind::device);
+    Arena arena("test", memory.data(), memory.bytes());
+    ExposedTime exposed(rank.backend, false);
+    ContextParallel context(rank.world, rank.backend, exposed);
+    Bf16Sums ops(rank.backend.ops());
+    const DistStream dist{ops, rank.stream, false};
+    const KeyRows rows = {arena.make(DType::bf16, {kTokens, kKeyWidth}, "keys")};
+    const Tensor own = arena.like(rows[0], "gradients");
+    rank.backend.ops().fill(rank.stream, rows[0], 0);
+    rank.backend.ops().fill(rank.stream, own, 1);
+    context.pass_start(dist, rows, KvExchange::Returns::gradients, arena);
+    for (int i = 0; i < context.peers(); ++i) {
+      const KvExchange::Peer peer = context.next(dist);
+      rank.backend.ops().fill(rank.stream, peer.gradients[0], i == 0 ? 256 : 1);
+      context.give(dist);
+    }
+    context.pass_finish(dist, {own});
+    const float exact = 256.0f + static_cast<float>(context.peers());
+    const HostTensor sum(DType::bf16, {1}, {exact}), got(DType::f32, {kTokens, kKeyWidth});
+    ops.convert(rank.stream, own, got);
+    rank_check(all_are(got, [&](int64_t) { return static_cast<float>(sum.get(0)); }),
+               "256 and a 1 for each other rank");
   });
 }
 

@@ -73,6 +73,9 @@ class LateOps : public NullOps {
   void add(Stream& stream, const Tensor& a, const Tensor& b, const Tensor& out) override {
     run_on(stream, [=, this] { ops_.add(stream_, a, b, out); });
   }
+  void convert(Stream& stream, const Tensor& source, const Tensor& destination) override {
+    run_on(stream, [=, this] { ops_.convert(stream_, source, destination); });
+  }
   void add_sum_squares(Stream& stream, const Tensor& x, const Tensor& sum_1) override {
     run_on(stream, [=, this] { ops_.add_sum_squares(stream_, x, sum_1); });
   }

@@ -101,9 +101,9 @@ class ForwardingOps : public Ops {
     after_op();
   }
   void merge_attention(Stream& s, const Tensor& part_THW, const Tensor& part_lse_TH,
-                       const AttentionSegments& segments, const Tensor& o_THW,
-                       const Tensor& lse_TH) override {
-    ops_.merge_attention(s, part_THW, part_lse_TH, segments, o_THW, lse_TH);
+                       const AttentionSegments& segments, const Tensor& o_THW, const Tensor& lse_TH,
+                       const Tensor& out_THW) override {
+    ops_.merge_attention(s, part_THW, part_lse_TH, segments, o_THW, lse_TH, out_THW);
     after_op();
   }
   void add_bias(Stream& s, const Tensor& x_TD, const Tensor& bias_D) override {

@@ -174,10 +174,10 @@ class OrderedOps : public Ops {
                               dq_THQ, dk_UGQ, dv_UGW);
   }
   void merge_attention(Stream& s, const Tensor& part_THW, const Tensor& part_lse_TH,
-                       const AttentionSegments& segments, const Tensor& o_THW,
-                       const Tensor& lse_TH) override {
-    call(s, "merge_attention", {part_THW, part_lse_TH, segments}, {o_THW, lse_TH});
-    inner_.merge_attention(s, part_THW, part_lse_TH, segments, o_THW, lse_TH);
+                       const AttentionSegments& segments, const Tensor& o_THW, const Tensor& lse_TH,
+                       const Tensor& out_THW) override {
+    call(s, "merge_attention", {part_THW, part_lse_TH, segments, o_THW}, {lse_TH, out_THW});
+    inner_.merge_attention(s, part_THW, part_lse_TH, segments, o_THW, lse_TH, out_THW);
   }
   void add_bias(Stream& s, const Tensor& x_TD, const Tensor& bias_D) override {
     call(s, "add_bias", {bias_D}, {x_TD});

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <utility>
 #include <vector>
 
 #include "test/support/catch.h"
@@ -272,7 +273,7 @@ struct Pieces {
                     t[a.lse]);
       ops.attention(s, t[a.q], rows(a.key, true), rows(a.v, true), other, a.scale, t[p.part],
                     t[p.part_lse]);
-      if (merges) ops.merge_attention(s, t[p.part], t[p.part_lse], other, t[a.o], t[a.lse]);
+      if (merges) ops.merge_attention(s, t[p.part], t[p.part_lse], other, t[a.o], t[a.lse], t[a.o]);
       const auto backward = [&](const AttentionSegments& segments, bool of_other, Slot dq) {
         ops.attention_backward(s, t[a.dout], t[a.q], rows(a.key, of_other), rows(a.v, of_other),
                                t[a.o], t[a.lse], segments, a.scale, t[dq], rows(a.dk, of_other),
@@ -314,13 +315,87 @@ TEST_CASE("merge_attention: far apart, and rows of no segment", "[core][op]") {
              count = c.fixed(DType::i32, {1}, {2});
   const Bound t = run_op(c, DType::f32, 1, [&](Ops& ops, Stream& s, const Bound& b) {
     ops.merge_attention(s, b[part], b[part_lse], {b[table], b[count], 2, 1, 2, false, false}, b[o],
-                        b[lse]);
+                        b[lse], b[o]);
   });
   CHECK(t.at(o).values() == std::vector<double>{3, 3.5, 4, 1, 2, 3, 1, 2, 3, 5, 5, 5});
   CHECK(std::abs(t.at(lse).get(0) - (1 + std::log(2.0))) < 1e-6);
   CHECK(t.at(lse).get(1) == 2000);
   CHECK(t.at(lse).get(2) == 7);
   CHECK(t.at(lse).get(3) == 2000);
+}
+
+// Three parts, of which the second has all rows: from o into a sum in S, into it again, and from it
+// into what is rounded.
+struct Merges {
+  struct Part {
+    Slot o, lse, table, count;
+    std::vector<double> segments;
+  };
+  int64_t T, H, W;
+  OpCase c;
+  Slot o, lse, sum, out;
+  std::vector<Part> parts;
+
+  Merges(uint64_t seed, int64_t T_, int64_t H_, int64_t W_) : T(T_), H(H_), W(W_), c(seed) {
+    o = c.normal({T, H, W});
+    lse = c.stat(c.normal({T, H}));
+    sum = c.stat(c.output({T, H, W}));
+    out = c.output({T, H, W});
+    const auto rows = [](int64_t n) { return static_cast<double>(n); };
+    add_part({1, 1, 0, 1, 2, rows(T / 2 - 2), 1, 1, rows(T - 2), 1, 2, 1});
+    add_part({0, rows(T), 0, 1});
+    add_part({rows(T / 2), rows(T - T / 2), 0, 1});
+  }
+  void add_part(std::vector<double> segments) {
+    const int64_t count = static_cast<int64_t>(segments.size()) / 4;
+    Part part{c.normal({T, H, W}), c.stat(c.normal({T, H})), {}, {}, segments};
+    segments.resize(segments.size() + 4, -1000);  // not read
+    part.table = c.fixed(DType::i32, {count + 1, 4}, segments);
+    part.count = c.fixed(DType::i32, {1}, {static_cast<double>(count)});
+    parts.push_back(part);
+  }
+  OpBody body() const {
+    return [m = *this](Ops& ops, Stream& s, const Bound& b) {
+      for (size_t i = 0; i < m.parts.size(); ++i) {
+        const Part& part = m.parts[i];
+        const AttentionSegments segments{b[part.table],         b[part.count], m.T,  1,
+                                         b[part.table].size(0), false,         false};
+        ops.merge_attention(s, b[part.o], b[part.lse], segments, b[i == 0 ? m.o : m.sum], b[m.lse],
+                            b[i + 1 == m.parts.size() ? m.out : m.sum]);
+      }
+    };
+  }
+  // By the definition: shares of all that a row has, in no order.
+  void check(const Bound& done) const {
+    const Bound before = c.bind(DType::f64);
+    HostTensor want(DType::f64, {T, H, W}), want_lse(DType::f64, {T, H});
+    for (int64_t pair = 0; pair < T * H; ++pair) {
+      std::vector<std::pair<Slot, double>> all = {{o, std::exp(before.at(lse).get(pair))}};
+      for (const Part& part : parts)
+        for (size_t n = 0; n < part.segments.size(); n += 4) {
+          const double row = static_cast<double>(pair / H) - part.segments[n];
+          if (row >= 0 && row < part.segments[n + 1])
+            all.emplace_back(part.o, std::exp(before.at(part.lse).get(pair)));
+        }
+      double total = 0;
+      for (const auto& [slot, weight] : all) total += weight;
+      want_lse.set(pair, std::log(total));
+      for (int64_t i = pair * W; i < (pair + 1) * W; ++i)
+        for (const auto& [slot, weight] : all)
+          want.set(i, want.get(i) + weight / total * before.at(slot).get(i));
+    }
+    CHECK(compare_within(done.at(out), want, 1e-13));
+    CHECK(compare_within(done.at(lse), want_lse, 1e-13));
+  }
+};
+
+TEST_CASE("merge_attention: parts are summed in S and rounded once", "[core][op]") {
+  const auto [T, H, W] =
+      GENERATE(table<int64_t, int64_t, int64_t>({{9, 3, 5}, {70, 4, 64}, {12, 2, 2056}}));
+  CAPTURE(T, H, W);
+  const Merges m(64, T, H, W);
+  const Tolerance plain{.sum_length = 4, .roundings = 8};
+  m.check(check_op(m.c, m.body(), {{m.sum, plain}, {m.out, plain}, {m.lse, plain}}));
 }
 
 TEST_CASE("attention gradients agree with differences", "[core][ops]") {

@@ -48,6 +48,24 @@ TEST_CASE("add: into a third tensor, in place, strided", "[op]") {
   CHECK(e.at(x).values() == std::vector<double>{1, 3, 4, 4, 6, 7});
 }
 
+TEST_CASE("add: sums in S of what is F, rounded once", "[op]") {
+  const auto [wide, begin, end] =
+      GENERATE(table<int64_t, int64_t, int64_t>({{40, 0, 40}, {2112, 16, 2101}, {7, 1, 6}}));
+  CAPTURE(wide, begin, end);
+  OpCase c(92);
+  const Slot a = c.normal({5, wide}), b = c.normal({5, end - begin}), out = c.normal({5, wide});
+  const Slot sum = c.stat(c.normal({5, wide}));
+  const auto part = [begin = begin, end = end](const Tensor& x) { return x.columns(begin, end); };
+  check_op(c,
+           [&](Ops& ops, Stream& s, const Bound& t) {
+             ops.add(s, part(t[a]), t[b], part(t[sum]));
+             ops.add(s, part(t[sum]), t[b], part(t[sum]));
+             ops.add(s, part(t[sum]), part(t[a]), part(t[out]));
+             ops.add(s, part(t[sum]), t[b], t[b]);
+           },
+           {{sum, {}}, {out, {}}, {b, {}}});
+}
+
 TEST_CASE("fill, add, convert: rows of wider matrices", "[op]") {
   const auto [begin, columns] = GENERATE(table<int64_t, int64_t>({{16, 2085}, {3, 70}, {8, 64}}));
   CAPTURE(begin, columns);
