@@ -6,20 +6,24 @@ namespace dstrain {
 namespace {
 
 template <class Make>
-KeyRows for_each(const KeyRows& rows, const Make& make) {
+KeyRows for_each(const KeyRows& x, const Make& make) {
   KeyRows made;
-  for (size_t i = 0; i < rows.size(); ++i)
-    if (rows[i].defined()) made[i] = make(rows[i]);
+  for (size_t i = 0; i < x.size(); ++i)
+    if (x[i].defined()) made[i] = make(x[i]);
   return made;
 }
 
-KeyRows like(const KeyRows& rows, Arena& arena, const char* tag) {
-  return for_each(rows, [&](const Tensor& x) { return arena.like(x, tag); });
+KeyRows like(const KeyRows& x, Arena& arena, const char* tag) {
+  return for_each(x, [&](const Tensor& one) { return arena.like(one, tag); });
 }
 
-KeyRows sums_for(const KeyRows& rows, Arena& arena, const char* tag) {
-  return for_each(rows, [&](const Tensor& x) {
-    return arena.make(stat_dtype(x.dtype()), {x.size(0), x.row_numel()}, tag);
+KeyRows first_rows(const KeyRows& x, int64_t rows) {
+  return for_each(x, [&](const Tensor& one) { return one.rows(0, rows); });
+}
+
+KeyRows sums_like(const KeyRows& x, Arena& arena, const char* tag) {
+  return for_each(x, [&](const Tensor& one) {
+    return arena.make(stat_dtype(one.dtype()), {one.size(0), one.row_numel()}, tag);
   });
 }
 
@@ -45,17 +49,33 @@ ContextParallel::ContextParallel(Communicator& ranks, Backend& backend, ExposedT
   ranks_.prepare(Connections::exchanges);
 }
 
-void ContextParallel::pass_start(DistStream dist, const KeyRows& rows, Returns returns,
-                                 Arena& arena) {
+// A row for each sequence, of the first of x's rows that it has, so many of all sequences.
+KeyRows ContextParallel::first_of_sequences(const KeyRows& x, int64_t rows) const {
+  return for_each(x, [&](const Tensor& one) {
+    return one.view({sequences_, one.numel() / sequences_})
+        .columns(0, rows / sequences_ * one.row_numel());
+  });
+}
+
+void ContextParallel::pass_start(DistStream dist, const KeyRows& rows, int64_t sequences,
+                                 Returns returns, Arena& arena) {
+  sequences_ = sequences;
+  rows_ = rows[0].size(0);
   own_rows_ = rows;
   returns_ = returns == Returns::gradients;
   turn_ = -1;
+  first_rows_ = first_rows(rows, rows_ / 2);
+  if (sequences > 1 && place_.rank + 1 < place_.size) {
+    first_rows_ = like(first_rows_, arena, "rows of first chunks");
+    convert(dist, first_of_sequences(rows, rows_ / 2), first_of_sequences(first_rows_, rows_ / 2));
+  }
   const size_t buffers = peers() > 1 ? 2 : 1;
-  for (size_t i = 0; i < buffers; ++i) rows_[i] = like(rows, arena, "rows of a peer");
+  for (size_t i = 0; i < buffers; ++i) peer_rows_[i] = like(rows, arena, "rows of a peer");
   if (returns_) {
     for (size_t i = 0; i < buffers; ++i) gradients_[i] = like(rows, arena, "gradients for a peer");
     arriving_ = like(rows, arena, "gradients by a peer");
-    if (peers() > 1) sum_ = sums_for(rows, arena, "gradients by peers");
+    const int64_t summed = rows_seen(visitor(0), place_.rank);
+    if (peers() > 1) sum_ = sums_like(first_rows(rows, summed), arena, "gradients by peers");
   }
   fetch(dist, 0);
 }
@@ -65,7 +85,9 @@ void ContextParallel::fetch(DistStream dist, int peer) {
   if (dist.dry) return;
   const auto turn = static_cast<size_t>(peer % 2);
   const DistStream comm = queue_.after(dist);
-  exchange(comm, visitor(peer), own_rows_, visited(peer), rows_[turn]);
+  const int to = visitor(peer), from = visited(peer);
+  exchange(comm, to, sees_both_pieces(to, place_.rank) ? own_rows_ : first_rows_, from,
+           first_rows(peer_rows_[turn], rows_seen(place_.rank, from)));
   arrived_[turn].set(comm);
 }
 
@@ -75,22 +97,27 @@ KvExchange::Peer ContextParallel::next(DistStream dist) {
   // First the transfer, then the wait: it need not wait for what computes on these rows.
   if (turn_ + 1 < peers()) fetch(dist, turn_ + 1);
   arrived_[turn].wait(dist, queue_.exposed(), CommKind::context);
-  if (!returns_) return {rows_[turn], {}};
+  const int64_t rows = rows_seen(place_.rank, visited(turn_));
+  if (!returns_) return {first_rows(peer_rows_[turn], rows), {}};
   given_[turn].wait(dist, queue_.exposed(), CommKind::context);
-  return {rows_[turn], gradients_[turn]};
+  return {first_rows(peer_rows_[turn], rows), first_rows(gradients_[turn], rows)};
 }
 
 void ContextParallel::give(DistStream dist) {
   if (dist.dry) return;
   const auto turn = static_cast<size_t>(turn_ % 2);
   const DistStream comm = queue_.after(dist);
-  exchange(comm, visited(turn_), gradients_[turn], visitor(turn_), arriving_);
+  const int to = visited(turn_), from = visitor(turn_);
+  const int64_t rows = rows_seen(from, place_.rank);
+  const KeyRows arriving = first_rows(arriving_, rows);
+  exchange(comm, to, first_rows(gradients_[turn], rows_seen(place_.rank, to)), from, arriving);
   if (peers() > 1)
     queue_.exposed().beside(CommKind::context, comm.stream, [&] {
+      const KeyRows more = first_of_sequences(arriving, rows), sum = first_of_sequences(sum_, rows);
       if (turn_ == 0)
-        convert(comm, arriving_, sum_);
+        convert(comm, more, sum);
       else
-        add(comm, sum_, arriving_, sum_);
+        add(comm, sum, more, sum);
     });
   given_[turn].set(comm);
 }
@@ -99,7 +126,10 @@ void ContextParallel::pass_finish(DistStream dist, const KeyRows& gradients) {
   DSTRAIN_CHECK(turn_ + 1 == peers(), "a pass ends after the last peer");
   if (dist.dry || !returns_) return;
   given_[static_cast<size_t>(turn_ % 2)].wait(dist, queue_.exposed(), CommKind::context);
-  add(dist, peers() > 1 ? sum_ : arriving_, gradients, gradients);
+  const int64_t rows = rows_seen(visitor(0), place_.rank);  // at least what others see
+  const KeyRows sum = peers() > 1 ? sum_ : first_rows(arriving_, rows),
+                own = first_of_sequences(gradients, rows);
+  add(dist, first_of_sequences(sum, rows), own, own);
 }
 
 void ContextParallel::exchange(DistStream comm, int to, const KeyRows& send, int from,
@@ -107,12 +137,12 @@ void ContextParallel::exchange(DistStream comm, int to, const KeyRows& send, int
   queue_.exposed().beside(CommKind::context, comm.stream, [&] {
     for (size_t i = 0; i < send.size(); ++i) {
       if (!send[i].defined()) continue;
-      const auto after = [&](std::vector<int64_t>& offsets, int rank) {
+      const auto after = [&](std::vector<int64_t>& offsets, int rank, const Tensor& rows) {
         offsets.assign(static_cast<size_t>(place_.size) + 1, 0);
-        std::fill(offsets.begin() + rank + 1, offsets.end(), send[i].size(0));
+        std::fill(offsets.begin() + rank + 1, offsets.end(), rows.size(0));
       };
-      after(send_offsets_, to);
-      after(recv_offsets_, from);
+      after(send_offsets_, to, send[i]);
+      after(recv_offsets_, from, receive[i]);
       ranks_.all_to_all(comm.stream, send[i], send_offsets_, receive[i], recv_offsets_);
     }
   });

@@ -141,9 +141,9 @@ using KeyRows = std::array<Tensor, 2>;
 // Context parallelism: a rank's queries attend to its own keys, and then to those of the ranks that
 // hold the rest of the same sequences, its peers, one after the other, while rows of the next are
 // on their way (ring attention: Liu et al. 2023, arXiv:2310.01889; Ops::merge_attention joins the
-// parts). Backward brings the rows once more and returns their gradients. The segments and
-// positions of the peers, in the order in which they come here, are in Batch::peers. A key/value
-// cache is this interface too.
+// parts). Of a peer's rows come those that queries here see (core/dist/sequence_pieces.h). Backward
+// brings them once more and returns their gradients. Their segments and positions, in the order in
+// which the peers come here, are in Batch::peers. A key/value cache is this interface too.
 //
 // A pass is pass_start, then per peer next and, where it returns gradients, give; then pass_finish.
 // One is under way at a time.
@@ -156,10 +156,13 @@ class KvExchange {
                          const AttentionSegments& local) = 0;
 
   enum class Returns { nothing, gradients };
-  // Memory for rows on their way comes from `arena` and is in use until pass_finish. All
-  // contiguous, of the same shapes on all ranks.
-  virtual void pass_start(DistStream, const KeyRows& rows, Returns, Arena& arena) = 0;
-  // A peer's rows, until the next call, and where their gradients go (absent without returns).
+  // The rows are those of so many sequences, one after the other. Memory for rows on their way
+  // comes from `arena` and is in use until pass_finish. All contiguous, of the same shapes on all
+  // ranks.
+  virtual void pass_start(DistStream, const KeyRows& rows, int64_t sequences, Returns,
+                          Arena& arena) = 0;
+  // A peer's rows that are seen, until the next call, and where their gradients go (absent without
+  // returns).
   struct Peer {
     KeyRows rows, gradients;
   };

@@ -54,7 +54,7 @@ class LocalKvExchange : public KvExchange {
                  const AttentionSegments& local) override {
     return {k_TGQ, v_TGW, local};
   }
-  void pass_start(DistStream, const KeyRows&, Returns, Arena&) override {}
+  void pass_start(DistStream, const KeyRows&, int64_t, Returns, Arena&) override {}
   Peer next(DistStream) override { return {}; }
   void give(DistStream) override {}
   void pass_finish(DistStream, const KeyRows&) override {}

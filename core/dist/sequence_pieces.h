@@ -31,6 +31,19 @@ inline std::vector<SequencePiece> pieces_of(int64_t sequence_length, const AxisP
   return {{first * length, (first + 1) * length}, {second * length, (second + 1) * length}};
 }
 
+// Whether queries of a rank see keys of both pieces of another one, or of its first only.
+inline bool sees_both_pieces(int rank, int other) {
+  return other > rank;
+}
+
+// The pieces of another rank that this rank's queries see.
+inline std::vector<SequencePiece> pieces_seen(int64_t sequence_length, const AxisPlace& context,
+                                              int other) {
+  std::vector<SequencePiece> pieces = pieces_of(sequence_length, {other, context.size});
+  if (!sees_both_pieces(context.rank, other)) pieces.pop_back();
+  return pieces;
+}
+
 // The other ranks in the order in which a rank turns to them: i from 0 to size - 2. At the same
 // time the rank i + 1 places lower turns to this one.
 inline int peer_of(const AxisPlace& context, int i) {

@@ -14,6 +14,12 @@ void write_segment(int32_t* row, int64_t query, int64_t queries, int64_t key, in
   row[3] = static_cast<int32_t>(keys);
 }
 
+int64_t length_of(const std::vector<SequencePiece>& pieces) {
+  int64_t length = 0;
+  for (const SequencePiece& piece : pieces) length += piece.end - piece.begin;
+  return length;
+}
+
 }  // namespace
 
 BatchSlot::BatchSlot(int64_t sequences, int64_t sequence_length, int64_t targets,
@@ -24,7 +30,7 @@ BatchSlot::BatchSlot(int64_t sequences, int64_t sequence_length, int64_t targets
   batch_.tokens_per_sequence = sequence_length / context.size;
   targets_.resize(static_cast<size_t>(targets));
   for (int i = 0; i < context.size - 1; ++i)
-    peer_pieces_.push_back(pieces_of(sequence_length, {peer_of(context, i), context.size}));
+    peer_pieces_.push_back(pieces_seen(sequence_length, context, peer_of(context, i)));
   batch_.peers.resize(peer_pieces_.size());
 }
 
@@ -35,8 +41,10 @@ void BatchSlot::make_device(Arena& arena) {
   for (Tensor& target : targets_) target = arena.make(DType::i32, {T}, "targets");
   batch_.segments.table_N4 = arena.make(DType::i32, {T, 4}, "segments");
   batch_.segments.count_1 = arena.make(DType::i32, {1}, "segment count");
-  for (PeerTokens& peer : batch_.peers) {
-    peer.positions_T = arena.make(DType::i32, {T}, "positions of a peer");
+  for (size_t i = 0; i < batch_.peers.size(); ++i) {
+    PeerTokens& peer = batch_.peers[i];
+    peer.positions_T = arena.make(DType::i32, {batch_.sequences * length_of(peer_pieces_[i])},
+                                  "positions of a peer");
     peer.segments.causal = false;
     peer.segments.table_N4 = arena.make(DType::i32, {batch_.sequences, 4}, "segments of a peer");
     peer.segments.count_1 = arena.make(DType::i32, {1}, "segment count of a peer");
@@ -78,7 +86,7 @@ void BatchSlot::load(Backend& backend, Stream& stream, const HostBatch& batch) {
     const PeerTokens& peer = batch_.peers[static_cast<size_t>(i)];
     stage_rows(peer_pieces_[static_cast<size_t>(i)], batch.positions_T, row(peer_positions_PT_, i));
     stage_peer(batch, i);
-    upload(peer.positions_T, row(peer_positions_PT_, i), 4 * T);
+    upload(peer.positions_T, row(peer_positions_PT_, i), peer.positions_T.bytes());
     const int32_t* const table = row(peer_table_PX_, i);
     upload_segments(peer.segments, table, table + 4 * batch_.sequences);
   }
@@ -122,13 +130,13 @@ void BatchSlot::stage_rows(const Pieces& pieces, const int32_t* source_T, int32_
 
 // A document that reaches from one piece into the next goes through the end of the one and the
 // beginning of the other, which are neighbours here.
-BatchSlot::Rows BatchSlot::rows_of(const Pieces& pieces, size_t first, size_t last,
-                                   int64_t document_begin, int64_t document_end) const {
+BatchSlot::Rows BatchSlot::rows_of(const Pieces& pieces, size_t first, int64_t document_begin,
+                                   int64_t document_end) const {
   const int64_t sequence = document_begin / batch_.sequence_length;
   const int64_t base = sequence * batch_.sequence_length;
-  int64_t local = sequence * batch_.tokens_per_sequence;
+  int64_t local = sequence * length_of(pieces);
   Rows rows;
-  for (size_t i = 0; i < last; ++i) {
+  for (size_t i = 0; i < pieces.size(); ++i) {
     const SequencePiece& piece = pieces[i];
     const int64_t begin = std::max(document_begin - base, piece.begin),
                   end = std::min(document_end - base, piece.end);
@@ -145,8 +153,7 @@ void BatchSlot::stage_segments(const HostBatch& batch) {
   int32_t* const table = table_N4_.data<int32_t>();
   int64_t longest = 0, count = 0;
   for (int64_t i = 0; i < batch.num_segments; ++i) {
-    const Rows rows =
-        rows_of(pieces_, 0, pieces_.size(), batch.segment_offsets[i], batch.segment_offsets[i + 1]);
+    const Rows rows = rows_of(pieces_, 0, batch.segment_offsets[i], batch.segment_offsets[i + 1]);
     if (rows.count == 0) continue;
     write_segment(table + 4 * count++, rows.begin, rows.count, rows.begin, rows.count);
     longest = std::max(longest, rows.count);
@@ -163,12 +170,11 @@ void BatchSlot::stage_segments(const HostBatch& batch) {
 void BatchSlot::stage_peer(const HostBatch& batch, int peer) {
   const Pieces& theirs = peer_pieces_[static_cast<size_t>(peer)];
   int32_t* const table = peer_table_PX_.rows(peer, peer + 1).data<int32_t>();
-  const bool lower = is_lower(peer);
+  const size_t first = is_lower(peer) ? 0 : 1;  // piece whose queries see it
   int64_t count = 0;
   for (int64_t i = 0; i < batch.num_segments; ++i) {
     const int64_t begin = batch.segment_offsets[i], end = batch.segment_offsets[i + 1];
-    const Rows queries = rows_of(pieces_, lower ? 0 : 1, 2, begin, end),
-               keys = rows_of(theirs, 0, lower ? 1 : 2, begin, end);
+    const Rows queries = rows_of(pieces_, first, begin, end), keys = rows_of(theirs, 0, begin, end);
     if (queries.count == 0 || keys.count == 0) continue;
     write_segment(table + 4 * count++, queries.begin, queries.count, keys.begin, keys.count);
   }

@@ -45,19 +45,21 @@ class BatchSlot {
   struct Rows {
     int64_t begin = 0, count = 0;
   };
-  // Those of pieces [first, last) with tokens of the document: neighbours.
-  Rows rows_of(const Pieces& pieces, size_t first, size_t last, int64_t document_begin,
+  // Those of pieces from `first` on with tokens of the document: neighbours.
+  Rows rows_of(const Pieces& pieces, size_t first, int64_t document_begin,
                int64_t document_end) const;
   void stage_rows(const Pieces& pieces, const int32_t* source_T, int32_t* rows) const;
   void stage_segments(const HostBatch& batch);
-  bool is_lower(int peer) const { return peer_of(context_, peer) < context_.rank; }
+  bool is_lower(int peer) const {
+    return !sees_both_pieces(context_.rank, peer_of(context_, peer));
+  }
   void set_largest(int peer, int64_t count);
   void stage_peer(const HostBatch& batch, int peer);
   void stage_targets(const HostBatch& batch);
 
   AxisPlace context_;
   Pieces pieces_;
-  std::vector<Pieces> peer_pieces_;
+  std::vector<Pieces> peer_pieces_;  // that are seen
   Batch batch_;
   std::vector<Tensor> targets_;
   // Host: tokens, positions and targets in a row each; whole sequences of targets; the segment

@@ -60,8 +60,8 @@ void GqaAttention::backward_input(StepContext& ctx, const RopeTable& rope, const
   ArenaScope scope(ctx.arena.scratch);
   Arena& scratch = ctx.arena.scratch;
   KvExchange& kv = ctx.dist.kv;
-  kv.pass_start(ctx.dist_stream(), {saved.k_TGQ, saved.v_TGW}, KvExchange::Returns::gradients,
-                scratch);
+  kv.pass_start(ctx.dist_stream(), {saved.k_TGQ, saved.v_TGW}, ctx.batch.sequences,
+                KvExchange::Returns::gradients, scratch);
   const Tensor do_THW = scratch.make(ctx.dtype, {T, G * m, Q}, "d attention output");
   o_proj_.backward_input(ctx, saved.dout_TD, do_THW.view({T, G * m * Q}));
 

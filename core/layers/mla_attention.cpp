@@ -153,7 +153,8 @@ void MlaAttention::backward_input(StepContext& ctx, const RopeTable& rope, const
   ArenaScope scope(ctx.arena.scratch);
   Arena& scratch = ctx.arena.scratch;
   KvExchange& kv = ctx.dist.kv;
-  kv.pass_start(ctx.dist_stream(), {saved.kva_TX}, KvExchange::Returns::gradients, scratch);
+  kv.pass_start(ctx.dist_stream(), {saved.kva_TX}, ctx.batch.sequences,
+                KvExchange::Returns::gradients, scratch);
   const Tensor do_THW = scratch.make(ctx.dtype, {T, H, v_dim_}, "d attention output");
   o_proj_.backward_input(ctx, saved.dout_TD, do_THW.view({T, H * v_dim_}));
 

@@ -38,7 +38,7 @@ void attention_with_peers(StepContext& ctx, const AttentionCall& call, const Key
   auto parts = std::ranges::count_if(ctx.batch.peers, &PeerTokens::is_seen);
   Tensor sum_THW;
   if (parts > 1) sum_THW = sum_like(ctx, saved.o_THW, "sum of attention");
-  kv.pass_start(dist, rows, KvExchange::Returns::nothing, scratch);
+  kv.pass_start(dist, rows, ctx.batch.sequences, KvExchange::Returns::nothing, scratch);
   const KeysValues own = kv.own(dist, call.layer, saved.k_TGQ, saved.v_TGW, ctx.batch.segments);
   ctx.ops.attention(ctx.stream, saved.q_THQ, own.k_UGQ, own.v_UGW, own.segments, call.scale,
                     saved.o_THW, saved.lse_TH);

@@ -10,7 +10,8 @@
 
 namespace dstrain {
 
-// Under context parallelism: the tokens of a rank that holds another part of the same sequences.
+// Under context parallelism: of a rank that holds another part of the same sequences, the tokens
+// that this rank's queries see (core/dist/sequence_pieces.h), but for documents.
 struct PeerTokens {
   Tensor positions_T;          // i32, as Batch's
   AttentionSegments segments;  // of this rank's queries over the peer's keys; not causal

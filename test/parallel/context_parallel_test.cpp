@@ -1,6 +1,6 @@
-// The exchange of context parallelism alone: whose rows come in which turn, and that their
-// gradients find the way back, whether transfers happen when they are queued or as late as they
-// may.
+// The exchange of context parallelism alone: whose rows come in which turn, of them those that are
+// seen, and that their gradients find the way back, whether transfers happen when they are queued
+// or as late as they may.
 #include "parallel/context_parallel.h"
 
 #include <vector>
@@ -13,7 +13,7 @@
 namespace dstrain::test {
 namespace {
 
-constexpr int64_t kTokens = 6, kKeyWidth = 5, kValueWidth = 3;
+constexpr int64_t kChunk = 3, kKeyWidth = 5, kValueWidth = 3;
 
 // Runs as late as the stream that it is called on.
 class LateExchanges : public LocalCommunicator {
@@ -54,35 +54,49 @@ bool all_are(const Tensor& x, const Value& value) {
   return true;
 }
 
-KeyRows make_rows(Arena& arena) {
-  return {arena.make(DType::f32, {kTokens, kKeyWidth}, "keys"),
-          arena.make(DType::f32, {kTokens, 1, kValueWidth}, "values")};
+KeyRows make_rows(int64_t sequences, Arena& arena) {
+  const int64_t rows = sequences * 2 * kChunk;
+  return {arena.make(DType::f32, {rows, kKeyWidth}, "keys"),
+          arena.make(DType::f32, {rows, 1, kValueWidth}, "values")};
 }
 
-void check_pass(RankContext& rank, Backend& backend, Communicator& ranks) {
+// Of the rows of `other` those that `rank` sees: which element of other's tensor is element i.
+int64_t element_of(const Tensor& seen, int rank, int other, int64_t i) {
+  const int64_t chunk = kChunk * seen.row_numel();
+  return other > rank ? i : i / chunk * 2 * chunk + i % chunk;
+}
+bool is_seen(const Tensor& own, int rank, int other, int64_t i) {
+  return other > rank || i / (kChunk * own.row_numel()) % 2 == 0;
+}
+
+void check_pass(RankContext& rank, Backend& backend, Communicator& ranks, int64_t sequences) {
   const DeviceMemory memory(rank.backend, 1 << 16, MemoryKind::device);
   Arena arena("test", memory.data(), memory.bytes());
   ExposedTime exposed(backend, false);
   ContextParallel context(ranks, backend, exposed);
   const DistStream dist{backend.ops(), rank.stream, false};
   const int me = ranks.rank(), size = ranks.size();
-  const KeyRows rows = make_rows(arena), own = make_rows(arena);
+  const KeyRows rows = make_rows(sequences, arena), own = make_rows(sequences, arena);
   for (const auto returns : {KvExchange::Returns::gradients, KvExchange::Returns::nothing,
                              KvExchange::Returns::gradients}) {
     ArenaScope scope(arena);
     const bool gives = returns == KvExchange::Returns::gradients;
     for (const Tensor& x : rows) set(x, [&](int64_t i) { return row_value(me, i); });
     for (const Tensor& x : own) set(x, [](int64_t) { return 0.5f; });
-    context.pass_start(dist, rows, returns, arena);
+    context.pass_start(dist, rows, sequences, returns, arena);
     for (int i = 0; i < context.peers(); ++i) {
       const KvExchange::Peer peer = context.next(dist);
       const int other = peer_of({me, size}, i);
-      for (const Tensor& x : peer.rows)
-        rank_check(all_are(x, [&](int64_t j) { return row_value(other, j); }), "rows of a peer");
+      for (const Tensor& x : peer.rows) {
+        rank_check(x.size(0) == sequences * kChunk * (other > me ? 2 : 1), "as many as are seen");
+        rank_check(
+            all_are(x, [&](int64_t j) { return row_value(other, element_of(x, me, other, j)); }),
+            "rows of a peer");
+      }
       rank_check(peer.gradients[0].defined() == gives, "gradients where they are returned");
       if (!gives) continue;
       for (const Tensor& x : peer.gradients)
-        set(x, [&](int64_t j) { return gradient_value(me, other, j); });
+        set(x, [&](int64_t j) { return gradient_value(me, other, element_of(x, me, other, j)); });
       context.give(dist);
     }
     context.pass_finish(dist, gives ? own : KeyRows{});
@@ -91,7 +105,8 @@ void check_pass(RankContext& rank, Backend& backend, Communicator& ranks) {
                          [&](int64_t j) {
                            float sum = 0.5f;
                            for (int other = 0; gives && other < size; ++other)
-                             if (other != me) sum += gradient_value(other, me, j);
+                             if (other != me && is_seen(x, other, me, j))
+                               sum += gradient_value(other, me, j);
                            return sum;
                          }),
                  "gradients of own rows");
@@ -122,13 +137,17 @@ class Bf16Sums : public NullOps {
 
 TEST_CASE("context parallel: rows of all peers, and sums of their gradients", "[ranks]") {
   const int ranks = GENERATE(2, 3, 4, 5);
-  CAPTURE(ranks);
-  const int64_t turns = ranks - 1, values = kTokens * (kKeyWidth + kValueWidth);
+  const int64_t sequences = GENERATE(1, 3);
+  CAPTURE(ranks, sequences);
   run_ranks(ranks, [&](RankContext& rank) {
-    check_pass(rank, rank.backend, rank.world);
-    // Rows in three passes, gradients in two.
-    rank_check(rank.world.bytes_sent() == 5 * turns * values * 4,
-               "each row goes to each peer once");
+    check_pass(rank, rank.backend, rank.world, sequences);
+    // Lower ranks get both chunks of a sequence and return gradients of the first, higher ones the
+    // other way round. Rows in three passes, gradients in two.
+    const int64_t lower = rank.world.rank(), higher = ranks - 1 - lower;
+    const int64_t chunks = 3 * (2 * lower + higher) + 2 * (lower + 2 * higher);
+    rank_check(
+        rank.world.bytes_sent() == chunks * sequences * kChunk * (kKeyWidth + kValueWidth) * 4,
+        "each row that a peer sees goes to it once");
   });
 }
 
@@ -143,22 +162,30 @@ TEST_CASE("context parallel: gradients in bf16 are rounded when all are there", 
     ContextParallel context(rank.world, rank.backend, exposed);
     Bf16Sums ops(rank.backend.ops());
     const DistStream dist{ops, rank.stream, false};
-    const KeyRows rows = {arena.make(DType::bf16, {kTokens, kKeyWidth}, "keys")};
+    const KeyRows rows = {arena.make(DType::bf16, {2 * kChunk, kKeyWidth}, "keys")};
     const Tensor own = arena.like(rows[0], "gradients");
     rank.backend.ops().fill(rank.stream, rows[0], 0);
     rank.backend.ops().fill(rank.stream, own, 1);
-    context.pass_start(dist, rows, KvExchange::Returns::gradients, arena);
+    context.pass_start(dist, rows, 1, KvExchange::Returns::gradients, arena);
     for (int i = 0; i < context.peers(); ++i) {
       const KvExchange::Peer peer = context.next(dist);
       rank.backend.ops().fill(rank.stream, peer.gradients[0], i == 0 ? 256 : 1);
       context.give(dist);
     }
     context.pass_finish(dist, {own});
-    const float exact = 256.0f + static_cast<float>(context.peers());
-    const HostTensor sum(DType::bf16, {1}, {exact}), got(DType::f32, {kTokens, kKeyWidth});
+    // The first chunk is seen by all, the second by lower ranks: the next lower one gives 256.
+    const int lower = rank.world.rank();
+    const auto exact = [&](int64_t i) {
+      if (i < kChunk * kKeyWidth) return 256.0 + context.peers();
+      return lower == 0 ? 1.0 : 256.0 + lower;
+    };
+    const HostTensor got(DType::f32, {2 * kChunk, kKeyWidth});
     ops.convert(rank.stream, own, got);
-    rank_check(all_are(got, [&](int64_t) { return static_cast<float>(sum.get(0)); }),
-               "256 and a 1 for each other rank");
+    rank_check(all_are(got.view(),
+                       [&](int64_t i) {
+                         return static_cast<float>(HostTensor(DType::bf16, {1}, {exact(i)}).get(0));
+                       }),
+               "256 and a 1 for each other rank, rounded once");
   });
 }
 
@@ -168,7 +195,7 @@ TEST_CASE("context parallel: computing waits for transfers that come late", "[ra
   run_ranks(ranks, [&](RankContext& rank) {
     LateBackend late(rank.backend, rank.stream);
     LateExchanges exchanges(rank.world, late, rank.stream);
-    check_pass(rank, late, exchanges);
+    check_pass(rank, late, exchanges, 2);
   });
 }
 

@@ -83,8 +83,9 @@ class WrappedKvExchange : public KvExchange {
                  const AttentionSegments& local) override {
     return inner_.own(dist, layer, k_TGQ, v_TGW, local);
   }
-  void pass_start(DistStream dist, const KeyRows& rows, Returns returns, Arena& arena) override {
-    inner_.pass_start(dist, rows, returns, arena);
+  void pass_start(DistStream dist, const KeyRows& rows, int64_t sequences, Returns returns,
+                  Arena& arena) override {
+    inner_.pass_start(dist, rows, sequences, returns, arena);
   }
   Peer next(DistStream dist) override { return inner_.next(dist); }
   void give(DistStream dist) override { inner_.give(dist); }
