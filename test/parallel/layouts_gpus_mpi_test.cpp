@@ -43,12 +43,9 @@ Config with_precision(Config config, ComputeType compute) {
   return config;
 }
 
-// Every legal layout, in turn with each ZeRO stage; of data parallelism all stages.
+// Every legal layout; of data parallelism all ZeRO stages.
 std::vector<LayoutJob> layouts(TinyModel model, int ranks) {
-  std::vector<LayoutJob> jobs;
-  const size_t count = all_layouts(model, ranks, 0).size();
-  for (size_t i = 0; i < count; ++i)
-    jobs.push_back(all_layouts(model, ranks, static_cast<int64_t>(i % 4))[i]);
+  std::vector<LayoutJob> jobs = layouts_in_turn(model, ranks);
   for (const int64_t zero : {0, 1, 2, 3})
     jobs.push_back(job_at(jobs.front().config, {.data = ranks}, zero));
   return jobs;

@@ -88,6 +88,16 @@ std::vector<LayoutJob> all_layouts(TinyModel model, int ranks, int64_t zero) {
   return jobs;
 }
 
+std::vector<LayoutJob> layouts_in_turn(TinyModel model, int ranks) {
+  std::vector<LayoutJob> jobs = all_layouts(model, ranks, 0);
+  for (size_t i = 0; i < jobs.size(); ++i) {
+    ParallelConfig& parallel = jobs[i].config.parallel;
+    const int64_t stages = parallel.schedule == PipelineOrder::zero_bubble ? 2 : 4;
+    parallel.zero = static_cast<int64_t>(i) % stages;
+  }
+  return jobs;
+}
+
 LayoutReference::LayoutReference(
     const Config& job, int64_t steps, const std::function<void(TrainEngine&)>& at_start,
     const std::function<std::unique_ptr<Backend>(int rank)>& make_backend)

@@ -34,6 +34,8 @@ enum class TinyModel { moe, dense };
 int64_t layers_for(const MeshShape& shape, PipelineOrder schedule);
 // Every legal layout of so many ranks, in every schedule that it can have.
 std::vector<LayoutJob> all_layouts(TinyModel model, int ranks, int64_t zero);
+// The same once each, in turn with the ZeRO stages that it can have.
+std::vector<LayoutJob> layouts_in_turn(TinyModel model, int ranks);
 
 // One rank's run of a job, with its routing.
 struct LayoutReference {

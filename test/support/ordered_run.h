@@ -16,9 +16,8 @@ struct OrderedRun {
   int64_t calls = 0;                     // of rank 0
 };
 
-// Three steps as the trainer takes them: results are taken a step late, a copy of the state runs
-// beside the second step, an evaluation follows it. left_out: waits that rank 0 does not make.
-// nodes: machines that the ranks say they are on.
+// What TrainerRank does. left_out: waits that rank 0 does not make. nodes: machines that the ranks
+// say they are on.
 OrderedRun run_ordered(const Config& config, const MeshShape& shape,
                        const std::set<OrderedBackend::Wait>& left_out = {}, int nodes = 1);
 

@@ -29,6 +29,12 @@ void add_ranges(const Tensor& x, std::vector<MemoryRange>& ranges) {
                       x.row_numel() * element});
 }
 
+std::vector<MemoryRange> ranges_of(const Tensor& x) {
+  std::vector<MemoryRange> ranges;
+  add_ranges(x, ranges);
+  return ranges;
+}
+
 int StreamOrder::add_lane(std::string name) {
   const std::lock_guard lock(mutex_);
   names_.push_back(std::move(name));

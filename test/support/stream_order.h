@@ -21,6 +21,7 @@ struct MemoryRange {
 };
 // Of a tensor, row by row where rows lie apart; none of an absent one.
 void add_ranges(const Tensor& x, std::vector<MemoryRange>& ranges);
+std::vector<MemoryRange> ranges_of(const Tensor& x);
 
 // A stream is a lane; so is whatever runs beside streams. Any thread may call.
 class StreamOrder {
