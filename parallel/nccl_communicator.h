@@ -18,9 +18,10 @@
 // two, a message kMessageCtas, unless the environment says otherwise (parallel/planned_nccl.h).
 // Nobody waits for ever as long as communicators that share ranks are called in the same order on
 // all of them, and kernels that may wait at once, on different streams, fit side by side. Two
-// streams of collectives, one of exchanges, and two sends each way take 112 of an H100's 132; a
-// job that does all of that on a smaller GPU sets NCCL_MAX_CTAS=16. NCCL_LAUNCH_ORDER_IMPLICIT=1
-// would let kernels begin in the order of their calls. It stays off: where CUDA can only tell that
+// streams of collectives, one of exchanges, and two sends each way (three, where there is one
+// neighbour) take 112 of an H100's 132; a job that does all of that on a smaller GPU sets
+// NCCL_MAX_CTAS=16. NCCL_LAUNCH_ORDER_IMPLICIT=1 would let kernels begin in the order of their
+// calls. It stays off: where CUDA can only tell that
 // a kernel has ended, nothing would begin behind a send. Hosts wait for each other in split() and
 // prepare() alone, where all connections are made: one ring carries every collective, whatever its
 // call, type and size, unless NCCL_ALGO in the environment allows other ways, which NCCL then
@@ -60,7 +61,6 @@ struct NcclOptions {
   std::function<int64_t()> free_memory = [] { return 0; };
 };
 inline constexpr int kMessageCtas = 8;
-inline constexpr int kMessageLanes = 2;  // communicators of one direction between neighbours
 
 // Over the ranks of `host`, a communicator on host memory, which carries texts, barriers and what
 // lies in host memory. A collective call; host and back end outlive the result and all that is

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "core/base/error.h"
+#include "parallel/pipeline_schedule.h"
 
 namespace dstrain {
 namespace {
@@ -24,17 +25,18 @@ std::vector<int> neighbours(int rank, int size) {
 NcclMessages::NcclMessages(const std::shared_ptr<NcclJob>& job, Communicator& host,
                            const std::vector<int>& world_ranks) {
   const int me = host.rank(), size = host.size();
+  const auto lanes = static_cast<size_t>(messages_under_way(size));
   std::string own_ids;
-  for (size_t i = 0; i < kMessageLanes * neighbours(me, size).size(); ++i) own_ids += job->new_id();
+  for (size_t i = 0; i < lanes * neighbours(me, size).size(); ++i) own_ids += job->new_id();
   const std::vector<std::string> ids = host.all_gather_text(own_ids);
-  const size_t length = own_ids.size() / (kMessageLanes * neighbours(me, size).size());
+  const size_t length = own_ids.size() / (lanes * neighbours(me, size).size());
   for (int from = 0; from < size; ++from) {
     size_t at = 0;
     for (const int to : neighbours(from, size)) {
       Direction direction;
       direction.sends = from == me;
       direction.peer = from == me ? to : from;
-      for (Lane& lane : direction.lanes) {
+      for (size_t i = 0; i < lanes; ++i) {
         NcclGroup group;
         group.id = ids[static_cast<size_t>(from)].substr(at, length);
         at += length;
@@ -44,7 +46,7 @@ NcclMessages::NcclMessages(const std::shared_ptr<NcclJob>& job, Communicator& ho
         group.max_ctas = kMessageCtas;
         group.ranks = fmt::format("rank {} to rank {}", world_ranks[static_cast<size_t>(from)],
                                   world_ranks[static_cast<size_t>(to)]);
-        lane = connect(job, group);
+        direction.lanes.push_back(connect(job, group));
       }
       if (from == me || to == me) directions_.push_back(std::move(direction));
     }
@@ -78,8 +80,8 @@ NcclMessages::Lane NcclMessages::connect(const std::shared_ptr<NcclJob>& job,
 NcclMessages::Lane& NcclMessages::next_lane(bool sends, int peer) {
   for (Direction& direction : directions_) {
     if (direction.sends != sends || direction.peer != peer) continue;
-    Lane& lane = direction.lanes[static_cast<size_t>(direction.next)];
-    direction.next = (direction.next + 1) % kMessageLanes;
+    Lane& lane = direction.lanes[direction.next];
+    direction.next = (direction.next + 1) % direction.lanes.size();
     return lane;
   }
   check_failed("a neighbour", __FILE__, __LINE__,

@@ -78,4 +78,11 @@ int in_flight(const PipelineSchedule& schedule, int stage, int chunk);
 // the highest that began. Micro-batch b can keep its tokens in place b % batches_in_flight.
 int batches_in_flight(const PipelineSchedule& schedule, int stage);
 
+// Messages that a stage may have on their way to another; one more waits until one is received, and
+// may hold up what comes after it. With fewer, stages of interleaved schedules can wait for each
+// other for ever; two stages send each other what more of them send to two neighbours.
+constexpr int messages_under_way(int stages) {
+  return stages == 2 ? 3 : 2;
+}
+
 }  // namespace dstrain

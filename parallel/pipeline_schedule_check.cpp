@@ -6,6 +6,8 @@
 #include <array>
 #include <cstdint>
 #include <limits>
+#include <map>
+#include <utility>
 
 #include "parallel/pipeline_schedule_timeline.h"
 
@@ -204,12 +206,81 @@ void check_slot_reuse(const PipelineSchedule& s, Problems& problems) {
   }
 }
 
+// What a stage does with messages, in order. Those from one stage to another are numbered from 0.
+struct MessageStep {
+  enum class Kind { send, receive, reuse } kind;  // reuse: of the memory that was sent
+  int other, number;
+  size_t action;
+};
+
+std::vector<MessageStep> message_steps(const PipelineSchedule& s, int stage) {
+  std::vector<MessageStep> steps;
+  std::map<int, int> sent, received;                                // by the other stage
+  std::map<std::pair<int, int>, std::vector<MessageStep>> in_slot;  // by chunk and slot
+  const auto& actions = s.actions[static_cast<size_t>(stage)];
+  for (size_t i = 0; i < actions.size(); ++i) {
+    const PipelineAction& a = actions[i];
+    if (a.kind == ActionKind::backward_weight) continue;
+    auto& slot = in_slot[{a.chunk, a.micro_batch % in_flight(s, stage, a.chunk)}];
+    if (a.kind == ActionKind::forward) {
+      steps.insert(steps.end(), slot.begin(), slot.end());
+      slot.clear();
+    }
+    const int g = s.global_stage(stage, a.chunk), step = a.kind == ActionKind::forward ? 1 : -1;
+    const auto other = [&](int global) {
+      return global < 0 || global >= s.global_stages() ? stage : global % s.stages;
+    };
+    if (const int from = other(g - step); from != stage)
+      steps.push_back({MessageStep::Kind::receive, from, received[from]++, i});
+    if (const int to = other(g + step); to != stage) {
+      steps.push_back({MessageStep::Kind::send, to, sent[to]++, i});
+      slot.push_back({MessageStep::Kind::reuse, to, steps.back().number, i});
+    }
+  }
+  return steps;
+}
+
+void check_room_for_messages(const PipelineSchedule& s, Problems& problems) {
+  std::vector<std::vector<MessageStep>> steps;
+  for (int stage = 0; stage < s.stages; ++stage) steps.push_back(message_steps(s, stage));
+  std::vector<size_t> next(steps.size(), 0);
+  std::map<std::pair<int, int>, int> sent, received;  // by the sender and the receiver
+  const auto passes = [&](int stage, const MessageStep& step) {
+    const std::pair there{stage, step.other}, here{step.other, stage};
+    switch (step.kind) {
+      case MessageStep::Kind::receive:
+        return sent[here] > step.number && ++received[here] > 0;
+      case MessageStep::Kind::reuse:
+        return received[there] > step.number;
+      case MessageStep::Kind::send:
+        break;
+    }
+    return sent[there] - received[there] < messages_under_way(s.stages) && ++sent[there] > 0;
+  };
+  for (bool moved = true; moved;) {
+    moved = false;
+    for (size_t stage = 0; stage < steps.size(); ++stage)
+      for (size_t& at = next[stage];
+           at < steps[stage].size() && passes(static_cast<int>(stage), steps[stage][at]); ++at)
+        moved = true;
+  }
+  for (size_t stage = 0; stage < steps.size(); ++stage) {
+    if (next[stage] == steps[stage].size()) continue;
+    const size_t action = steps[stage][next[stage]].action;
+    problems.push_back(
+        fmt::format("deadlock where {} messages at most are under way from a stage to another: "
+                    "stage {} does not get past action {}, {}",
+                    messages_under_way(s.stages), stage, action, text(s.actions[stage][action])));
+  }
+}
+
 }  // namespace
 
 std::vector<std::string> check(const PipelineSchedule& schedule) {
   Problems problems;
-  for (const auto& rule : {check_ranges, check_counts, check_own_order, check_deadlock,
-                           check_channels, check_slots, check_slot_reuse}) {
+  for (const auto& rule :
+       {check_ranges, check_counts, check_own_order, check_deadlock, check_channels, check_slots,
+        check_slot_reuse, check_room_for_messages}) {
     rule(schedule, problems);
     if (!problems.empty()) break;
   }

@@ -19,6 +19,8 @@ namespace dstrain {
 //  sent
 //    from its slot is being received. Waiting for all that the stage has sent may deadlock when
 //    stages have several chunks.
+//  - Nor where messages_under_way() messages from a stage to another are all that is sent before
+//    one is received, and a further one holds up whatever its stage does after it.
 // The rules are checked in this order, and those after the first broken one are left out.
 std::vector<std::string> check(const PipelineSchedule& schedule);
 

@@ -8,6 +8,7 @@
 
 #include "parallel/mesh.h"
 #include "parallel/nccl_communicator.h"
+#include "parallel/pipeline_schedule.h"
 #include "parallel/planned_communicator.h"
 
 namespace dstrain {
@@ -56,7 +57,7 @@ class NcclPlan {
     if (!ranks.messages()) return;
     const NcclChannels of_messages = nccl_channels(kMessageCtas, read_);
     const int neighbours = ranks.size() == 2 ? 1 : 2;
-    for (int lane = 0; lane < neighbours * kMessageLanes; ++lane) {
+    for (int lane = 0; lane < neighbours * messages_under_way(ranks.size()); ++lane) {
       add_communicator(of_messages);  // for what is sent
       add_communicator(of_messages);  // and for what is received
       memory_.bytes += of_messages.exchange * both_ways();

@@ -310,6 +310,20 @@ TEST_CASE("the pipeline checker names what is wrong", "[pipeline]") {
   CHECK(finds(evaluation,
               "deadlock where slots hold what was sent until it is received: stage 0 does not get "
               "past action 2, forward of micro-batch 2 in chunk 0"));
+  // All forward, chunk by chunk: a stage sends as many as there are micro-batches before it takes
+  // one.
+  PipelineSchedule whole_chunks = make_interleaved(2, 2, 10);
+  for (Actions& actions : whole_chunks.actions) {
+    actions.clear();
+    for (const int chunk : {0, 1})
+      for (int m = 0; m < 10; ++m) actions.push_back({F, chunk, m});
+    for (const int chunk : {1, 0})
+      for (int m = 0; m < 10; ++m) actions.push_back({B, chunk, m});
+  }
+  CHECK(
+      finds(whole_chunks,
+            "deadlock where 3 messages at most are under way from a stage to another: stage 0 does "
+            "not get past action 7, forward of micro-batch 7 in chunk 0"));
   // Two in flight, and both want slot 0.
   const Actions strides = {{F, 0, 0}, {F, 0, 2}, {B, 0, 0}, {B, 0, 2}, {F, 0, 1}, {B, 0, 1}};
   CHECK(finds(schedule_of(3, {strides}),

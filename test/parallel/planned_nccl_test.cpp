@@ -87,10 +87,10 @@ TEST_CASE("planned nccl: a rank's communicators and connections, in MiB") {
   CHECK(planned(job, {1, 4, 1, 1, 4}) == text(3, 3 * kOne + 3 * kExchange));
   // So do keys of the same sequences, beside which there are sums over their tokens.
   CHECK(planned(job, {1, 1, 4, 1, 1}) == text(4, 4 * kOne + 3 * kExchange));
-  // Messages in two directions, with two communicators each; beside all ranks those of the
+  // Messages in two directions, with three communicators each; beside all ranks those of the
   // pipeline, and those of its first and last stage.
-  CHECK(planned(job, {2, 1, 1, 1, 1}) == text(3 + 4, 3 * kOne + 2 * kPair));
-  // To the next and from the previous stage are different ranks.
+  CHECK(planned(job, {2, 1, 1, 1, 1}) == text(3 + 6, 3 * kOne + 3 * kPair));
+  // To the next and from the previous stage are different ranks, and two communicators are enough.
   CHECK(planned(job, {4, 1, 1, 1, 1}) == text(3 + 8, 3 * kOne + 4 * kPair));
   Config compressed = job;
   compressed.compression.method = CompressionMethod::int8;

@@ -119,8 +119,10 @@ class AsyncOps : public QueuedOps {
 
 }  // namespace
 
-AsyncBackend::AsyncBackend(Waits waits)
-    : waits_(waits), cpu_(make_cpu_backend(1)), ops_(std::make_unique<AsyncOps>()) {}
+AsyncBackend::AsyncBackend(int device, Waits waits)
+    : waits_(waits), cpu_(make_cpu_backend(1)), ops_(std::make_unique<AsyncOps>()) {
+  check(cudaSetDevice(device));
+}
 AsyncBackend::~AsyncBackend() = default;
 
 void* AsyncBackend::allocate(int64_t bytes, MemoryKind kind) {

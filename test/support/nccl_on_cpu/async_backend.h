@@ -19,7 +19,8 @@ class AsyncBackend : public Backend {
  public:
   // Without waits, streams do not wait for events: a planted fault.
   enum class Waits { yes, no };
-  explicit AsyncBackend(Waits waits = Waits::yes);
+  // Makes `device` the calling thread's.
+  explicit AsyncBackend(int device, Waits waits = Waits::yes);
   ~AsyncBackend() override;
 
   std::string describe() const override { return "asynchronous"; }

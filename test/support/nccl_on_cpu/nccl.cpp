@@ -247,7 +247,7 @@ ncclResult_t queue_on(const Comm& comm, cudaStream_t stream, std::function<void(
   if (comm->is_aborted) return ncclInvalidUsage;
   const std::shared_ptr<Queue> queue = reinterpret_cast<StreamObject*>(stream)->queue;
   if (comm->last_queue && comm->last_queue != queue)
-    queue->push([last = comm->last_queue, count = comm->last_count] { last->wait(count); });
+    queue->push_wait(comm->last_queue, comm->last_count);
   queue->push(std::move(work));
   comm->last_queue = queue;
   comm->last_count = queue->pushed();

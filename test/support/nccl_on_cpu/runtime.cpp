@@ -99,7 +99,7 @@ cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t stre
 }
 
 cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned, int) {
-  *stream = reinterpret_cast<cudaStream_t>(new StreamObject);
+  *stream = reinterpret_cast<cudaStream_t>(new StreamObject(device_of_thread));
   return cudaSuccess;
 }
 cudaError_t cudaStreamDestroy(cudaStream_t stream) {
@@ -117,7 +117,7 @@ cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
   const auto [queue, count] = recorded(event);
   Queue& own = queue_of(stream);
-  if (queue && queue.get() != &own) own.push([queue, count] { queue->wait(count); });
+  if (queue && queue.get() != &own) own.push_wait(queue, count);
   return cudaSuccess;
 }
 
