@@ -45,7 +45,7 @@ ContextParallel::ContextParallel(Communicator& ranks, Backend& backend, ExposedT
       place_{ranks.rank(), ranks.size()},
       queue_(backend, exposed),
       arrived_{CommPoint(backend), CommPoint(backend)},
-      given_{CommPoint(backend), CommPoint(backend)} {
+      given_(backend) {
   ranks_.prepare(Connections::exchanges);
 }
 
@@ -99,7 +99,7 @@ KvExchange::Peer ContextParallel::next(DistStream dist) {
   arrived_[turn].wait(dist, queue_.exposed(), CommKind::context);
   const int64_t rows = rows_seen(place_.rank, visited(turn_));
   if (!returns_) return {first_rows(peer_rows_[turn], rows), {}};
-  given_[turn].wait(dist, queue_.exposed(), CommKind::context);
+  // Its buffer for gradients is free: what it held was sent before these rows, in the same queue.
   return {first_rows(peer_rows_[turn], rows), first_rows(gradients_[turn], rows)};
 }
 
@@ -119,13 +119,13 @@ void ContextParallel::give(DistStream dist) {
       else
         add(comm, sum, more, sum);
     });
-  given_[turn].set(comm);
+  given_.set(comm);
 }
 
 void ContextParallel::pass_finish(DistStream dist, const KeyRows& gradients) {
   DSTRAIN_CHECK(turn_ + 1 == peers(), "a pass ends after the last peer");
   if (dist.dry || !returns_) return;
-  given_[static_cast<size_t>(turn_ % 2)].wait(dist, queue_.exposed(), CommKind::context);
+  given_.wait(dist, queue_.exposed(), CommKind::context);
   const int64_t rows = rows_seen(visitor(0), place_.rank);  // at least what others see
   const KeyRows sum = peers() > 1 ? sum_ : first_rows(arriving_, rows),
                 own = first_of_sequences(gradients, rows);

@@ -48,7 +48,8 @@ class ContextParallel : public KvExchange {
   Communicator& ranks_;
   const AxisPlace place_;
   CommQueue queue_;
-  std::array<CommPoint, 2> arrived_, given_;  // by turn
+  std::array<CommPoint, 2> arrived_;  // by turn
+  CommPoint given_;                   // what the last turn gave, and all before
   std::vector<int64_t> send_offsets_, recv_offsets_;
 
   // Of the pass that is under way.
