@@ -381,14 +381,14 @@ void add_context_faults(std::vector<LayoutFault>& all) {
                      for (int64_t t = piece.begin; t < piece.end && place.context.rank == 1; ++t)
                        batch.positions_T[static_cast<size_t>(t)] = position++;
                  })});
+  DistributionParts own_keys;
+  own_keys.kv = [](KvExchange& inner, const RankPlace&) {
+    return std::make_unique<OwnKeyGradients>(inner);
+  };
+  all.push_back({"gradients of keys and values stay where they arise", dense(kContext), kGradients,
+                 planted(own_keys)});
   all.push_back(
-      {"gradients of keys and values stay where they arise", dense(kContext), kGradients, [] {
-         DistributionParts parts;
-         parts.kv = [](KvExchange& inner, const RankPlace&) {
-           return std::make_unique<OwnKeyGradients>(inner);
-         };
-         return planted(parts);
-       }()});
+      {"gradients of latents stay where they arise", moe(kContext), kGradients, planted(own_keys)});
   all.push_back({"balance statistics are of a part of the sequence", moe(kContext), kLosses, [] {
                    DistributionParts parts;
                    parts.sequences = [](SequenceSums& inner, const RankPlace&) {
