@@ -65,13 +65,20 @@ std::vector<Cut> tensor_cuts(const Config& c, const MeshShape& shape) {
   return cuts;
 }
 
+// Sizes of an axis near this one that divide n. Where the job's number of ranks is given, the ranks
+// that are left over have to go to data parallelism.
+std::string near_sizes(const Config& c, const MeshShape& shape, int64_t n, int size) {
+  const bool given = launch_ranks(c.launch) == shape.ranks();
+  return nearest_divisors(given ? std::gcd(n, int64_t{shape.data} * size) : n, size);
+}
+
 void check_tensor(const Config& c, const MeshShape& shape, Rules& rules) {
   const std::vector<Cut> cuts = tensor_cuts(c, shape);
   int64_t common = 0;
   for (const Cut& cut : cuts) common = std::gcd(common, cut.size);
   for (const Cut& cut : cuts)
     if (cut.size % shape.tensor != 0)
-      rules.broken("parallel.tensor", "try " + nearest_divisors(common, shape.tensor),
+      rules.broken("parallel.tensor", "try " + near_sizes(c, shape, common, shape.tensor),
                    "parallel.tensor ({}) does not divide {}", shape.tensor, cut.name);
 }
 
@@ -82,7 +89,9 @@ void check_context(const Config& c, const MeshShape& shape, Rules& rules) {
   if (shape.context == 1 || seq_len % (2 * int64_t{shape.context}) == 0) return;
   rules.broken(
       "parallel.context",
-      "try " + (seq_len % 2 == 0 ? nearest_divisors(seq_len / 2, shape.context) : "1"),
+      fmt::format("try {}, or data.seq_len {}",
+                  seq_len % 2 == 0 ? near_sizes(c, shape, seq_len / 2, shape.context) : "1",
+                  nearest_multiples(2 * int64_t{shape.context}, seq_len)),
       "data.seq_len ({}) does not divide into 2 pieces for each of parallel.context ({}) ranks",
       seq_len, shape.context);
 }
@@ -165,6 +174,9 @@ void check_pipeline(const Config& c, const MeshShape& shape, Rules& rules) {
         "parallel.schedule zero_bubble keeps activations for the weight gradients, which come "
         "later; train.recompute must be none, not {}",
         enum_name(c.train.recompute));
+  // ZeRO 2 and 3 reduce the gradients of each micro-batch by themselves, but here those of several
+  // are under way in a block: what backward_weight makes later, and what latent attention under
+  // context parallelism adds for its peers' keys in backward_input.
   if (p.zero > 1)
     rules.broken("parallel.zero", "write 1, or parallel.schedule: 1f1b",
                  "parallel.schedule zero_bubble computes weight gradients of a micro-batch between "

@@ -126,7 +126,10 @@ MeshShape resolve_mesh(const Config& c, int64_t ranks) {
     const LayoutProblem problem = misfit(c, ranks);
     throw ConfigError(problem.message + "\nhint: " + problem.hint);
   }
-  const std::vector<LayoutProblem> problems = check_layout(c, *shape);
+  Config given = c;
+  given.launch.hosts.clear();
+  given.launch.ranks.value = ranks;
+  const std::vector<LayoutProblem> problems = check_layout(given, *shape);
   if (problems.empty()) return *shape;
   std::string text = fmt::format("the layout {} of {} is not legal:", to_text(*shape),
                                  format_plural(ranks, "rank"));

@@ -115,16 +115,25 @@ TEST_CASE("layout: each rule, with what would be legal", "[layout]") {
       {{},
        shape(1, 1, 3, 1),
        "parallel.context: data.seq_len (256) does not divide into 2 pieces for each of "
-       "parallel.context (3) ranks (try 2 or 4)\n"},
+       "parallel.context (3) ranks (try 2 or 4, or data.seq_len 252 or 258)\n"},
       {{{"data.seq_len", "250"}},
        shape(1, 1, 2, 1),
        "parallel.context: data.seq_len (250) does not divide into 2 pieces for each of "
-       "parallel.context (2) ranks (try 1 or 5)\n"},
+       "parallel.context (2) ranks (try 1 or 5, or data.seq_len 248 or 252)\n"},
       {{{"data.seq_len", "255"}},
        shape(1, 1, 3, 1),
        "parallel.context: data.seq_len (255) does not divide into 2 pieces for each of "
-       "parallel.context (3) ranks (try 1)\n"},
+       "parallel.context (3) ranks (try 1, or data.seq_len 252 or 258)\n"},
       {{{"data.seq_len", "255"}}, shape(1, 1, 1, 1), ""},
+      // Of 8 ranks, 6 or 12 would leave a part of one to data parallelism.
+      {{{"data.seq_len", "24"}, {"launch.ranks", "8"}},
+       shape(1, 1, 8, 1),
+       "parallel.context: data.seq_len (24) does not divide into 2 pieces for each of "
+       "parallel.context (8) ranks (try 4, or data.seq_len 16 or 32)\n"},
+      {{{"data.seq_len", "24"}, {"launch.ranks", "24"}, {"train.global_batch", "24"}},
+       shape(1, 3, 8, 1),
+       "parallel.context: data.seq_len (24) does not divide into 2 pieces for each of "
+       "parallel.context (8) ranks (try 6 or 12, or data.seq_len 16 or 32)\n"},
       {dense, shape(1, 2, 1, 1, 2),
        "parallel.expert: parallel.expert is 2, but the model has no experts "
        "(model.n_routed_experts "
@@ -256,6 +265,8 @@ TEST_CASE("layout: products that do not match are refused with the nearest legal
         "hint: legal near it: data 4 x tensor 4; data 2 x context 2 x tensor 4; pipeline 2 x data "
         "2 x "
         "tensor 4");
+  CHECK_THAT(refusal(job({{"parallel.context", "8"}, {"data.seq_len", "24"}}), 8),
+             Catch::Contains("(try 4, or data.seq_len 16 or 32)"));
   const Changes huge = {{"parallel.data", "65536"},
                         {"parallel.tensor", "65536"},
                         {"parallel.pipeline", "65536"},
