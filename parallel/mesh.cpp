@@ -93,23 +93,36 @@ std::vector<std::vector<int>> mesh_groups(const MeshShape& shape, MeshGroup grou
   return groups;
 }
 
-ProcessMesh::ProcessMesh(const MeshShape& shape, Communicator& world, Backend& backend)
+ProcessMesh::ProcessMesh(const MeshShape& shape, Communicator& world, Backend& backend,
+                         bool shared_table)
     : shape_(shape), world_(world) {
   DSTRAIN_CHECK(world.size() == shape.ranks(),
                 fmt::format("the layout {} is not one of {} ranks", to_text(shape), world.size()));
-  DSTRAIN_CHECK(shape.stage_ranks() % shape.expert == 0, "experts fold over whole runs of ranks");
   place_ = place_of(shape, world.rank());
-  for (int i = 0; i < kMeshGroups; ++i) make_group(static_cast<MeshGroup>(i), backend);
+  make_groups(backend, shared_table);
 }
 
-ProcessMesh::ProcessMesh(const MeshShape& shape, int world_rank, Backend& backend)
+ProcessMesh::ProcessMesh(const MeshShape& shape, int world_rank, Backend& backend,
+                         bool shared_table)
     : shape_(shape),
       place_(place_of(shape, world_rank)),
       planned_world_(
           std::make_unique<PlannedCommunicator>(world_rank, static_cast<int>(shape.ranks()))),
       world_(*planned_world_) {
-  DSTRAIN_CHECK(shape.stage_ranks() % shape.expert == 0, "experts fold over whole runs of ranks");
-  for (int i = 0; i < kMeshGroups; ++i) make_group(static_cast<MeshGroup>(i), backend);
+  make_groups(backend, shared_table);
+}
+
+void ProcessMesh::make_groups(Backend& backend, bool shared_table) {
+  DSTRAIN_CHECK(shape_.stage_ranks() % shape_.expert == 0, "experts fold over whole runs of ranks");
+  for (size_t i = 0; i < kMeshGroups; ++i) {
+    const auto group = static_cast<MeshGroup>(i);
+    if (group != MeshGroup::embedding || shared_table) {
+      make_group(group, backend);
+    } else {
+      made_[i] = std::make_unique<LocalCommunicator>(backend);
+      groups_[i] = made_[i].get();
+    }
+  }
 }
 
 // All ranks split or none does: a split is a call of the whole world.

@@ -53,10 +53,13 @@ inline constexpr std::array kMeshGroupsOfLayers = {MeshGroup::tensor, MeshGroup:
 // start and memory.
 class ProcessMesh {
  public:
-  ProcessMesh(const MeshShape& shape, Communicator& world, Backend& backend);
+  // shared_table: whether the model has one (reads_table_twice()). Without, each rank is alone in
+  // its `embedding` group.
+  ProcessMesh(const MeshShape& shape, Communicator& world, Backend& backend,
+              bool shared_table = true);
   // The place of one rank alone, for plans: its groups have the right ranks and sizes, and refuse
   // to move data (parallel/planned_communicator.h).
-  ProcessMesh(const MeshShape& shape, int world_rank, Backend& backend);
+  ProcessMesh(const MeshShape& shape, int world_rank, Backend& backend, bool shared_table = true);
 
   const MeshShape& shape() const { return shape_; }
   bool is_planned() const { return planned_world_ != nullptr; }
@@ -65,6 +68,7 @@ class ProcessMesh {
   Communicator& group(MeshGroup group) { return *groups_[static_cast<size_t>(group)]; }
 
  private:
+  void make_groups(Backend& backend, bool shared_table);
   void make_group(MeshGroup group, Backend& backend);
 
   MeshShape shape_;

@@ -41,13 +41,13 @@ EngineOptions rank_engine_options(const Config& config, const MeshShape& shape,
 RankJob::RankJob(const Config& config, const MeshShape& shape, Communicator& world, Backend& backend,
                  const std::string& node, bool training, const DistributionWrap& wrap,
                  const EarlierCompression& earlier)
-    : mesh_(shape, world, backend), distribution_(config, mesh_, backend, node, earlier) {
+    : mesh_(shape, world, backend, reads_table_twice(config.model)), distribution_(config, mesh_, backend, node, earlier) {
   if (wrap) wrapped_ = wrap(distribution_);
   make_engine(config, backend, training);
 }
 
 RankJob::RankJob(const Config& config, const MeshShape& shape, int world_rank, Backend& backend, bool training)
-    : mesh_(shape, world_rank, backend), distribution_(config, mesh_, backend, "the machine of a plan") {
+    : mesh_(shape, world_rank, backend, reads_table_twice(config.model)), distribution_(config, mesh_, backend, "the machine of a plan") {
   make_engine(config, backend, training);
 }
 

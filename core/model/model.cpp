@@ -7,12 +7,16 @@
 
 namespace dstrain {
 
+bool reads_table_twice(const ModelConfig& config) {
+  return config.tie_word_embeddings || config.num_nextn_predict_layers > 0;
+}
+
 DeepSeekModel::DeepSeekModel(const ModelConfig& config, const ModelPart& part) : config_(config) {
   const int64_t layers = config.num_hidden_layers;
   const int64_t last = part.last_layer < 0 ? layers : part.last_layer;
   Declare declare{parameters_, "", 0, config.initializer_range, part.place, Tie::none};
   const bool first_chunk = part.first_layer == 0, last_chunk = last == layers;
-  const bool used_twice = config.tie_word_embeddings || config.num_nextn_predict_layers > 0;
+  const bool used_twice = reads_table_twice(config);
   const Parameter* table = nullptr;
   if (first_chunk || (last_chunk && used_twice)) {
     if (used_twice && !(first_chunk && last_chunk)) declare.tie = first_chunk ? Tie::owner : Tie::copy;

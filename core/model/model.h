@@ -30,6 +30,10 @@ struct MicroBatchState {
   Tensor out_tD;  // of a chunk without head: the residual stream, in the slot
 };
 
+// Whether the table of embeddings is read at both ends of the model: by a tied head, or by
+// prediction modules. Both ends of a pipeline then have one.
+bool reads_table_twice(const ModelConfig& config);
+
 class DeepSeekModel {
  public:
   explicit DeepSeekModel(const ModelConfig& config, const ModelPart& part = {});

@@ -201,6 +201,16 @@ TEST_CASE("ProcessMesh: kinds of the same stream and ranks share a communicator"
   CHECK_FALSE(shared(context, MeshGroup::context, MeshGroup::data));
 }
 
+TEST_CASE("ProcessMesh: stages are joined for a table only if there is one in both", "[mesh]") {
+  const auto backend = make_cpu_backend(1);
+  for (const bool shared : {false, true}) {
+    CHECK(ProcessMesh(shape(2, 2, 1, 1), 0, *backend, shared).group(MeshGroup::embedding).size() ==
+          (shared ? 2 : 1));
+    CHECK(ProcessMesh(shape(2, 2, 1, 1), 0, *backend, shared).group(MeshGroup::pipeline).size() ==
+          2);
+  }
+}
+
 TEST_CASE("ProcessMesh: only meshes of the world's size are accepted", "[mesh]") {
   const auto backend = make_cpu_backend(1);
   LocalCommunicator world(*backend);

@@ -88,10 +88,17 @@ TEST_CASE("planned nccl: a rank's communicators and connections, in MiB") {
   // So do keys of the same sequences, beside which there are sums over their tokens.
   CHECK(planned(job, {1, 1, 4, 1, 1}) == text(4, 4 * kOne + 3 * kExchange));
   // Messages in two directions, with three communicators each; beside all ranks those of the
-  // pipeline, and those of its first and last stage.
-  CHECK(planned(job, {2, 1, 1, 1, 1}) == text(3 + 6, 3 * kOne + 3 * kPair));
+  // pipeline.
+  CHECK(planned(job, {2, 1, 1, 1, 1}) == text(2 + 6, 2 * kOne + 3 * kPair));
   // To the next and from the previous stage are different ranks, and two communicators are enough.
-  CHECK(planned(job, {4, 1, 1, 1, 1}) == text(3 + 8, 3 * kOne + 4 * kPair));
+  CHECK(planned(job, {4, 1, 1, 1, 1}) == text(2 + 8, 2 * kOne + 4 * kPair));
+  // The first and the last stage, where both have the table of embeddings.
+  for (const bool tied : {false, true}) {
+    Config shared = job;
+    shared.model.tie_word_embeddings = tied;
+    shared.model.num_nextn_predict_layers = tied ? 0 : 1;
+    CHECK(planned(shared, {2, 1, 1, 1, 1}) == text(3 + 6, 3 * kOne + 3 * kPair));
+  }
   Config compressed = job;
   compressed.compression.method = CompressionMethod::int8;
   CHECK(planned(compressed, {1, 2, 1, 1, 1}) == text(2, 2 * kOne + kExchange));
