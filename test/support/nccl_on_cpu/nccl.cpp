@@ -200,11 +200,18 @@ void run_collective(const Comm& comm, const Call& call, int64_t number, const vo
     group.changed.notify_all();
   }
   if (!wait_until(lock, comm, [&] { return round.is_done; })) return;
-  const size_t bytes = call.count * bytes_of(call.type);
-  if (call.kind == Kind::reduce_scatter)
-    std::memcpy(receive, round.result.data() + static_cast<size_t>(comm->rank) * bytes, bytes);
-  else
-    std::memcpy(receive, round.result.data(), round.result.size());
+  const size_t bytes = call.count * bytes_of(call.type),
+               own = static_cast<size_t>(comm->rank) * bytes;
+  const char* const result = round.result.data();
+  char* const to = static_cast<char*>(receive);
+  if (call.kind == Kind::reduce_scatter) {
+    std::memcpy(to, result + own, bytes);
+  } else if (call.kind == Kind::all_gather && send == to + own) {  // which nobody writes
+    std::memcpy(to, result, own);
+    std::memcpy(to + own + bytes, result + own + bytes, round.result.size() - own - bytes);
+  } else {
+    std::memcpy(to, result, round.result.size());
+  }
   if (++round.left == group.size) group.rounds.erase(number);
 }
 

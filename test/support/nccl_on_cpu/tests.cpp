@@ -53,12 +53,15 @@ Config in_fp32(Config config) {
 }
 
 // "" if ranks over NCCL have the bits of ranks on host memory.
-std::string difference(const LayoutJob& job, int64_t steps = 2) {
+std::string difference(const LayoutJob& job, int64_t steps = 2, int nodes = 1) {
   LayoutRunOptions on_cpus;
   on_cpus.steps = steps;
+  on_cpus.nodes = nodes;
+  LayoutRunOptions over_nccl = on_gpus(steps);
+  over_nccl.nodes = nodes;
   const Config config = in_fp32(job.config);
   const LayoutRun expected = run_layout(config, job.shape, on_cpus);
-  const LayoutRun run = run_layout(config, job.shape, on_gpus(steps));
+  const LayoutRun run = run_layout(config, job.shape, over_nccl);
   return run.disagreement.empty() ? bit_difference(expected, run) : run.disagreement;
 }
 
@@ -167,13 +170,24 @@ TEST_CASE("nccl on the CPU: further rounds of crowded experts", "[nccl_on_cpu]")
   CHECK(difference(job_at(config, shape, 1)) == "");
 }
 
-TEST_CASE("nccl on the CPU: compressed gradients", "[nccl_on_cpu]") {
+TEST_CASE("nccl on the CPU: compressed gradients, on one machine and between two",
+          "[nccl_on_cpu]") {
   const auto method = GENERATE(CompressionMethod::topk, CompressionMethod::int8);
   const int64_t zero = GENERATE(0, 1, 2);
-  CAPTURE(enum_name(method), zero);
+  const int nodes = GENERATE(1, 2);
+  CAPTURE(enum_name(method), zero, nodes);
   Config config = tiny_moe_job(4);
   config.compression.method = method;
-  CHECK(difference(job_at(config, {.data = 4}, zero), 3) == "");
+  if (nodes > 1) config.compression.scope = CompressionScope::inter_node;
+  CHECK(difference(job_at(config, {.data = 4}, zero), 3, nodes) == "");
+}
+
+TEST_CASE("nccl on the CPU: gradients that travel in bf16", "[nccl_on_cpu]") {
+  const int64_t zero = GENERATE(0, 1, 2, 3);
+  CAPTURE(zero);
+  Config config = tiny_moe_job(4);
+  config.precision.reduce = ReduceType::bf16;
+  CHECK(difference(job_at(config, {.data = 2}, zero)) == "");
 }
 
 // What waits for a neighbour to receive must not hold up what that one waits for, even where
