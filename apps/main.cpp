@@ -1,4 +1,6 @@
 // Runs one command and turns every failure into a sentence and an exit code.
+#include <fcntl.h>
+
 #include <cerrno>
 #include <csignal>
 #include <cstdio>
@@ -32,6 +34,14 @@ int fail(ExitCode code, const char* prefix, const char* text, bool is_peer_failu
   return static_cast<int>(code);
 }
 
+// Where one of them is closed, the first file that is opened would take its number, and what is
+// printed would go into that file. Reading and writing go on failing.
+void fill_closed_streams() {
+  for (const int fd : {0, 1, 2})
+    if (::fcntl(fd, F_GETFD) < 0)
+      if (::open("/dev/null", fd == 0 ? O_WRONLY : O_RDONLY) < 0) return;
+}
+
 int run(int argc, char** argv) {
   try {
     dstrain::LogOptions log;
@@ -50,6 +60,13 @@ int run(int argc, char** argv) {
     return fail(e.code(), "error: ", e.what());
   } catch (const std::bad_alloc&) {
     return fail(ExitCode::failure, "error: ", "out of memory");
+  } catch (const std::system_error& e) {
+    // Of a thread that could not be started; files have errors of their own.
+    const std::string text =
+        std::string("cannot start a thread: ") + e.what() +
+        "; the limit of memory (ulimit -v) or of processes (ulimit -u) is too low";
+    const bool is_thread = e.code() == std::errc::resource_unavailable_try_again;
+    return fail(ExitCode::failure, "error: ", is_thread ? text.c_str() : e.what());
   } catch (const std::exception& e) {
     return fail(ExitCode::failure, "error: ", e.what());
   }
@@ -58,6 +75,7 @@ int run(int argc, char** argv) {
 }  // namespace
 
 int main(int argc, char** argv) {
+  fill_closed_streams();
   // A reader that goes away, as in `... | head`, must not end a training run.
   std::signal(SIGPIPE, SIG_IGN);
   // A micro-batch of a deep model is more launches than a GPU's queue takes by default, 1024: the

@@ -32,6 +32,21 @@ int open_retrying(const std::string& path, int flags) {
   throw_errno(action, path, error_number);
 }
 
+// A file in the place of a device, a pipe or /dev/stdout would be there for every program from then
+// on.
+void require_replaceable(const std::string& path) {
+  constexpr std::string_view kOpenFiles = "/proc/";
+  char target[kOpenFiles.size()];
+  const ssize_t length = ::readlink(path.c_str(), target, sizeof target);
+  const bool is_open_file = length == static_cast<ssize_t>(sizeof target) &&
+                            std::string_view(target, sizeof target) == kOpenFiles;
+  struct stat info;
+  const bool is_special =
+      ::stat(path.c_str(), &info) == 0 && !S_ISREG(info.st_mode) && !S_ISDIR(info.st_mode);
+  if (is_open_file || is_special)
+    throw StorageError("cannot replace '" + path + "': it is no regular file; name another one");
+}
+
 }  // namespace
 
 File::File(File&& other) noexcept
@@ -192,6 +207,7 @@ std::string read_small_file(const std::string& path, int64_t max_bytes, Links li
 }
 
 void write_file_atomic(const std::string& path, std::string_view contents) {
+  require_replaceable(path);
   const std::string temporary = fmt::format("{}.tmp-{}", path, ::getpid());
   ::unlink(temporary.c_str());  // a leftover of a dead process that had the same id
   File file = File::create_new(temporary);

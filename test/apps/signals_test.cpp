@@ -323,4 +323,27 @@ TEST_CASE("streams: results into head -1, into a full disk, and from a closed in
   ::close(full);
 }
 
+// The first file that is opened would take the number of a closed one.
+TEST_CASE("streams: where they are closed, nothing is printed into files", "[signals]") {
+  const TinyJob job({"train.steps=1000000", "train.eval_every=0"});
+  Launch train = job.launch();
+  std::vector<std::string> words = {"-c", "exec \"$@\" 2>&-", "sh", train.program};
+  words.insert(words.end(), train.args.begin(), train.args.end());
+  train.program = "/bin/sh";
+  train.args = words;
+  RunningProgram running(train);
+  REQUIRE(running.wait_until([&] { return last_step(job) >= 3; }));
+  const std::string holder = read_file(job.run_folder() + "/run.lock");
+  CHECK_THAT(holder, Catch::StartsWith("process ") && Contains(", started "));
+  CHECK(lines_of(holder).size() == 1);
+  running.send(SIGTERM);
+  CHECK(running.wait().code == static_cast<int>(ExitCode::preempted));
+  CHECK(job.damage() == "");
+
+  // Results that nobody can get are a failure still.
+  Launch version = train;
+  version.args = {"-c", "exec \"$@\" <&- >&- 2>&-", "sh", DSTRAIN_BINARY, "version"};
+  CHECK(run_program(version).code == static_cast<int>(ExitCode::storage));
+}
+
 }  // namespace dstrain::test

@@ -130,4 +130,29 @@ TEST_CASE("file: a small file is replaced as a whole", "[file]") {
   CHECK(files == 1);
 }
 
+TEST_CASE("file: what is no regular file is not replaced by one", "[file]") {
+  const FileFolder folder;
+  const std::string pipe = folder / "pipe", device = folder / "null", output = folder / "stdout",
+                    link = folder / "link";
+  REQUIRE(::mkfifo(pipe.c_str(), 0600) == 0);
+  REQUIRE(::symlink("/dev/null", device.c_str()) == 0);
+  File::create_new(folder / "redirected").close();
+  const File redirected = File::open_read(folder / "redirected");
+  const std::string open_file = "/proc/self/fd/" + std::to_string(redirected.fd());
+  REQUIRE(::symlink(open_file.c_str(), output.c_str()) == 0);  // as /dev/stdout
+  REQUIRE(::symlink((folder / "redirected").c_str(), link.c_str()) == 0);
+  for (const std::string& path : {pipe, device, output}) {
+    CAPTURE(path);
+    struct stat before, after;
+    REQUIRE(::lstat(path.c_str(), &before) == 0);
+    CHECK_THROWS_AS(write_file_atomic(path, "text"), StorageError);
+    CHECK_THROWS_WITH(write_file_atomic(path, "text"),
+                      Contains(path) && Contains("no regular file"));
+    REQUIRE(::lstat(path.c_str(), &after) == 0);
+    CHECK(after.st_ino == before.st_ino);
+  }
+  write_file_atomic(link, "text");
+  CHECK(read_small_file(link, 100) == "text");
+}
+
 }  // namespace dstrain
