@@ -125,6 +125,7 @@ class Launcher {
   void end_hung(MpirunJob& mpirun, const RankBoard& board);
   bool have_come(const RankBoard& board) const;
   bool is_ending(const RankBoard& board) const;
+  bool have_gone(const RankBoard& board) const;
   void ask_to_leave(int signal);
   void pause();
   int exit_code_after_leaving(const End& end) const;
@@ -191,6 +192,14 @@ bool Launcher::is_ending(const RankBoard& board) const {
                      [](const RankState& state) { return is_gone(state.pid); });
 }
 
+// Whether all ranks have come and ended, after which mpirun ends as well.
+bool Launcher::have_gone(const RankBoard& board) const {
+  const std::vector<RankState> states = board.states();
+  return is_local() && std::ssize(states) == total_ranks(job_.plan.hosts) &&
+         std::all_of(states.begin(), states.end(),
+                     [](const RankState& state) { return is_gone(state.pid); });
+}
+
 void Launcher::act(MpirunJob& mpirun, const RankBoard& board) {
   const bool is_ready = have_come(board);
   if (is_save_wanted_ && is_ready) {
@@ -224,7 +233,8 @@ void Launcher::act(MpirunJob& mpirun, const RankBoard& board) {
 void Launcher::end_hung(MpirunJob& mpirun, const RankBoard& board) {
   if (!hung_at_) {
     const std::vector<RankState> states = board.states();
-    if (!is_hung(states)) return;
+    // Open MPI 4's mpirun hangs itself after some faults while ranks start, as of shared memory.
+    if (!is_hung(states) && !have_gone(board)) return;
     hung_at_ = now_s();
     for (const RankState& state : states)
       if (is_stopped(state.pid)) stopped_.push_back(state.rank);
@@ -232,9 +242,10 @@ void Launcher::end_hung(MpirunJob& mpirun, const RankBoard& board) {
   const double waited = now_s() - *hung_at_;
   if (hung_signals_ == 0 && waited > job_.times.hung_s) {
     ++hung_signals_;
-    log_warning(
-        "mpirun does not end the ranks, which may be on a host that cannot be reached; it "
-        "is ended");
+    log_warning("mpirun {}; it is ended",
+                have_gone(board)
+                    ? "does not end, although its ranks have"
+                    : "does not end the ranks, which may be on a host that cannot be reached");
     mpirun.send(SIGTERM);
   } else if (hung_signals_ == 1 && waited > job_.times.hung_s + job_.times.end_s) {
     ++hung_signals_;
@@ -283,6 +294,7 @@ std::string Launcher::failure_text(const End& end) const {
   for (const RankState& state : end.states)
     if (state.rank == failure.rank)
       text += fmt::format(" in step {}, {}", state.step, phase_text(state.phase));
+  if (failure.signal == SIGKILL) text += "; the kernel does so where memory runs out";
   return text;
 }
 
@@ -313,20 +325,23 @@ void Launcher::pause() {
 }
 
 int Launcher::run() {
-  RestartPolicy policy(job_.max_restarts, mark_checkpoints(job_.checkpoints_folder));
+  const std::vector<CheckpointMark> at_start = mark_checkpoints(job_.checkpoints_folder);
+  RestartPolicy policy(job_.max_restarts, at_start);
   std::optional<std::string> resume;
   while (true) {
     const End end = attempt(resume);
     if (leaving_ != Leaving::no) return exit_code_after_leaving(end);
-    if (end.code < kAbove && !is_restartable(end.code)) return end.code;
+    const std::vector<CheckpointMark> now = mark_checkpoints(job_.checkpoints_folder);
+    // Something that is called mpirun may end without an error and have started nothing.
+    const bool did_nothing = !has_started(end) && now == at_start;
+    if (end.code < kAbove && !is_restartable(end.code) && !did_nothing) return end.code;
     log_error("{}", failure_text(end));
-    const int code = own_code(end);
+    const int code = end.code == 0 ? static_cast<int>(ExitCode::failure) : own_code(end);
     if (!has_started(end)) {
       log_error("no rank has come as far as its first line of work; it is not tried again");
       return code;
     }
-    const RestartPolicy::Decision next =
-        policy.after_failure(mark_checkpoints(job_.checkpoints_folder));
+    const RestartPolicy::Decision next = policy.after_failure(now);
     if (!next.restarts) {
       log_error("{}", next.sentence);
       return code;

@@ -111,6 +111,11 @@ class LaunchedJob {
   pid_t pid() const { return pid_; }
 
   void make_mpirun_stubborn() { change_mpirun("trap 'kill $rank; exit 1' TERM", "trap '' TERM"); }
+  // It does not notice that its rank has ended.
+  void make_mpirun_stay(bool is_stubborn) {
+    change_mpirun("exit $code", std::string(is_stubborn ? "trap '' TERM\n" : "") +
+                                    "while true; do sleep 0.05; done");
+  }
   // It ends a second after its rank and breaks if it is asked to meanwhile, as Open MPI's does.
   void make_mpirun_slow_to_end() {
     change_mpirun("exit $code",
@@ -301,6 +306,29 @@ TEST_CASE("launcher: ranks that never came are not started again", "[launcher]")
   CHECK(job.run() == 1);
   CHECK(job.calls() == 1);
   CHECK_THAT(job.read("err"), Contains("no rank has come as far"));
+}
+
+TEST_CASE("launcher: an mpirun that starts nothing has not trained", "[launcher]") {
+  LaunchedJob job("come\n");
+  write_script(job / "mpirun", "#!/bin/sh\nexit 0\n");
+  CHECK(job.run() == 1);
+  CHECK_THAT(job.read("err"), Contains("error: mpirun ended with exit code 0\n") &&
+                                  Contains("no rank has come as far"));
+}
+
+TEST_CASE("launcher: an mpirun that stays when its ranks have gone is ended", "[launcher]") {
+  const bool is_stubborn = GENERATE(false, true);
+  CAPTURE(is_stubborn);
+  LaunchedJob job("come\n[[ $(wc -l <calls) -ge 2 ]] && exit 0\nexit 1\n");
+  job.make_mpirun_stay(is_stubborn);
+  job.job.times.hung_s = 0.2;
+  job.job.times.end_s = 0.3;
+  job.job.max_restarts = 1;
+  CHECK(job.run() == 1);
+  CHECK(job.calls() == 2);
+  CHECK_THAT(job.read("err"), Contains("does not end, although its ranks have; it is ended") &&
+                                  Contains("starting again from where it began"));
+  job.all_gone();
 }
 
 TEST_CASE("launcher: SIGUSR1 saves, each signal to leave saves and leaves", "[launcher]") {
