@@ -211,20 +211,22 @@ DataSet open_data(const std::vector<DataSourceConfig>& sources, const std::strin
   return set;
 }
 
-void require_memory(int64_t bytes) {
+void require_memory(int64_t bytes, const std::string& parts) {
   const int64_t available = available_memory_bytes();
   if (available > 0 && bytes > available)
-    throw ConfigError(fmt::format("this needs {} of memory and {} are available; lower train.micro_batch or "
-                                  "data.seq_len, or set train.recompute to selective or full",
-                                  format_bytes(bytes), format_bytes(available)));
+    throw ConfigError(
+        fmt::format("this needs {} of memory and {} are available; lower train.micro_batch or "
+                    "data.seq_len, or set train.recompute to selective or full{}",
+                    format_bytes(bytes), format_bytes(available), parts));
 }
 
-void require_gpu_memory(int64_t bytes, const std::optional<int64_t>& available) {
+void require_gpu_memory(int64_t bytes, const std::optional<int64_t>& available,
+                        const std::string& parts) {
   if (available && bytes > *available)
     throw ConfigError(
         fmt::format("this needs {} of GPU memory and {} are free; lower train.micro_batch or "
-                    "data.seq_len, or set train.recompute to selective or full",
-                    format_bytes(bytes), format_bytes(*available)));
+                    "data.seq_len, or set train.recompute to selective or full{}",
+                    format_bytes(bytes), format_bytes(*available), parts));
 }
 
 std::vector<StateTensor> state_tensors(TrainEngine& engine) { return state_tensors(engine.saved_state()); }

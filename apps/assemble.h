@@ -64,12 +64,14 @@ struct DataSet {
 // DataError if one was built with another tokenizer than this file (empty: not checked).
 DataSet open_data(const std::vector<DataSourceConfig>& sources, const std::string& tokenizer);
 
-// ConfigError, with what to change, if the system has less memory available than this.
-void require_memory(int64_t bytes);
+// ConfigError, with what to change, if the system has less memory available than this. `parts` goes
+// on where the sentence ends.
+void require_memory(int64_t bytes, const std::string& parts = "");
 // What a GPU's memory has free for this back end; nothing on a CPU, or where no GPU is here.
 std::optional<int64_t> gpu_memory_available(const Backend& backend);
 // The same refusal for a GPU's memory, where it is known.
-void require_gpu_memory(int64_t bytes, const std::optional<int64_t>& available);
+void require_gpu_memory(int64_t bytes, const std::optional<int64_t>& available,
+                        const std::string& parts);
 
 // The state of a run as global tensors: "param.<name>", "adamw.exp_avg.<name>", "adamw.exp_avg_sq.<name>".
 // Pointers go to the engine's memory.

@@ -79,7 +79,8 @@ void check_gpu_memory(const StartupInfo& info) {
   const int64_t planned = info.gpu_memory_bytes(),
                 beside = info.communicators ? info.communicators->bytes : 0;
   const auto& free = info.gpu_available_bytes;
-  const bool is_accepted = passes([&] { require_gpu_memory(planned, free); });
+  const bool is_accepted = passes(
+      [&] { require_gpu_memory(planned, free, largest_memory_part(info, /*on_gpu=*/true)); });
   if (is_accepted && free && planned + beside > *free)
     log_warning(
         "with what NCCL takes, by an estimate, a rank needs {} of GPU memory, and {} are free",
@@ -163,7 +164,10 @@ int dry_run(const LoadedConfig& loaded, const TrainOptions& options,
   info.dry_run = true;
   add_data(info, config, has_tokenizer ? config.data.tokenizer : "");
   if (is_planned) {
-    passes([&] { require_memory(info.host_memory_bytes() * rank.local_size); });
+    passes([&] {
+      require_memory(info.host_memory_bytes() * rank.local_size,
+                     largest_memory_part(info, /*on_gpu=*/false));
+    });
     check_gpu_memory(info);
   }
   if (!config.run.name.empty()) check_folder(info, config, options);

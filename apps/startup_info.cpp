@@ -133,6 +133,17 @@ StartupInfo startup_info_of(const Config& config, RankJob* job) {
   return info;
 }
 
+std::string largest_memory_part(const StartupInfo& info, bool on_gpu) {
+  const MemoryRow* largest = nullptr;
+  for (const MemoryRow& row : info.memory)
+    if (row.on_gpu == on_gpu && row.bytes && (!largest || *row.bytes > *largest->bytes))
+      largest = &row;
+  if (!largest) return "";
+  const char* grows_with = largest->owner == "workspace" ? ", which grows with run.threads" : "";
+  return fmt::format("; the largest part is {}, {} of each rank{}", largest->owner,
+                     format_bytes(*largest->bytes), grows_with);
+}
+
 DataRow data_row(const char* split, const DataSourceConfig& source, const TokenDataset* dataset) {
   DataRow row{split, source.path, {}, {}, source.weight};
   if (dataset) {

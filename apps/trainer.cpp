@@ -158,8 +158,10 @@ void Trainer::prepare_folder() {
 
 void Trainer::check_memory() const {
   const StartupInfo info = startup_info();
-  require_memory(info.host_memory_bytes() * ranks_.place.local_size);
-  require_gpu_memory(info.gpu_memory_bytes(), info.gpu_available_bytes);
+  require_memory(info.host_memory_bytes() * ranks_.place.local_size,
+                 largest_memory_part(info, /*on_gpu=*/false));
+  require_gpu_memory(info.gpu_memory_bytes(), info.gpu_available_bytes,
+                     largest_memory_part(info, /*on_gpu=*/true));
 }
 
 void Trainer::start_from(const std::optional<VerifiedCheckpoint>& checkpoint) {
