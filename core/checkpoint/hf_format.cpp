@@ -120,18 +120,21 @@ std::vector<std::string> files_of_index(const std::string& folder) {
   return {files.begin(), files.end()};
 }
 
-// Published files carry these; training makes them itself or does without.
-bool may_be_ignored(const std::string& name, const ModelConfig& model) {
+// Published files carry these; training makes them itself or does without. Of blocks beyond the
+// last one only prediction modules: fewer blocks would be another model.
+bool may_be_ignored(const std::string& name, const ModelConfig& model, const HfWeights& weights) {
   if (name.ends_with("rotary_emb.inv_freq")) return true;
   if (model.tie_word_embeddings && name == "lm_head.weight") return true;
   const std::string prefix = "model.layers.";
   if (!name.starts_with(prefix)) return false;
   int64_t layer = -1;
-  std::from_chars(name.data() + prefix.size(), name.data() + name.size(), layer);
+  const char* const end =
+      std::from_chars(name.data() + prefix.size(), name.data() + name.size(), layer).ptr;
   if (layer < 0) return false;
   const int64_t last = model.num_hidden_layers + model.num_nextn_predict_layers;
   const bool shared = name.ends_with(".embed_tokens.weight") || name.ends_with("shared_head.head.weight");
-  return layer >= last || (layer >= model.num_hidden_layers && shared);
+  if (layer < last) return layer >= model.num_hidden_layers && shared;
+  return weights.contains(std::string(name.data(), end) + ".eh_proj.weight");
 }
 
 }  // namespace
@@ -175,9 +178,36 @@ void check_names(const std::string& folder, const HfWeights& weights, const Mode
   std::set<std::string> known;
   for (const HfTensor& map : maps) known.insert(map.name);
   for (const std::string& name : weights.names())
-    if (!known.contains(name) && !may_be_ignored(name, model))
+    if (!known.contains(name) && !may_be_ignored(name, model, weights))
       throw DataError(folder + ": tensor '" + name + "' has no place in the model that config.json " +
                       "describes; training without it would be another model");
+}
+
+// transformers ties them, too.
+void warn_of_own_head(const std::string& folder, const HfWeights& weights,
+                      const ModelConfig& model) {
+  const std::string head = "lm_head.weight", table = "model.embed_tokens.weight";
+  if (!model.tie_word_embeddings || !weights.contains(head)) return;
+  const HfWeights::Place a = weights.at(head), b = weights.at(table);
+  bool is_copy = a.entry->type == b.entry->type && a.entry->shape == b.entry->shape;
+  if (is_copy) {
+    std::vector<char> head_bytes(static_cast<size_t>(a.entry->bytes)),
+        table_bytes(head_bytes.size());
+    a.file->read(*a.entry, head_bytes.data());
+    b.file->read(*b.entry, table_bytes.data());
+    is_copy = head_bytes == table_bytes;
+  }
+  if (!is_copy)
+    log_warning(
+        "{}: '{}' is left out, although it differs from '{}': config.json says that they are one "
+        "(tie_word_embeddings)",
+        folder, head, table);
+}
+
+std::string text_of(const std::vector<int64_t>& shape) {
+  std::string text;
+  for (const int64_t size : shape) text += (text.empty() ? "" : ", ") + std::to_string(size);
+  return "[" + text + "]";
 }
 
 // `raw` holds F64.
@@ -199,9 +229,9 @@ std::vector<float> read_tensor_as_f32(const HfWeights::Place& place, const HfTen
   const SafetensorsEntry& entry = *place.entry;
   const int64_t count = product(map.shape);
   if (entry.shape != map.shape)
-    throw DataError(place.file->path() + ": tensor '" + map.name + "' has another shape than config.json " +
-                    "says (" + std::to_string(product(entry.shape)) + " elements instead of " +
-                    std::to_string(count) + ")");
+    throw DataError(place.file->path() + ": tensor '" + map.name +
+                    "' has another shape than config.json " + "says (" + text_of(entry.shape) +
+                    " instead of " + text_of(map.shape) + ")");
   if (!is_weight_type(entry.type))
     throw DataError(place.file->path() + ": tensor '" + map.name + "' is " +
                     safetensors_type_name(entry.type) + "; weights are read from F16, BF16, F32 and F64");
@@ -246,6 +276,7 @@ HfTypes read_hf_weights(
   const HfWeights weights(folder);
   const std::vector<HfTensor> maps = hf_tensors(model, parameters);
   check_names(folder, weights, model, maps);
+  warn_of_own_head(folder, weights, model);
   std::vector<float> values;
   for (size_t i = 0; i < maps.size(); ++i) {
     const HfTensor& map = maps[i];

@@ -5,6 +5,7 @@
 #include <map>
 #include <numeric>
 
+#include "core/base/log.h"
 #include "core/base/rng.h"
 #include "core/checkpoint/json_strict.h"
 #include "core/model/model.h"
@@ -280,7 +281,8 @@ TEST_CASE("hf_format: weights of another model are refused by name", "[checkpoin
   more.n_group = 1;
   const DeepSeekModel larger(more);
   CHECK_THAT(message_of([&] { read(folder.path(), more, larger.parameters()); }),
-             Catch::Contains("mlp.gate.weight") && Catch::Contains("another shape"));
+             Catch::Contains("mlp.gate.weight") &&
+                 Catch::Contains("another shape than config.json says ([4, 8] instead of [5, 8])"));
 
   ModelConfig fewer = config;
   fewer.n_shared_experts = 0;
@@ -293,4 +295,36 @@ TEST_CASE("hf_format: weights of another model are refused by name", "[checkpoin
   const DeepSeekModel third(deeper);
   CHECK_THAT(message_of([&] { read(folder.path(), deeper, third.parameters()); }),
              Catch::Contains("lack tensor") && Catch::Contains("model.layers.2."));
+
+  ModelConfig shallower = config;
+  shallower.num_hidden_layers = 1;
+  const DeepSeekModel first(shallower);
+  CHECK_THAT(message_of([&] { read(folder.path(), shallower, first.parameters()); }),
+             Catch::Contains("'model.layers.1.") && Catch::Contains("has no place"));
+}
+
+TEST_CASE("hf_format: prediction modules may be left out, and a tied head that is saved twice",
+          "[checkpoint]") {
+  ModelConfig config = tiny_mla();
+  config.num_nextn_predict_layers = 1;
+  const DeepSeekModel model(config);
+  Weights weights = random_weights(model.parameters());
+  ModelConfig tied = config;
+  tied.num_nextn_predict_layers = 0;
+  tied.tie_word_embeddings = true;
+  const DeepSeekModel smaller(tied);
+  const auto warning = [&] {
+    const ScratchFolder folder;
+    write(folder.path(), config, model.parameters(), SafetensorsType::f32, weights);
+    std::string text;
+    set_log_writer([&](std::string_view line) { text += line; });
+    const size_t count = read(folder.path(), tied, smaller.parameters()).size();
+    set_log_writer({});
+    CHECK(count == smaller.parameters().all().size());
+    return text;
+  };
+  CHECK_THAT(warning(), Catch::Contains("'lm_head.weight' is left out") &&
+                            Catch::Contains("tie_word_embeddings"));
+  weights.at("lm_head.weight") = weights.at("model.embed_tokens.weight");
+  CHECK(warning() == "");
 }
