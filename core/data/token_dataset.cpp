@@ -1,9 +1,11 @@
 #include "core/data/token_dataset.h"
 
 #include <fmt/format.h>
+#include <sys/stat.h>
 
 #include <algorithm>
 #include <bit>
+#include <cerrno>
 #include <cstring>
 #include <utility>
 
@@ -30,11 +32,19 @@ bool ends_with(const std::string& text, std::string_view end) {
   return text.size() > end.size() && text.compare(text.size() - end.size(), end.size(), end) == 0;
 }
 
+// Unlike path_exists(), PermissionError where a folder on the way may not be entered.
+bool is_there(const std::string& path) {
+  struct stat info;
+  if (::lstat(path.c_str(), &info) == 0) return true;
+  if (errno == EACCES) throw_errno("cannot open", path, errno);
+  return false;
+}
+
 }  // namespace
 
 TokenDataset TokenDataset::open(const std::string& path) {
   if (is_folder(path)) {
-    if (!path_exists(join_path(path, kIndexFile)))
+    if (!is_there(join_path(path, kIndexFile)))
       throw NotFoundError(fmt::format(
           "'{}' is a folder without {}: it is not a finished dataset; run 'deepseek-train data "
           "build' (again), or name one .bin file of it",
@@ -44,8 +54,8 @@ TokenDataset TokenDataset::open(const std::string& path) {
   std::string prefix = path;
   for (const char* suffix : {".bin", ".idx"})
     if (ends_with(path, suffix)) prefix = path.substr(0, path.size() - 4);
-  if (path_exists(prefix + ".idx")) return TokenDataset(open_megatron_dataset(prefix));
-  if (!path_exists(path))
+  if (is_there(prefix + ".idx")) return TokenDataset(open_megatron_dataset(prefix));
+  if (!is_there(path))
     throw NotFoundError(fmt::format(
         "no dataset at '{}': expected a folder of 'deepseek-train data build', a Megatron prefix "
         "with .bin and .idx, or an llm.c .bin file",

@@ -1,5 +1,8 @@
 #include "core/data/token_dataset.h"
 
+#include <sys/stat.h>
+#include <unistd.h>
+
 #include <cstring>
 #include <filesystem>
 #include <thread>
@@ -280,6 +283,28 @@ TEST_CASE("token_dataset: what is no dataset gets a sentence") {
   CHECK(error_text(temp / "empty").find("not a finished dataset") != std::string::npos);
   test::write_bytes(temp / "text.txt", "hello world");
   CHECK(error_text(temp / "text.txt").find("is not a token dataset") != std::string::npos);
+}
+
+TEST_CASE("token_dataset: a folder that may not be entered is not taken for an empty one") {
+  const TempFolder temp;
+  test::make_dataset(temp / "closed/set", {{5, 6, 7}});
+  fs::permissions(temp / "closed/set", fs::perms::owner_read);
+  fs::permissions(temp / "closed", fs::perms::all);
+  fs::permissions(temp.path(), fs::perms::all);
+  const bool is_root = ::geteuid() == 0;  // who may enter everything
+  if (is_root) REQUIRE(::seteuid(65534) == 0);
+  std::string text;
+  for (const char* path : {"closed/set", "closed/set/tokens-00000.bin"}) {
+    try {
+      TokenDataset::open(temp / path);
+    } catch (const PermissionError& error) {
+      text += error.what();
+    }
+  }
+  if (is_root) REQUIRE(::seteuid(0) == 0);
+  fs::permissions(temp / "closed/set", fs::perms::owner_all);
+  CHECK(text.find("index.bin': Permission denied") != std::string::npos);
+  CHECK(text.find("tokens-00000.idx': Permission denied") != std::string::npos);
 }
 
 TEST_CASE("check_token_ids: names file, offset and id") {
