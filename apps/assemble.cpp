@@ -211,6 +211,18 @@ DataSet open_data(const std::vector<DataSourceConfig>& sources, const std::strin
   return set;
 }
 
+void warn_of_vocabulary(const DataSet& data, int64_t vocab_size) {
+  for (const TokenDataset& dataset : data.datasets) {
+    const int64_t has = dataset.vocab_size();
+    // Megatron's files do not say; theirs is what an id can be.
+    if (has <= vocab_size || has == int64_t{1} << 16 || has == int64_t{1} << 31) continue;
+    log_warning(
+        "'{}' was made with a vocabulary of {}, and model.vocab_size is {}: the first id beyond "
+        "it ends the run",
+        dataset.path(), has, vocab_size);
+  }
+}
+
 void require_memory(int64_t bytes, const std::string& parts) {
   const int64_t available = available_memory_bytes();
   if (available > 0 && bytes > available)

@@ -64,6 +64,9 @@ struct DataSet {
 // DataError if one was built with another tokenizer than this file (empty: not checked).
 DataSet open_data(const std::vector<DataSourceConfig>& sources, const std::string& tokenizer);
 
+// Says which datasets may hold ids beyond the model's vocabulary: the first such id ends a run.
+void warn_of_vocabulary(const DataSet& data, int64_t vocab_size);
+
 // ConfigError, with what to change, if the system has less memory available than this. `parts` goes
 // on where the sentence ends.
 void require_memory(int64_t bytes, const std::string& parts = "");

@@ -49,6 +49,7 @@ void add_data(StartupInfo& info, const Config& config, const std::string& tokeni
     DataSet data;
     passes([&] {
       data = open_data({source}, tokenizer);
+      if (config.model.vocab_size > 0) warn_of_vocabulary(data, config.model.vocab_size);
       PackOptions pack;
       pack.seq_len = config.data.seq_len;
       if (is_training) SampleOrder(data.sources, pack, /*single_pass=*/false, /*start=*/0, {});

@@ -92,6 +92,9 @@ Trainer::Trainer(const Config& config, const TrainerOptions& options, MetricsHub
   Fingerprints of_all_data = fingerprints_;
   add_fingerprints("data.valid", valid_data_, of_all_data);
   require_same_data(world_, ranks_.machine, of_all_data);
+  if (world_.rank() == 0)
+    for (const DataSet* data : {&train_data_, &valid_data_})
+      warn_of_vocabulary(*data, config_.model.vocab_size);
   const std::optional<VerifiedCheckpoint> checkpoint = agree_on_start(options);
   if (checkpoint && checkpoint->manifest.meta.step >= config_.train.steps) {
     nothing_to_do_ = true;

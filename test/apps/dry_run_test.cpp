@@ -127,6 +127,11 @@ TEST_CASE("dry run: data that does not fit the job is a warning, as it is an err
   const std::vector<std::string> other = {"--set", "data.tokenizer=other.json"};
   CHECK_THAT(plan(job, other).err, Contains("built with another tokenizer"));
   CHECK(job.train(other).code == kBadData);
+  // The data need not use what the tokenizer has at its end.
+  const std::vector<std::string> narrow = {"--set", "model.vocab_size=319"};
+  const std::string sentence = "made with a vocabulary of 320, and model.vocab_size is 319";
+  CHECK_THAT(plan(job, narrow).err, Contains(sentence));
+  CHECK_THAT(job.train(narrow).err, Contains(sentence));
 }
 
 TEST_CASE("dry run: too little memory is said in the run's words", "[dry_run][memory]") {
