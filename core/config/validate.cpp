@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "core/base/format_units.h"
 #include "core/config/launch_hosts.h"
@@ -170,7 +171,15 @@ void check_rope(const ModelConfig& m, Rules& rules) {
                  r.high_freq_factor, r.low_freq_factor);
 }
 
+// Where it is added to zero, the quotient would be one of zeros.
+void check_epsilon(const char* key, const char* usual, double value, Rules& rules) {
+  if (value < static_cast<double>(std::numeric_limits<float>::min()))
+    rules.broken(key, usual, "{} ({:g}) is zero in fp32, which holds {:.2g} and above", key, value,
+                 std::numeric_limits<float>::min());
+}
+
 void check_model(const ModelConfig& m, Rules& rules) {
+  check_epsilon("model.rms_norm_eps", "1e-6 is usual", m.rms_norm_eps, rules);
   check_attention(m, rules);
   check_experts(m, rules);
   check_rope(m, rules);
@@ -211,7 +220,21 @@ void check_data(const Config& c, Purpose purpose, Rules& rules) {
                  "train.eval_every is {}, but data.valid is empty", c.train.eval_every);
 }
 
+// A step is planned micro-batch by micro-batch; far fewer than this fill any time that one has.
+void check_micro_batches(const Config& c, Rules& rules) {
+  constexpr int64_t kMost = int64_t{1} << 20;
+  const int64_t count = c.train.global_batch / c.train.micro_batch / data_parallel_ranks(c);
+  if (count > kMost)
+    rules.broken("train.global_batch", "raise train.micro_batch",
+                 "train.global_batch ({}) makes {} micro-batches of {} on each data-parallel rank; "
+                 "the limit "
+                 "is {}",
+                 c.train.global_batch, count, c.train.micro_batch, kMost);
+}
+
 void check_training(const Config& c, Rules& rules) {
+  check_micro_batches(c, rules);
+  check_epsilon("optimizer.eps", "1e-8 is usual", c.optimizer.eps, rules);
   for (const double beta : {c.optimizer.betas.first, c.optimizer.betas.second})
     if (beta >= 1.0) {
       rules.broken("optimizer.betas", "0.9 and 0.95 are usual",
@@ -235,6 +258,9 @@ void check_training(const Config& c, Rules& rules) {
     rules.broken("precision.moments", "write fp32, or run.device: cuda",
                  "precision.moments bf16 needs a GPU, but run.device is cpu");
 }
+
+// Elements of a block where compression.block is auto.
+constexpr int64_t kTopkBlock = 8192;
 
 void check_compression(const Config& c, Rules& rules) {
   const CompressionConfig& compression = c.compression;
@@ -264,10 +290,13 @@ void check_compression(const Config& c, Rules& rules) {
   if (compression.density <= 0)
     rules.broken("compression.density", "0.05 sends one element in twenty",
                  "compression.density must be above 0 with method topk");
-  else if (!compression.block.is_auto() && compression.density * static_cast<double>(block) < 1)
-    rules.broken("compression.block", "write auto or a larger block",
+  else if (const int64_t size = compression.block.is_auto() ? kTopkBlock : block;
+           compression.density * static_cast<double>(size) < 1)
+    rules.broken(compression.block.is_auto() ? "compression.density" : "compression.block",
+                 compression.block.is_auto() ? "0.05 sends one element in twenty"
+                                             : "write auto or a larger block",
                  "compression.density ({}) of a block of {} elements is less than one element",
-                 compression.density, block);
+                 compression.density, size);
 }
 
 void check_ranks(const Config& c, Rules& rules) {
