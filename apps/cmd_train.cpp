@@ -1,6 +1,9 @@
 // deepseek-train --config job.yaml: checks, start-up table, training.
+#include <fmt/format.h>
+
 #include <chrono>
 #include <cstdlib>
+#include <filesystem>
 
 #include "apps/assemble.h"
 #include "apps/commands.h"
@@ -43,6 +46,16 @@ int train_as_rank(Config config, const TrainerOptions& options, MetricsHub& hub,
   return static_cast<int>(code);
 }
 
+// Every rank reads it, and again when the job is started again: a pipe gives its text once.
+void require_file(const std::optional<std::string>& job) {
+  std::error_code error;
+  if (job && !std::filesystem::is_regular_file(*job, error))
+    throw UsageError(
+        fmt::format("'{}' is no regular file, and each rank of a job reads its job file itself; "
+                    "write it to one",
+                    *job));
+}
+
 }  // namespace
 
 int cmd_train(const TrainOptions& options) {
@@ -77,9 +90,11 @@ int cmd_train(const TrainOptions& options) {
     log_warning("launch.ranks: {} is not followed: this job was started from outside with {} ranks",
                 loaded.config.launch.ranks.value, ranks.size);
   if (!device.note.empty() && ranks.is_first() && !ranks.is_supervised) log_info("{}", device.note);
-  if (launch_mode(launched, hosts) == LaunchMode::launcher)
+  if (launch_mode(launched, hosts) == LaunchMode::launcher) {
+    require_file(options.config.path);
     return launch_training(loaded.config, hosts, options.words,
                            {.color = color, .live = mode == ConsoleMode::live}, std::getenv);
+  }
 
   resolve_vocab_size(loaded.config);
   handle_signals();

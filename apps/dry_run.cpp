@@ -66,6 +66,7 @@ void check_folder(StartupInfo& info, const Config& config, const TrainOptions& o
   const RunPaths paths(config);
   passes([&] {
     check_run_folder(paths.folder);
+    check_checkpoints_folder(paths.folder);
     CheckpointStore store(paths.checkpoints, config.checkpoint.keep);
     const auto checkpoint =
         choose_checkpoint(paths, store, options.resume.value_or(""), options.overwrite);

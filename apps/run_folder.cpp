@@ -42,9 +42,15 @@ void warn_of_newer_checkpoints(const CheckpointStore& store, int64_t chosen_step
 
 }  // namespace
 
+void check_checkpoints_folder(const std::string& run_folder) {
+  const RunPaths paths(run_folder);
+  if (path_exists(paths.checkpoints)) check_run_folder(paths.checkpoints);
+}
+
 RunFolder::RunFolder(const std::string& path) : made_{missing_folders(path)} {
   prepare_run_folder(path);
   lock_.emplace(path);
+  check_checkpoints_folder(path);
 }
 
 RunFolder::~RunFolder() {

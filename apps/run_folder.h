@@ -15,7 +15,7 @@ namespace dstrain {
 // a run that is refused leaves nothing behind; a folder in which other files appeared stays.
 class RunFolder {
  public:
-  // Errors are those of prepare_run_folder() and RunLock.
+  // Errors are those of prepare_run_folder(), RunLock and check_checkpoints_folder().
   explicit RunFolder(const std::string& path);
   ~RunFolder();
   RunFolder(const RunFolder&) = delete;
@@ -33,6 +33,9 @@ class RunFolder {
   MadeFolders made_;
   std::optional<RunLock> lock_;
 };
+
+// As check_run_folder(), for the folder of its checkpoints where there is one.
+void check_checkpoints_folder(const std::string& run_folder);
 
 // The checkpoint that a run starts from; nothing for a start from scratch. `resume` is "" (none may
 // be there), "none", "latest", or the path of a run or of a checkpoint. Writes nothing. Logs

@@ -3,6 +3,7 @@
 #include <chrono>
 #include <cstring>
 #include <exception>
+#include <new>
 
 #include "core/base/error.h"
 #include "core/checkpoint/failpoint.h"
@@ -89,6 +90,8 @@ void AsyncSaver::start(int64_t step, std::span<const StateTensor> tensors, Job j
       for (const StateTensor& tensor : state) result.bytes += tensor.bytes();
       job(state, result);
       result.ok = true;
+    } catch (const std::bad_alloc&) {
+      result.error = "out of memory";
     } catch (const std::exception& error) {
       result.error = error.what();
     }

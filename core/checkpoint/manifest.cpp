@@ -53,8 +53,9 @@ const ManifestTensor* Manifest::find(std::string_view name) const {
 
 const ManifestTensor& Manifest::at(std::string_view name) const {
   if (const ManifestTensor* tensor = find(name)) return *tensor;
-  throw DataError(
-      fmt::format("the checkpoint of step {} has no tensor {}", meta.step, printable_name(name)));
+  throw DataError(fmt::format(
+      "the checkpoint of step {} has no tensor {}; its model is another one than this job's",
+      meta.step, printable_name(name)));
 }
 
 int64_t Manifest::bytes() const {

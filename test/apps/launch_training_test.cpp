@@ -61,4 +61,18 @@ TEST_CASE("launch_training: makes no folder before the ranks do", "[launch]") {
   CHECK_FALSE(path_exists(folder / "job"));
 }
 
+TEST_CASE("launch_training: a job file that can be read once is refused for several ranks",
+          "[launch]") {
+  test::Launch launch;
+  launch.args = {"--config", "/dev/stdin", "--set", "launch.ranks=2"};
+  launch.input = "run: {name: x}\nmodel: {vocab_size: 16}\ndata: {train: [{path: none}]}\n";
+  launch.program = "/bin/sh";
+  std::vector<std::string> words = {"-c", "cat | \"$@\"", "sh", DSTRAIN_BINARY};
+  words.insert(words.end(), launch.args.begin(), launch.args.end());
+  launch.args = words;
+  const test::Finished refused = test::run_program(launch);
+  CHECK(refused.code == static_cast<int>(ExitCode::usage));
+  CHECK_THAT(refused.err, Contains("'/dev/stdin' is no regular file"));
+}
+
 }  // namespace dstrain

@@ -339,4 +339,25 @@ TEST_CASE("run folder: checkpoints there need --resume or --overwrite", "[storag
   CHECK_THAT(again.err, Contains("notes.txt"));
 }
 
+TEST_CASE("run folder: checkpoints that cannot be written are found before the first step",
+          "[storage]") {
+  const TinyJob job({"train.steps=4", "checkpoint.every=2"});
+  job.must_train();
+  const std::vector<std::string> go_on = {"--resume", "latest", "--set", "train.steps=8"};
+  if (::geteuid() != 0) {  // who may write everywhere
+    fs::permissions(job.checkpoints(), fs::perms::owner_read | fs::perms::owner_exec);
+    const Finished refused = job.train(go_on);
+    CHECK(refused.code == kNoPermission);
+    CHECK_THAT(refused.err, Contains("'runs/tiny/checkpoints' is not writable for user "));
+    fs::permissions(job.checkpoints(), fs::perms::owner_all);
+  }
+  fs::remove_all(job.checkpoints());
+  write_file(job.checkpoints(), "no folder");
+  for (const char* word : {"--overwrite", "--dry-run"}) {
+    CAPTURE(word);
+    CHECK_THAT(job.train({word}).err, Contains("runs/tiny/checkpoints' is a file, not a folder"));
+  }
+  CHECK(last_step(job) == 4);
+}
+
 }  // namespace dstrain::test
