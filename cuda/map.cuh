@@ -83,7 +83,7 @@ void launch_map(Stream& stream, const Body& body, const MapShape& shape, bool al
   const int64_t blocks = std::min(most_blocks, ceil_div(items, kMapThreads * kMapBatch));
   const dim3 grid(static_cast<unsigned>(blocks),
                   static_cast<unsigned>(std::min<int64_t>(shape.rows, 65535)));
-  map_kernel<<<grid, kMapThreads, 0, cuda(stream)>>>(body, shape.rows, shape.width, packs);
+  map_kernel<Body><<<grid, kMapThreads, 0, cuda(stream)>>>(body, shape.rows, shape.width, packs);
   check_launch(op);
 }
 

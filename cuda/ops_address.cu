@@ -197,8 +197,9 @@ void CudaOps::address_tokens(Stream& stream, const Tensor& indices_TK, const Ten
                "address_tokens");
   if (T == 0) return;
   const int64_t runs = ceil_div(T, kRun);
-  auto* const counts = static_cast<RunCount*>(
-      cuda_stream(stream).scratch(runs * N * static_cast<int64_t>(sizeof(RunCount))));
+  const int64_t bytes = runs * N * static_cast<int64_t>(sizeof(RunCount));
+  auto* const counts =
+      ScratchPieces(stream, ScratchPieces::padded(bytes)).take<RunCount>(runs * N);
   const auto blocks = static_cast<unsigned>(runs);
   count_run_kernel<<<blocks, kThreads, 0, cuda(stream)>>>(c, counts);
   check_launch("address_tokens");

@@ -145,7 +145,8 @@ void CudaOps::balance_statistics(Stream& stream, const Tensor& scores_TE, const 
   DSTRAIN_CHECK(E <= 512, "balance_statistics: " + std::to_string(E) + " experts; the CUDA back end has at most 512");
   const int64_t rows_per_chunk = balance_rows_per_chunk(S, rows.rows_per_sequence, E);
   const int64_t chunks = ceil_div(rows.rows_per_sequence, rows_per_chunk);
-  auto* const partials = static_cast<float*>(cuda_stream(stream).scratch(S * chunks * 2 * E * 4));
+  const int64_t sums = S * chunks * 2 * E;
+  auto* const partials = ScratchPieces(stream, ScratchPieces::padded(4 * sums)).take<float>(sums);
   const auto launch = [&]<int kPerLane>() {
     balance_statistics_kernel<kPerLane><<<static_cast<unsigned>(S * chunks), 32 * kWarps, 0, cuda(stream)>>>(
         rows_of<const float>(scores_TE), rows_of<const int32_t>(indices_TK), static_cast<int>(E),

@@ -285,7 +285,8 @@ void CudaOps::cross_entropy_loss(Stream& stream, const CrossEntropyTargets& targ
   if (token_loss_T.defined()) expect(token_loss_T, "cross_entropy_loss: token_loss_T", DType::f32, {T});
   if (T == 0) return;
   const int64_t blocks = ceil_div(T, kTokens);
-  auto* const partials = static_cast<double*>(cuda_stream(stream).scratch(blocks * 8));
+  auto* const partials =
+      ScratchPieces(stream, ScratchPieces::padded(8 * blocks)).take<double>(blocks);
   cross_entropy_loss_kernel<<<static_cast<unsigned>(blocks), kTokens, 0, cuda(stream)>>>(
       device_targets, pointer<const float>(max_T), pointer<const float>(sum_exp_T), pointer<const float>(target_T), T,
       pointer<float>(lse_T), pointer<float>(token_loss_T), partials);

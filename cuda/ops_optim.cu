@@ -215,7 +215,8 @@ void CudaOps::add_sum_squares(Stream& stream, const Tensor& x, const Tensor& sum
   if (n == 0) return;
   dispatch_f(x.dtype(), "add_sum_squares", [&]<class F>() {
     const int64_t blocks = ceil_div(n, int64_t{kThreads} * kVectors * Vec<F>::kSize);
-    auto* const partials = static_cast<double*>(cuda_stream(stream).scratch(blocks * 8));
+    auto* const partials =
+        ScratchPieces(stream, ScratchPieces::padded(8 * blocks)).take<double>(blocks);
     sum_squares_kernel<F><<<static_cast<unsigned>(blocks), kThreads, 0, cuda(stream)>>>(
         pointer<const F>(x), n, fits_vectors<F>(x.raw(), 0, 0), partials);
     check_launch("add_sum_squares");

@@ -226,8 +226,8 @@ void gather_units(const Tensor& x_XD, const int32_t* index, int64_t row_bytes, c
   const Rows<const Unit> x{pointer<const Unit>(x_XD), x_XD.row_stride() * element / kSize};
   const Rows<Unit> y{pointer<Unit>(y_RD), y_RD.row_stride() * element / kSize};
   const RowBlock block(columns, kGatherRows);
-  gather_rows_kernel<<<block.blocks(R), block.threads, 0, stream>>>(x, static_cast<int>(x_XD.size(0)), index, R,
-                                                                    static_cast<int>(columns), y);
+  gather_rows_kernel<Unit><<<block.blocks(R), block.threads, 0, stream>>>(
+      x, static_cast<int>(x_XD.size(0)), index, R, static_cast<int>(columns), y);
   check_launch("gather_rows");
 }
 
