@@ -6,6 +6,10 @@
 
 #include "core/base/error.h"
 
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
+
 namespace dstrain::test {
 namespace {
 
@@ -15,6 +19,19 @@ constexpr std::byte kGuardByte{0xff};  // NaN to whom reads it
 
 size_t bytes_of(const HostTensor& tensor) {
   return static_cast<size_t>(tensor.view().bytes());
+}
+
+// With AddressSanitizer, kernels that run on the CPU (test/support/cuda_on_cpu) end the process
+// where they read or write bytes that are closed.
+void close_bytes([[maybe_unused]] const DeviceMemory& memory) {
+#ifdef __SANITIZE_ADDRESS__
+  __asan_poison_memory_region(memory.data(), static_cast<size_t>(memory.bytes()));
+#endif
+}
+void open_bytes([[maybe_unused]] void* at, [[maybe_unused]] size_t bytes) {
+#ifdef __SANITIZE_ADDRESS__
+  __asan_unpoison_memory_region(at, bytes);
+#endif
 }
 
 }  // namespace
@@ -39,9 +56,15 @@ DeviceTensors::DeviceTensors(Backend& backend, Stream& stream,
                         host.dims());
   }
   backend.copy(stream, memory_.data(), image_.data(), memory_.bytes());
+  if (backend.is_cpu()) return;
+  stream.synchronize();
+  close_bytes(memory_);
+  for (const Tensor& view : views_) open_bytes(view.raw(), static_cast<size_t>(view.bytes()));
 }
 
 void DeviceTensors::read_back(std::vector<HostTensor>& tensors) {
+  stream_.synchronize();
+  open_bytes(memory_.data(), image_.size());
   backend_.copy(stream_, image_.data(), memory_.data(), memory_.bytes());
   stream_.synchronize();
   auto expect_guard = [&](size_t begin, size_t end, const std::string& where) {

@@ -39,7 +39,7 @@ Stream& gpu_stream() {
 
 // Its beginning: operations of tests take no more, and every test fills it.
 Tensor gpu_scratch() {
-  constexpr int64_t kMostBytes = int64_t{1} << 20;
+  constexpr int64_t kMostBytes = SeparateScratchPieces::kContents;
   auto& stream = static_cast<CudaStream&>(gpu_stream());
   const int64_t bytes = std::min(kMostBytes, stream.scratch_bytes());
   return Tensor(stream.scratch(0), DType::f32, {bytes / dtype_bytes(DType::f32)});

@@ -1,24 +1,8 @@
-// In place of what needs NVIDIA's libraries or a Hopper GPU: cuBLASLt finds no algorithm for any
-// product, so the plain kernel multiplies, and the kernels for Hopper take nothing.
-#include "cuda/cuda_matmul.h"
+// In place of what needs a Hopper GPU: the kernels for it take nothing.
 #include "cuda/ffn_hopper.h"
 #include "cuda/weight_gradient_hopper.h"
 
-extern "C" cublasStatus_t cublasLtDestroy(cublasLtHandle_t) {
-  return CUBLAS_STATUS_SUCCESS;
-}
-
 namespace dstrain {
-
-struct CudaMatmul::Plan {};
-
-CudaMatmul::CudaMatmul(const CudaDevice& device) : device_(device) {}
-CudaMatmul::~CudaMatmul() = default;
-void CudaMatmul::plan(const Product&) {}
-void CudaMatmul::tune(Stream&, const MatmulTuning&) {}
-bool CudaMatmul::run(cudaStream_t, const Product&, void*) {
-  return false;
-}
 
 HopperFfn::HopperFfn(const CudaDevice& device) : num_sms_(device.num_sms) {}
 bool HopperFfn::takes(const HopperFfnCall&) const {

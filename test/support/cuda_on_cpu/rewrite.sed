@@ -1,7 +1,7 @@
 # Turns CUDA C++ into C++ (sed -E -z, a whole file at a time; lines keep their numbers).
 
-# The kernel's arguments are evaluated by each thread.
-s/([A-Za-z0-9_:]+(<[^;<>]*(<[^;<>]*>[^;<>]*)*>)?)([ \n]*)<<<([^;]*)>>>\(([^;]*)\);/::cuda_on_cpu::Launch(\5)\4 << [\&] { \1(\6); };/g
+s/([A-Za-z0-9_:]+(<[^;<>]*(<[^;<>]*>[^;<>]*)*>)?)([ \n]*)<<<([^;]*)>>>\(\);/::cuda_on_cpu::Launch(\5)\4.run(\1);/g
+s/([A-Za-z0-9_:]+(<[^;<>]*(<[^;<>]*>[^;<>]*)*>)?)([ \n]*)<<<([^;]*)>>>\(/::cuda_on_cpu::Launch(\5)\4.run(\1, /g
 
 # Blocks run one after the other, so what they share can be static.
 s/extern __shared__ (__align__\([0-9]+\) )?([A-Za-z0-9_ ]+) ([A-Za-z0-9_]+)\[\];/\2* const \3 = ::cuda_on_cpu::dynamic_shared<\2>();/g

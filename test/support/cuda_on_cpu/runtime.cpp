@@ -1,38 +1,56 @@
-// The functions of the CUDA runtime that the back end calls, for a device that is the CPU: each
-// has done its work when it returns.
-#include <cuda_runtime.h>
+// The functions of the CUDA runtime that the back end calls, for a device that is the CPU (streams
+// and events: streams.cpp).
+#include "test/support/cuda_on_cpu/runtime.h"
 
-#include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <mutex>
 
+#include "test/support/cuda_on_cpu/streams.h"
 #include "test/support/cuda_on_cpu/threads.h"
 
-using cuda_on_cpu::launch_error;
-
+namespace cuda_on_cpu {
 namespace {
 
 constexpr size_t kMemory = size_t{1} << 34;
 constexpr size_t kAlignment = 256;
-
-// As on a GPU, after which a failed kernel leaves nothing that works.
-cudaError_t state() {
-  return launch_error() == cudaErrorLaunchFailure ? cudaErrorLaunchFailure : cudaSuccess;
-}
-
-template <class Handle>
-cudaError_t create(Handle* handle) {
-  *handle = static_cast<Handle>(std::malloc(1));
-  return state();
-}
+constexpr int kSharedMemory = 163 << 10;  // of a block, of compute capability 8.0
 
 cudaError_t allocate(void** memory, size_t bytes) {
-  const size_t whole = (bytes + kAlignment - 1) / kAlignment * kAlignment;
-  *memory = bytes == 0 ? nullptr : std::aligned_alloc(kAlignment, whole);
-  return bytes > 0 && !*memory ? cudaErrorMemoryAllocation : state();
+  *memory = bytes > 0 ? allocate_memory(bytes) : nullptr;
+  return bytes > 0 && !*memory ? cudaErrorMemoryAllocation : device_state();
+}
+
+cudaError_t queue_copy(void* to, size_t to_step, const void* from, size_t from_step, size_t width,
+                       size_t rows, cudaStream_t stream) {
+  if (width > to_step || width > from_step) return cudaErrorInvalidValue;
+  queue(stream, [=] {
+    for (size_t row = 0; row < rows; ++row)
+      std::memcpy(static_cast<char*>(to) + row * to_step,
+                  static_cast<const char*>(from) + row * from_step, width);
+  });
+  return device_state();
 }
 
 }  // namespace
+
+cudaError_t device_state() {
+  const std::lock_guard lock(device_mutex());
+  return launch_error() == cudaErrorLaunchFailure ? cudaErrorLaunchFailure : cudaSuccess;
+}
+
+void* allocate_memory(size_t bytes) {
+  void* memory = nullptr;
+  if (bytes > kMemory || posix_memalign(&memory, kAlignment, bytes) != 0) return nullptr;
+  return std::memset(memory, 0xff, bytes);
+}
+void free_memory(void* memory) {
+  std::free(memory);
+}
+
+}  // namespace cuda_on_cpu
+
+using namespace cuda_on_cpu;
 
 extern "C" {
 
@@ -45,6 +63,7 @@ const char* cudaGetErrorName(cudaError_t) {
   return "on the CPU";
 }
 cudaError_t cudaGetLastError() {
+  const std::lock_guard lock(device_mutex());
   const cudaError_t error = launch_error();
   if (error != cudaErrorLaunchFailure) launch_error() = cudaSuccess;
   return error;
@@ -60,10 +79,10 @@ cudaError_t cudaDriverGetVersion(int* version) {
 }
 cudaError_t cudaGetDevice(int* device) {
   *device = 0;
-  return state();
+  return device_state();
 }
 cudaError_t cudaSetDevice(int) {
-  return state();
+  return device_state();
 }
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
   *properties = {};
@@ -71,31 +90,31 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
   properties->major = 8;
   properties->multiProcessorCount = 3;  // few, so that blocks take more than one part of the work
   properties->totalGlobalMem = kMemory;
-  return state();
+  return device_state();
 }
 cudaError_t cudaDeviceGetPCIBusId(char* id, int size, int) {
   std::strncpy(id, "0000:00:00.0", static_cast<size_t>(size));
-  return state();
-}
-cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* greatest) {
-  *least = *greatest = 0;
-  return state();
+  return device_state();
 }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   if (attribute != cudaDevAttrMaxSharedMemoryPerBlockOptin) return cudaErrorInvalidValue;
-  *value = 163 << 10;
-  return state();
+  *value = kSharedMemory;
+  return device_state();
 }
-cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) {
-  return state();
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
+  if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) {
+    if (value < 0 || value > kSharedMemory) return cudaErrorInvalidValue;
+    allow_shared_memory(kernel, static_cast<size_t>(value));
+  }
+  return device_state();
 }
 
 cudaError_t cudaMalloc(void** memory, size_t bytes) {
   return allocate(memory, bytes);
 }
 cudaError_t cudaFree(void* memory) {
-  std::free(memory);
-  return state();
+  free_when_unused(memory);
+  return device_state();
 }
 cudaError_t cudaHostAlloc(void** memory, size_t bytes, unsigned) {
   return allocate(memory, bytes);
@@ -104,65 +123,26 @@ cudaError_t cudaFreeHost(void* memory) {
   return cudaFree(memory);
 }
 cudaError_t cudaHostRegister(void*, size_t, unsigned) {
-  return state();
+  return device_state();
 }
 cudaError_t cudaHostUnregister(void*) {
-  return state();
+  return device_state();
 }
 cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
   *free = *total = kMemory;
-  return state();
+  return device_state();
 }
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind,
-                            cudaStream_t) {
-  std::memcpy(to, from, bytes);
-  return state();
+                            cudaStream_t stream) {
+  return queue_copy(to, bytes, from, bytes, bytes, 1, stream);
 }
 cudaError_t cudaMemcpy2DAsync(void* to, size_t to_step, const void* from, size_t from_step,
-                              size_t width, size_t rows, cudaMemcpyKind, cudaStream_t) {
-  if (width > to_step || width > from_step) return cudaErrorInvalidValue;
-  for (size_t row = 0; row < rows; ++row)
-    std::memcpy(static_cast<char*>(to) + row * to_step,
-                static_cast<const char*>(from) + row * from_step, width);
-  return state();
+                              size_t width, size_t rows, cudaMemcpyKind, cudaStream_t stream) {
+  return queue_copy(to, to_step, from, from_step, width, rows, stream);
 }
-cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
-  std::memset(to, value, bytes);
-  return state();
-}
-
-cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned, int) {
-  return create(stream);
-}
-cudaError_t cudaStreamDestroy(cudaStream_t stream) {
-  std::free(stream);
-  return state();
-}
-cudaError_t cudaStreamSynchronize(cudaStream_t) {
-  return state();
-}
-cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) {
-  return state();
-}
-cudaError_t cudaEventCreate(cudaEvent_t* event) {
-  return create(event);
-}
-cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
-  return create(event);
-}
-cudaError_t cudaEventDestroy(cudaEvent_t event) {
-  std::free(event);
-  return state();
-}
-cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) {
-  return state();
-}
-cudaError_t cudaEventSynchronize(cudaEvent_t) {
-  return state();
-}
-cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t, cudaEvent_t) {
-  *ms = 0;
-  return state();
+cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t stream) {
+  queue(stream, [=] { std::memset(to, value, bytes); });
+  return device_state();
 }
 
 }  // extern "C"

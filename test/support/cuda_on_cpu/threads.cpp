@@ -11,9 +11,13 @@
 #include <exception>
 #include <iostream>
 #include <memory>
+#include <mutex>
 #include <random>
+#include <unordered_map>
 #include <utility>
 #include <vector>
+
+#include "test/support/cuda_on_cpu/streams.h"
 
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/common_interface_defs.h>
@@ -28,8 +32,8 @@ namespace {
 constexpr size_t kStackBytes = size_t{256} << 10;
 constexpr unsigned kWarp = 32;
 constexpr unsigned kMostThreads = 1024, kMostBlocksYZ = 65535;
-constexpr size_t kMostShared = size_t{163} << 10;  // of compute capability 8.0
-constexpr int kUnwritten = 0xff;                   // bytes of a NaN
+constexpr size_t kSharedUnasked = size_t{48} << 10;
+constexpr int kUnwritten = 0xff;  // bytes of a NaN
 
 // A stack and where its function goes on.
 struct Fiber {
@@ -67,7 +71,9 @@ struct Thread {
 
 class Device {
  public:
-  void launch(const Launch& launch, const std::function<void()>& kernel);
+  void allow_shared_memory(const void* kernel, size_t bytes) { shared_memory_of_[kernel] = bytes; }
+  bool may_launch(const Launch& launch, const void* kernel) const;
+  void launch(const Launch& launch, const std::function<void()>& thread);
 
   [[noreturn]] void fail(std::string why);
   void wait_for_block();
@@ -89,7 +95,9 @@ class Device {
   void finish_if_all_met(const Thread& one);
   unsigned lanes_of(const Thread& thread) const;
 
-  std::function<void()> kernel_;
+  std::unordered_map<const void*, size_t> shared_memory_of_;  // of kernels that asked for more
+
+  const std::function<void()>* kernel_ = nullptr;  // what a thread does
   std::minstd_rand order_;
   unsigned launches_ = 0;
 
@@ -103,8 +111,9 @@ class Device {
 
   std::vector<std::unique_ptr<Fiber>> fibers_;
   std::vector<Fiber*> idle_;
-  Fiber host_;
+  Fiber host_;  // of the operating system's thread that waits for the launch
   Fiber* running_ = &host_;
+  Fiber* left_ = nullptr;  // for running_
   bool failed_ = false;
   std::exception_ptr exception_;
 };
@@ -120,6 +129,7 @@ void Device::switch_to(Fiber& to) {
   Fiber* const from = running_;
   if (from == &to) return;
   running_ = &to;
+  left_ = from;
 #ifdef __SANITIZE_ADDRESS__
   void* fake_stack = nullptr;
   __sanitizer_start_switch_fiber(&fake_stack, to.bottom, to.bytes);
@@ -135,19 +145,14 @@ void Device::switch_to(Fiber& to) {
     setcontext(&context);
   }
 #ifdef __SANITIZE_ADDRESS__
-  __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
+  __sanitizer_finish_switch_fiber(fake_stack, &left_->bottom, &left_->bytes);
 #endif
 }
 
 void Device::run_fiber() {
 #ifdef __SANITIZE_ADDRESS__
-  const void* bottom = nullptr;
-  size_t bytes = 0;
-  __sanitizer_finish_switch_fiber(nullptr, &bottom, &bytes);
-  if (!device().host_.bottom) {  // the first one comes from there
-    device().host_.bottom = bottom;
-    device().host_.bytes = bytes;
-  }
+  Fiber& left = *device().left_;
+  __sanitizer_finish_switch_fiber(nullptr, &left.bottom, &left.bytes);
 #endif
   device().run_threads();
 }
@@ -157,7 +162,7 @@ void Device::run_threads() {
   Fiber* const own = running_;
   for (;;) {
     try {
-      kernel_();
+      (*kernel_)();
     } catch (...) {
       exception_ = std::current_exception();
       switch_to(host_);
@@ -211,20 +216,23 @@ void Device::go_on() {
 
 // --- blocks
 
-void Device::launch(const Launch& launch, const std::function<void()>& kernel) {
+bool Device::may_launch(const Launch& launch, const void* kernel) const {
+  const auto allowed = shared_memory_of_.find(kernel);
+  const size_t shared = allowed == shared_memory_of_.end() ? kSharedUnasked : allowed->second;
   const dim3 grid = launch.grid, block = launch.block;
   const size_t size = size_t{block.x} * block.y * block.z;
+  return grid.x > 0 && grid.y > 0 && grid.z > 0 && grid.x <= 0x7fffffff &&
+         grid.y <= kMostBlocksYZ && grid.z <= kMostBlocksYZ && size > 0 && size <= kMostThreads &&
+         block.z <= 64 && launch.shared_bytes <= shared;
+}
+
+void Device::launch(const Launch& launch, const std::function<void()>& thread) {
   if (launch_error() == cudaErrorLaunchFailure) return;
-  if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7fffffff || grid.y > kMostBlocksYZ ||
-      grid.z > kMostBlocksYZ || size == 0 || size > kMostThreads || block.z > 64 ||
-      launch.shared_bytes > kMostShared) {
-    launch_error() = cudaErrorInvalidConfiguration;
-    return;
-  }
-  kernel_ = kernel;
+  const dim3 grid = launch.grid;
+  kernel_ = &thread;
   order_.seed(++launches_);
   gridDim = grid;
-  blockDim = block;
+  blockDim = launch.block;
   dynamic_bytes_ = launch.shared_bytes;
   dynamic_shared_ = std::make_unique_for_overwrite<std::byte[]>(dynamic_bytes_);
   std::vector<int64_t> blocks(size_t{grid.x} * grid.y * grid.z);
@@ -301,7 +309,7 @@ void Device::fail(std::string why) {
   };
   std::cerr << "a kernel on the CPU failed in thread " << text(threadIdx) << " of block "
             << text(blockIdx) << ": " << why << std::endl;
-  why = std::string();  // nothing destroys what this stack holds
+  std::string().swap(why);  // nothing destroys what this stack holds
   failed_ = true;
   switch_to(host_);
   std::terminate();  // it does not come back
@@ -364,8 +372,18 @@ void Device::finish_if_all_met(const Thread& one) {
 
 }  // namespace
 
-void Launch::operator<<(const std::function<void()>& kernel) const {
-  device().launch(*this, kernel);
+void Launch::queue_kernel(const void* kernel, std::function<void()> thread) const {
+  const std::lock_guard lock(device_mutex());
+  if (device().may_launch(*this, kernel))
+    queue(stream,
+          [launch = *this, thread = std::move(thread)] { device().launch(launch, thread); });
+  else if (launch_error() != cudaErrorLaunchFailure)
+    launch_error() = cudaErrorInvalidConfiguration;
+}
+
+void allow_shared_memory(const void* kernel, size_t bytes) {
+  const std::lock_guard lock(device_mutex());
+  device().allow_shared_memory(kernel, bytes);
 }
 
 cudaError_t& launch_error() {

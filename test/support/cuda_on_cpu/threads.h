@@ -12,13 +12,16 @@
 #include <cstddef>
 #include <functional>
 #include <string>
+#include <tuple>
+#include <type_traits>
 
 extern uint3 threadIdx, blockIdx;
 extern dim3 blockDim, gridDim;
 
 namespace cuda_on_cpu {
 
-// kernel<<<grid, block, shared_bytes, stream>>>(arguments).
+// kernel<<<grid, block, shared_bytes, stream>>>(arguments) is
+// Launch(grid, block, shared_bytes, stream).run(kernel, arguments).
 struct Launch {
   dim3 grid, block;
   size_t shared_bytes = 0;
@@ -26,9 +29,21 @@ struct Launch {
 
   Launch(dim3 blocks, dim3 threads, size_t bytes = 0, cudaStream_t queue = nullptr)
       : grid(blocks), block(threads), shared_bytes(bytes), stream(queue) {}
-  // Returns when the kernel has ended.
-  void operator<<(const std::function<void()>& kernel) const;
+  // Copies the arguments, and queues the kernel on the stream.
+  template <class... Parameters>
+  void run(void (*kernel)(Parameters...), std::type_identity_t<Parameters>... arguments) const {
+    const std::tuple<Parameters...> copies(arguments...);
+    queue_kernel(reinterpret_cast<const void*>(kernel),
+                 [kernel, copies] { std::apply(kernel, copies); });
+  }
+
+ private:
+  void queue_kernel(const void* kernel, std::function<void()> thread) const;
 };
+
+// Of dynamic shared memory a launch of the kernel may have so much; 48 KiB where nobody has called
+// this, as on a GPU.
+void allow_shared_memory(const void* kernel, size_t bytes);
 
 // What the runtime reports of launches; cudaErrorLaunchFailure stays.
 cudaError_t& launch_error();

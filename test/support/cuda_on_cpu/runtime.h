@@ -1,0 +1,18 @@
+// What the parts of the runtime share.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+
+namespace cuda_on_cpu {
+
+// What calls of the runtime return: as on a GPU, after a kernel that failed nothing works.
+cudaError_t device_state();
+
+// A block of the heap of exactly so many bytes, so that tools for the heap see what lies outside of
+// it; aligned to 256, and full of NaN, of which all bits are set. Null where there is not so much.
+void* allocate_memory(size_t bytes);
+void free_memory(void* memory);
+
+}  // namespace cuda_on_cpu
