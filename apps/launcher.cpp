@@ -120,6 +120,7 @@ class Launcher {
 
   bool is_local() const { return job_.plan.hosts.front().host.empty(); }
   End attempt(const std::optional<std::string>& resume);
+  static void find_first_failure(End& end);
   void take_signals(MpirunJob& mpirun);
   void act(MpirunJob& mpirun, const RankBoard& board);
   void end_hung(MpirunJob& mpirun, const RankBoard& board);
@@ -277,7 +278,20 @@ Launcher::End Launcher::attempt(const std::optional<std::string>& resume) {
     act(mpirun, board);
     end_hung(mpirun, board);
   }
-  return {mpirun.exit_code(), mpirun.end_signal(), mpirun.failure(), board.states(), stopped_};
+  End end{mpirun.exit_code(), mpirun.end_signal(), mpirun.failure(), board.states(), stopped_};
+  find_first_failure(end);
+  return end;
+}
+
+// Of ranks that fail together mpirun tells any, if any, and the code of one.
+void Launcher::find_first_failure(End& end) {
+  if (end.code == 0 || (end.failure && end.failure->signal != 0)) return;
+  const RankState* first = nullptr;
+  for (const RankState& state : end.states)
+    if (state.failure && (!first || state.entered_ns < first->entered_ns)) first = &state;
+  if (!first) return;
+  end.failure = RankFailure{.rank = first->rank, .code = *first->failure, .host = ""};
+  if (end.code < kAbove) end.code = *first->failure;
 }
 
 // Which rank, how, and where it was.

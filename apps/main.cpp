@@ -24,13 +24,16 @@ namespace {
 using dstrain::ExitCode;
 
 int fail(ExitCode code, const char* prefix, const char* text, bool is_peer_failure = false) {
+  if (!is_peer_failure) dstrain::tell_failure(std::getenv, static_cast<int>(code));
   // When a rank has ended its job, mpirun sends SIGTERM to the others.
   const auto is_terminated = [] { return dstrain::leave_requested() == "SIGTERM"; };
   const bool was_terminated = is_terminated();
   const std::optional<std::string> rank = dstrain::failing_rank_prefix(
       std::getenv, is_peer_failure, [&] { return !was_terminated && is_terminated(); });
   if (rank) std::fprintf(stderr, "%s%s%s\n", rank->c_str(), prefix, text);
-  dstrain::abort_unfinished_job(static_cast<int>(code));
+  // Where mpirun ends the job already, it might tell an abort of this rank as the reason.
+  const bool is_ended = !rank && std::getenv("OMPI_COMM_WORLD_RANK") != nullptr;
+  if (!is_ended) dstrain::abort_unfinished_job(static_cast<int>(code));
   return static_cast<int>(code);
 }
 

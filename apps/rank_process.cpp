@@ -60,6 +60,15 @@ std::optional<int> launcher_columns(const Variables& variables) {
   return columns && *columns > 0 ? columns : std::nullopt;
 }
 
+void tell_failure(const Variables& variables, int exit_code) {
+  const char* path = variables(kBoardVariable);
+  const std::optional<int> place = number_in(variables("OMPI_COMM_WORLD_LOCAL_RANK"));
+  if (path == nullptr || !place || *place < 0) return;
+  const std::optional<RankBoard> board = RankBoard::open(path);
+  if (board && *place < std::ssize(board->slots()))
+    mark_failed(board->slots()[static_cast<size_t>(*place)], exit_code);
+}
+
 std::optional<std::string> failing_rank_prefix(const Variables& variables, bool is_peer_failure,
                                                const std::function<bool()>& is_ended) {
   std::optional<int> rank;

@@ -39,6 +39,10 @@ LogOptions log_options_of(const RankEnvironment& ranks, LogOptions options);
 // error; none if that is no terminal, or there is no launcher.
 std::optional<int> launcher_columns(const Variables& variables);
 
+// Tells the launcher, if there is one, that this process ends with this code for a reason of its
+// own: of ranks that end together mpirun may name any.
+void tell_failure(const Variables& variables, int exit_code);
+
 // Before a rank reports an error that ends it. What went wrong should be read once: a rank that
 // only heard of another's failure waits for that one to report it and end the job, and a fault that
 // all ranks meet, such as a missing file, is left to rank 0 in the same way. Returns what the

@@ -42,8 +42,15 @@ RankState read_slot(const RankSlot& slot) {
   state.step = slot.step;
   state.entered_ns = slot.entered_ns;
   state.seconds = 1e-9 * static_cast<double>(monotonic_ns() - state.entered_ns);
-  state.is_stuck = slot.stuck != 0;
+  const int32_t end = slot.end;
+  state.is_stuck = end == kStuck;
+  if (end >= kFailed) state.failure = end - kFailed;
   return state;
+}
+
+void mark_failed(RankSlot& slot, int exit_code) {
+  slot.entered_ns = monotonic_ns();
+  slot.end = kFailed + exit_code;
 }
 
 void RankProgress::share(RankSlot& shared, int64_t rank) {

@@ -6,6 +6,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <optional>
 
 namespace dstrain {
 
@@ -28,11 +29,12 @@ struct RankSlot {
   std::atomic<int32_t> pid{0};  // written last: whoever sees it sees the rank as well
   std::atomic<int32_t> rank{0};
   std::atomic<RankPhase> phase{RankPhase::starting};
-  std::atomic<int32_t> stuck{0};  // its watchdog ended it
+  std::atomic<int32_t> end{0};  // kStuck: its watchdog ended it; kFailed + exit code: an error
   std::atomic<int64_t> step{0};
   std::atomic<int64_t> entered_ns{0};  // CLOCK_MONOTONIC, the same for all processes of a host
 };
 static_assert(std::atomic<int64_t>::is_always_lock_free && sizeof(RankSlot) == 32);
+constexpr int32_t kStuck = 1, kFailed = 256;
 
 // A slot as it was at one moment.
 struct RankState {
@@ -40,14 +42,17 @@ struct RankState {
   pid_t pid = 0;  // 0: the rank has not come yet
   RankPhase phase = RankPhase::starting;
   int64_t step = 0;
-  int64_t entered_ns = 0;  // when it entered the phase, by monotonic_ns()
+  int64_t entered_ns = 0;  // when it entered the phase, or failed, by monotonic_ns()
   double seconds = 0;      // since then
   bool is_stuck = false;
+  std::optional<int> failure;  // the exit code of an error of its own
 };
 
 // Nanoseconds of CLOCK_MONOTONIC.
 int64_t monotonic_ns();
 RankState read_slot(const RankSlot& slot);
+// That the rank ends with this code for a reason of its own, not because a peer has ended.
+void mark_failed(RankSlot& slot, int exit_code);
 
 // The writing end. One thread writes; any may read.
 class RankProgress {
@@ -59,7 +64,7 @@ class RankProgress {
 
   // The step is the one under way. Costs two stores and a read of the clock.
   void enter(RankPhase phase, int64_t step);
-  void mark_stuck() { slot_->stuck = 1; }
+  void mark_stuck() { slot_->end = kStuck; }
   RankState state() const { return read_slot(*slot_); }
 
  private:

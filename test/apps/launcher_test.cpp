@@ -487,6 +487,26 @@ TEST_CASE("launcher: with the real mpirun, the rank that failed is named", "[lau
   CHECK(job.leftovers().empty());
 }
 
+TEST_CASE("launcher: of ranks that end together, the one that failed by itself is named",
+          "[launcher]") {
+  // Rank 1 fails with 65, which rank 0 notices and leaves first.
+  LaunchedJob job(R"sh(
+come 12
+if [[ $rank == 1 ]]; then slot 12 $((256 + 65)); touch failed; sleep 0.5; exit 65; fi
+while [[ ! -e failed ]]; do sleep 0.02; done
+exit 1
+)sh",
+                  true);
+  CHECK(job.run() == 65);
+  CHECK(job.calls() == 0);  // what the fake mpirun counts; and none is started again
+  CHECK_THAT(job.read("err"), !Contains("starting again"));
+
+  LaunchedJob again("come 12\nslot 12 $((256 + 74))\nexit 1\n");
+  again.job.max_restarts = 0;
+  CHECK(again.run() == 74);
+  CHECK_THAT(again.read("err"), Contains("error: rank 0 ended with exit code 74 in step 12, "));
+}
+
 TEST_CASE("launcher: a hang is told with what the others waited for first", "[launcher]") {
   LaunchedJob job(R"sh(
 come 12

@@ -57,6 +57,29 @@ TEST_CASE("rank_process: a stuck rank says where it is and ends, and the board s
   CHECK(board.states()[0].is_stuck);
 }
 
+TEST_CASE("rank_process: a rank's own failure is on the board, with its code", "[launch]") {
+  const test::TempFolder folder;
+  const RankBoard board = RankBoard::create(folder / "ranks", 4);
+  const Table table = {{kBoardVariable, folder / "ranks"}, {"OMPI_COMM_WORLD_LOCAL_RANK", "1"}};
+  RankProcess rank(kSecond, 0, in(table));
+  rank.progress().enter(RankPhase::saving, 812);
+  REQUIRE(board.states().size() == 1);
+  CHECK_FALSE(board.states()[0].failure);
+  const int64_t before = monotonic_ns();
+  tell_failure(in(table), 74);
+  const RankState state = board.states()[0];
+  CHECK(state.failure == 74);
+  CHECK_FALSE(state.is_stuck);
+  CHECK(state.step == 812);
+  CHECK(state.entered_ns >= before);
+  for (const Table& other :
+       {Table{}, Table{{kBoardVariable, folder / "none"}, {"OMPI_COMM_WORLD_LOCAL_RANK", "0"}},
+        Table{{kBoardVariable, folder / "ranks"}, {"OMPI_COMM_WORLD_LOCAL_RANK", "4"}},
+        Table{{kBoardVariable, folder / "ranks"}, {"OMPI_COMM_WORLD_LOCAL_RANK", "-1"}}})
+    tell_failure(in(other), 1);
+  CHECK(board.states().size() == 1);
+}
+
 TEST_CASE("rank_process: works without a board, as on other hosts", "[launch]") {
   const Table table = {{kBoardVariable, "/no/such/file"}};
   RankProcess rank(kSecond, 0, in(table));
