@@ -346,8 +346,10 @@ int Launcher::run() {
     const End end = attempt(resume);
     if (leaving_ != Leaving::no) return exit_code_after_leaving(end);
     const std::vector<CheckpointMark> now = mark_checkpoints(job_.checkpoints_folder);
-    // Something that is called mpirun may end without an error and have started nothing.
-    const bool did_nothing = !has_started(end) && now == at_start;
+    // Something that is called mpirun may end without an error and have started nothing. Ranks that
+    // do not train do not tell.
+    const bool trains = !job_.checkpoints_folder.empty();
+    const bool did_nothing = trains && !has_started(end) && now == at_start;
     if (end.code < kAbove && !is_restartable(end.code) && !did_nothing) return end.code;
     log_error("{}", failure_text(end));
     const int code = end.code == 0 ? static_cast<int>(ExitCode::failure) : own_code(end);

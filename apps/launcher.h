@@ -31,7 +31,7 @@ struct LaunchTimes {
 struct LaunchJob {
   LaunchPlan plan;                 // session_folder is filled in here
   std::vector<std::string> words;  // of this program's command line; the ranks get them
-  std::string checkpoints_folder;
+  std::string checkpoints_folder;  // empty: the ranks do not train
   int64_t max_restarts = 0;
   // For files that live as long as the job: shared memory, if there is room, is faster.
   std::vector<std::string> temporary_folders = {"/dev/shm", "/tmp"};
