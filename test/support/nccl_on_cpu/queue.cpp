@@ -15,6 +15,8 @@ constexpr std::chrono::microseconds kDelay{200};
 
 }  // namespace
 
+// Conditions are notified under their lock: whoever is woken may destroy them.
+
 // What a GPU hands out in the order of calls, whatever their streams.
 class HardwareQueue {
  public:
@@ -35,8 +37,8 @@ class HardwareQueue {
     {
       const std::lock_guard lock(mutex_);
       entries_.push_back(std::move(entry));
+      changed_.notify_all();
     }
-    changed_.notify_all();
   }
 
  private:
@@ -104,8 +106,8 @@ Queue::~Queue() {
   {
     const std::lock_guard lock(mutex_);
     ends_ = true;
+    changed_.notify_all();
   }
-  changed_.notify_all();
   thread_.join();
 }
 
@@ -135,8 +137,8 @@ void Queue::hand_over(std::function<void()> work) {
     const std::lock_guard lock(mutex_);
     work_.push_back(std::move(work));
     ++handed_over_;
+    changed_.notify_all();
   }
-  changed_.notify_all();
 }
 
 void Queue::wait_until_idle() {
@@ -149,8 +151,8 @@ void Queue::count_as_done() {
     const std::lock_guard lock(mutex_);
     ++handed_over_;
     ++done_;
+    changed_.notify_all();
   }
-  changed_.notify_all();
 }
 
 int64_t Queue::pushed() {
