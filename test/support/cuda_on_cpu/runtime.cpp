@@ -2,6 +2,7 @@
 // and events: streams.cpp).
 #include "test/support/cuda_on_cpu/runtime.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
@@ -14,7 +15,8 @@ namespace {
 
 constexpr size_t kMemory = size_t{1} << 34;
 constexpr size_t kAlignment = 256;
-constexpr int kSharedMemory = 163 << 10;  // of a block, of compute capability 8.0
+constexpr size_t kMostFilled = size_t{8} << 20;  // tests use less of larger blocks
+constexpr int kSharedMemory = 163 << 10;         // of a block, of compute capability 8.0
 
 cudaError_t allocate(void** memory, size_t bytes) {
   *memory = bytes > 0 ? allocate_memory(bytes) : nullptr;
@@ -42,7 +44,7 @@ cudaError_t device_state() {
 void* allocate_memory(size_t bytes) {
   void* memory = nullptr;
   if (bytes > kMemory || posix_memalign(&memory, kAlignment, bytes) != 0) return nullptr;
-  return std::memset(memory, 0xff, bytes);
+  return std::memset(memory, 0xff, std::min(bytes, kMostFilled));
 }
 void free_memory(void* memory) {
   std::free(memory);

@@ -11,7 +11,8 @@ namespace cuda_on_cpu {
 cudaError_t device_state();
 
 // A block of the heap of exactly so many bytes, so that tools for the heap see what lies outside of
-// it; aligned to 256, and full of NaN, of which all bits are set. Null where there is not so much.
+// it; aligned to 256, and full of NaN, of which all bits are set (the first 8 MiB of it). Null
+// where there is not so much.
 void* allocate_memory(size_t bytes);
 void free_memory(void* memory);
 
