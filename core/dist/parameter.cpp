@@ -66,6 +66,7 @@ Parameter& ParameterSet::declare(ParameterSpec spec, const ShardPlace& place) {
   };
   cut(spec.shard.tensor_dim, place.tensor);
   cut(spec.shard.expert_dim, place.expert);
+  by_name_.emplace(spec.name, parameters_.size());
   p.spec = std::move(spec);
   return parameters_.emplace_back(std::move(p));
 }
@@ -75,9 +76,8 @@ Parameter* ParameterSet::find(const std::string& name) {
 }
 
 const Parameter* ParameterSet::find(const std::string& name) const {
-  for (const Parameter& p : parameters_)
-    if (p.spec.name == name) return &p;
-  return nullptr;
+  const auto at = by_name_.find(name);
+  return at == by_name_.end() ? nullptr : &parameters_[at->second];
 }
 
 void ParameterSet::finish_layout() {

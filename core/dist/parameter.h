@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <deque>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 #include "core/backend/backend.h"
@@ -111,6 +112,7 @@ class ParameterSet {
 
  private:
   std::deque<Parameter> parameters_;
+  std::unordered_map<std::string, size_t> by_name_;  // place in parameters_
   std::vector<ParameterGroup> groups_;
   int64_t trainable_elements_ = 0, buffer_elements_ = 0;
   Tensor values_, buffers_;

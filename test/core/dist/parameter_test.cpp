@@ -2,6 +2,7 @@
 #include "core/dist/parameter.h"
 
 #include <algorithm>
+#include <chrono>
 #include <set>
 #include <tuple>
 #include <vector>
@@ -104,6 +105,23 @@ TEST_CASE("ParameterSet: cuts divide dims, and mistakes are named", "[dist]") {
   CHECK(parts == std::vector<std::pair<int64_t, int64_t>>{{0, 2}, {2, 2}, {4, 1}, {5, 0}});
   set.finish_layout();
   CHECK_THROWS_WITH(set.declare(spec("late", {4})), Catch::Contains("before the layout is fixed"));
+}
+
+TEST_CASE("ParameterSet: looking a name up does not take longer the more there are", "[dist]") {
+  constexpr int kParameters = 100000;  // linear search would take a minute
+  const auto started = std::chrono::steady_clock::now();
+  ParameterSet set;
+  std::vector<const Parameter*> declared;
+  for (int i = 0; i < kParameters; ++i) {
+    const std::string name = "model.layers." + std::to_string(i) + ".weight";
+    declared.push_back(&set.declare(spec(name.c_str(), {1})));
+  }
+  const ParameterSet& there = set;
+  for (int i = 0; i < kParameters; i += 7)
+    REQUIRE(there.find("model.layers." + std::to_string(i) + ".weight") ==
+            declared[static_cast<size_t>(i)]);
+  CHECK(there.find("model.layers.0") == nullptr);
+  CHECK(std::chrono::steady_clock::now() - started < std::chrono::seconds(8));
 }
 
 TEST_CASE("ParameterSet: initial values are keyed by seed, name and element", "[dist]") {
