@@ -86,7 +86,7 @@ int cmd_import(const ImportOptions& options) {
   config.data.seq_len = std::min(config.data.seq_len, config.model.max_position_embeddings);
 
   const RunPaths paths(options.output);
-  RunFolder folder(paths.folder);
+  RunFolder folder(paths.folder, RunRole::alone);
   CheckpointStore store(paths.checkpoints, config.checkpoint.keep);
   const bool present = path_exists(paths.checkpoints) && !store.list().checkpoints.empty();
   if (present && !options.overwrite)

@@ -3,15 +3,11 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <chrono>
-#include <thread>
 
 #include "apps/assemble.h"
 #include "apps/launch_machine.h"
-#include "core/base/error.h"
-#include "core/base/file.h"
+#include "apps/run_folder.h"
 #include "core/base/progress.h"
-#include "core/checkpoint/run_lock.h"
 
 namespace dstrain {
 namespace {
@@ -23,30 +19,13 @@ std::string reason_for(const Config& config, int64_t ranks) {
   return fmt::format("a job of {} ranks", ranks);
 }
 
-// Ranks that found the folder in use would be started again until it is free, and with --overwrite
-// delete what the other run saved. Those of a launcher that was killed take a moment to leave.
-void require_free(const std::string& run_folder) {
-  constexpr std::chrono::milliseconds kLeavingTime{5000}, kLook{100};
-  if (!is_folder(run_folder)) return;
-  check_run_folder(run_folder);
-  for (auto left = kLeavingTime;; left -= kLook) {
-    try {
-      const RunLock free(run_folder);
-      return;
-    } catch (const RuntimeFailure&) {
-      if (left.count() <= 0) throw;
-    }
-    std::this_thread::sleep_for(kLook);
-  }
-}
-
 }  // namespace
 
 int launch_training(const Config& config, const std::vector<HostRanks>& hosts,
                     const std::vector<std::string>& words, const LauncherConsole& console,
                     const Variables& variables) {
   const RunPaths paths(config);
-  require_free(paths.folder);
+  const RunFolder folder(paths.folder, RunRole::launcher);  // as long as the job lives
   LaunchJob job;
   job.plan.hosts = hosts;
   job.plan.mpirun = find_mpirun(variables, reason_for(config, total_ranks(hosts)));

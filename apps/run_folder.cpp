@@ -5,6 +5,9 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <chrono>
+#include <filesystem>
+#include <thread>
 
 #include "core/base/error.h"
 #include "core/base/file.h"
@@ -40,6 +43,29 @@ void warn_of_newer_checkpoints(const CheckpointStore& store, int64_t chosen_step
       chosen_step, store.folder(), format_plural(count, "checkpoint"), newest, newest);
 }
 
+// A rank that found the folder in use would be started again until it is free, and with --overwrite
+// delete what the other run saved. Those of a launcher that was killed take a moment to leave.
+void wait_for_ranks(const std::string& run_folder) {
+  constexpr std::chrono::milliseconds kLeavingTime{5000}, kLook{100};
+  for (auto left = kLeavingTime;; left -= kLook) {
+    try {
+      const RunLock gone(run_folder, RunLock::Part::ranks);
+      return;
+    } catch (const RuntimeFailure&) {
+      if (left.count() <= 0) throw;
+    }
+    std::this_thread::sleep_for(kLook);
+  }
+}
+
+// Whether nothing has been written there.
+bool holds_locks_alone(const std::string& run_folder) {
+  std::error_code unread;
+  for (const auto& entry : std::filesystem::directory_iterator(run_folder, unread))
+    if (entry.path().extension() != ".lock") return false;
+  return !unread;
+}
+
 }  // namespace
 
 void check_checkpoints_folder(const std::string& run_folder) {
@@ -47,14 +73,28 @@ void check_checkpoints_folder(const std::string& run_folder) {
   if (path_exists(paths.checkpoints)) check_run_folder(paths.checkpoints);
 }
 
-RunFolder::RunFolder(const std::string& path) : made_{missing_folders(path)} {
+RunFolder::RunFolder(const std::string& path, RunRole role)
+    : path_(path), made_{missing_folders(path)} {
   prepare_run_folder(path);
-  lock_.emplace(path);
+  if (role != RunRole::ranks) run_.emplace(path);
+  if (role == RunRole::launcher)
+    wait_for_ranks(path);
+  else
+    ranks_.emplace(path, RunLock::Part::ranks);
   check_checkpoints_folder(path);
 }
 
 RunFolder::~RunFolder() {
-  if (!made_.folders.empty()) lock_->remove_file();
+  if (made_.folders.empty()) return;
+  try {
+    // A launcher's ranks have ended, but for those on hosts that it lost.
+    if (!ranks_) ranks_.emplace(path_, RunLock::Part::ranks);
+    if (!holds_locks_alone(path_)) return;
+    ranks_->remove_file();
+    if (run_) run_->remove_file();
+  } catch (const Error& error) {
+    log_warning("what this run made of '{}' stays there: {}", path_, error.what());
+  }
 }
 
 RunFolder::MadeFolders::~MadeFolders() {

@@ -1,4 +1,4 @@
-// The folder of a run: made and locked for one process, and the checkpoint that a run goes on from.
+// The folder of a run: made and locked for one run, and the checkpoint that a run goes on from.
 #pragma once
 
 #include <optional>
@@ -11,18 +11,22 @@
 
 namespace dstrain {
 
+// Which part of a run a process is: all of it, the launcher, or the first of a launcher's ranks.
+enum class RunRole { alone, launcher, ranks };
+
 // Owns the folder until destroyed. What it had to make goes again unless keep() was called, so that
 // a run that is refused leaves nothing behind; a folder in which other files appeared stays.
 class RunFolder {
  public:
-  // Errors are those of prepare_run_folder(), RunLock and check_checkpoints_folder().
-  explicit RunFolder(const std::string& path);
+  // Errors are those of prepare_run_folder(), RunLock and check_checkpoints_folder(). A launcher
+  // waits a few seconds for the ranks of one that was killed.
+  RunFolder(const std::string& path, RunRole role);
   ~RunFolder();
   RunFolder(const RunFolder&) = delete;
   RunFolder& operator=(const RunFolder&) = delete;
 
   void keep() { made_.folders.clear(); }
-  const RunLock& lock() const { return *lock_; }
+  const RunLock& lock() const { return *ranks_; }  // of a process that trains
 
  private:
   struct MadeFolders {
@@ -30,8 +34,9 @@ class RunFolder {
     std::vector<std::string> folders;  // innermost first
   };
 
+  std::string path_;
   MadeFolders made_;
-  std::optional<RunLock> lock_;
+  std::optional<RunLock> run_, ranks_;
 };
 
 // As check_run_folder(), for the folder of its checkpoints where there is one.

@@ -152,7 +152,7 @@ std::optional<VerifiedCheckpoint> Trainer::agree_on_start(const TrainerOptions& 
 }
 
 void Trainer::prepare_folder() {
-  folder_.emplace(paths_.folder);
+  folder_.emplace(paths_.folder, ranks_.place.is_supervised ? RunRole::ranks : RunRole::alone);
   store_.emplace(paths_.checkpoints, config_.checkpoint.keep);
   if (path_exists(paths_.checkpoints))
     for (const std::string& path : store_->remove_leftovers(folder_->lock()))

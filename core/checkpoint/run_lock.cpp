@@ -18,7 +18,10 @@
 namespace dstrain {
 namespace {
 
-constexpr const char* kLockFileName = "run.lock";
+const char* file_name_of(RunLock::Part part) {
+  return part == RunLock::Part::run ? "run.lock" : "ranks.lock";
+}
+
 constexpr int64_t kMaxLockFileBytes = 4096;
 
 std::string user_name() {
@@ -103,8 +106,8 @@ void prepare_run_folder(const std::string& path) {
   ::unlink(probe.c_str());
 }
 
-RunLock::RunLock(const std::string& run_folder)
-    : file_(File::open_or_create(join_path(run_folder, kLockFileName))) {
+RunLock::RunLock(const std::string& run_folder, Part part)
+    : file_(File::open_or_create(join_path(run_folder, file_name_of(part)))) {
   if (::flock(file_.fd(), LOCK_EX | LOCK_NB) != 0) {
     const int error_number = errno;
     if (error_number == EWOULDBLOCK)
@@ -113,17 +116,18 @@ RunLock::RunLock(const std::string& run_folder)
           run_folder, read_holder(file_)));
     if (error_number != ENOSYS && error_number != EOPNOTSUPP && error_number != ENOLCK)
       throw_errno("cannot lock", file_.path(), error_number);
-    log_warning(
-        "'{}' lies on a file system without locks: a second run in this folder would not be "
-        "noticed",
-        run_folder);
+    if (part == Part::run)
+      log_warning(
+          "'{}' lies on a file system without locks: a second run in this folder would not be "
+          "noticed",
+          run_folder);
   }
   struct stat entry {};
   if (::fstat(file_.fd(), &entry) != 0 || entry.st_nlink == 0)
     throw RuntimeFailure(fmt::format(
         "run folder '{}' was given up by another run just now; start again", run_folder));
   const std::string previous = read_holder(file_);
-  if (!previous.empty())
+  if (!previous.empty() && part == Part::run)
     log_warning("run folder '{}' was left by {}, which ended without releasing it; taking it over",
                 run_folder, previous);
   const std::string holder = holder_text();

@@ -1,4 +1,4 @@
-// Ownership of a run folder: one training process per folder, checked before the first step.
+// Ownership of a run folder: one run per folder, checked before anything starts.
 #pragma once
 
 #include <string>
@@ -14,13 +14,21 @@ void prepare_run_folder(const std::string& path);
 // The same without creating anything: what is there must be a folder that may be written.
 void check_run_folder(const std::string& path);
 
-// Holds <run folder>/run.lock until destroyed or the process ends, however it ends. A child process
-// made by fork() alone would share it; one made by exec() does not.
+// Holds a file of the run folder until destroyed or the process ends, however it ends. A child
+// process made by fork() alone would share it; one made by exec() does not.
 class RunLock {
  public:
-  // RuntimeFailure naming the holder if another process has the folder. Logs a warning when the
-  // last holder died without releasing, and when the file system knows no locks.
-  explicit RunLock(const std::string& run_folder);
+  // What the file stands for. Both, since ranks live on for a moment when their launcher is killed:
+  // whoever wants to start a run takes the run and then finds the ranks gone, or is refused.
+  enum class Part {
+    run,    // run.lock: held by the run's launcher, or by the first rank where there is none
+    ranks,  // ranks.lock: held by the first rank while it trains
+  };
+
+  // RuntimeFailure naming the holder if another process has that part. Of the run, logs a warning
+  // when the last holder died without releasing, and when the file system knows no locks, where
+  // the lock is taken to be held.
+  explicit RunLock(const std::string& run_folder, Part part = Part::run);
   RunLock(RunLock&&) noexcept = default;
   RunLock& operator=(RunLock&&) = delete;
   ~RunLock();

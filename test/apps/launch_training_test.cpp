@@ -1,6 +1,9 @@
 #include "apps/launch_training.h"
 
+#include <sys/stat.h>
+
 #include <chrono>
+#include <csignal>
 #include <cstring>
 #include <optional>
 #include <thread>
@@ -9,7 +12,7 @@
 #include "core/base/file.h"
 #include "core/checkpoint/run_lock.h"
 #include "test/support/catch.h"
-#include "test/support/run_program.h"
+#include "test/support/tiny_job.h"
 
 namespace dstrain {
 namespace {
@@ -45,7 +48,7 @@ TEST_CASE("launch_training: no rank starts in a run folder that is in use", "[la
 TEST_CASE("launch_training: waits for the ranks of a launcher that was killed", "[launch]") {
   const TempFolder folder;
   create_folders(folder / "job");
-  std::optional<RunLock> other(folder / "job");
+  std::optional<RunLock> other(std::in_place, folder / "job", RunLock::Part::ranks);
   std::thread leaving([&] {
     std::this_thread::sleep_for(std::chrono::milliseconds(300));
     other.reset();
@@ -55,10 +58,60 @@ TEST_CASE("launch_training: waits for the ranks of a launcher that was killed", 
   CHECK_THAT(text, Contains("there is no program '/nothing/mpirun'"));
 }
 
-TEST_CASE("launch_training: makes no folder before the ranks do", "[launch]") {
+TEST_CASE("launch_training: where no rank has written anything, no folder stays", "[launch]") {
   const TempFolder folder;
-  CHECK_THAT(launch(folder.path()), Contains("there is no program '/nothing/mpirun'"));
-  CHECK_FALSE(path_exists(folder / "job"));
+  CHECK_THAT(launch(folder / "new"), Contains("there is no program '/nothing/mpirun'"));
+  CHECK_FALSE(path_exists(folder / "new"));
+  create_folders(folder / "old/job");
+  CHECK_THAT(launch(folder / "old"), Contains("there is no program '/nothing/mpirun'"));
+  CHECK(path_exists(folder / "old/job"));
+}
+
+// Both would find the folder free as long as no rank has come to lock it.
+TEST_CASE("launch: while a launcher lives no other run gets its folder", "[launch][lock]") {
+  const test::TinyJob job({"train.steps=4"});
+  const std::string mpirun = job.folder() + "/mpirun";
+  test::write_file(mpirun,
+                   "#!/bin/sh\n[ $1 = --version ] && { echo 'mpirun (Open MPI) 4.1.4'; exit; }\n"
+                   "touch \"$0\".started\nexec sleep 60\n");
+  REQUIRE(::chmod(mpirun.c_str(), 0755) == 0);
+  const auto launch_with_fake = [&](const std::vector<std::string>& more) {
+    test::Launch launch = job.launch(more);
+    launch.args.insert(launch.args.begin(), {"DSTRAIN_MPIRUN=" + mpirun, launch.program});
+    launch.program = "/usr/bin/env";
+    return launch;
+  };
+  const std::vector<std::string> two = {"--set", "launch.ranks=2"};
+  test::RunningProgram first(launch_with_fake(two));
+  REQUIRE(first.wait_until([&] { return path_exists(mpirun + ".started"); }));
+  const std::string holder = "is in use by process " + std::to_string(first.pid()) + " on host ";
+  for (const std::vector<std::string>& args :
+       {two, test::joined(two, {"--resume", "latest"}), test::joined(two, {"--overwrite"}),
+        std::vector<std::string>(), std::vector<std::string>{"--resume", "latest"}}) {
+    const test::Finished second = run_program(launch_with_fake(args));
+    INFO(second.err);
+    CHECK(second.code == static_cast<int>(ExitCode::failure));
+    CHECK(second.seconds < 4);
+    CHECK_THAT(second.err, Contains(holder) && !Contains("restart"));
+  }
+
+  // What SIGKILL leaves behind is in nobody's way.
+  first.send(SIGKILL);
+  CHECK(first.wait().signal == SIGKILL);
+  CHECK_THAT(job.must_train(two).err, Contains("which ended without releasing it"));
+  CHECK(job.saved_steps() == std::vector<int64_t>{4});
+}
+
+TEST_CASE("launch: of two that start at the same time one trains", "[launch][lock]") {
+  const test::TinyJob job({"launch.ranks=2", "train.steps=40"});
+  test::RunningProgram a(job.launch()), b(job.launch());
+  test::Finished trained = a.wait(), refused = b.wait();
+  if (trained.code != 0) std::swap(trained, refused);
+  INFO(trained.err << refused.err);
+  CHECK(trained.code == 0);
+  CHECK(refused.code == static_cast<int>(ExitCode::failure));
+  CHECK_THAT(refused.err, Contains("is in use by process ") && !Contains("restart"));
+  CHECK(job.saved_steps().back() == 40);
 }
 
 TEST_CASE("launch_training: a job file that can be read once is refused for several ranks",

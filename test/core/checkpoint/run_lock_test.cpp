@@ -8,6 +8,7 @@
 #include <csignal>
 
 #include "core/base/error.h"
+#include "core/base/log.h"
 #include "test/core/checkpoint/checkpoint_fixture.h"
 
 namespace dstrain {
@@ -68,6 +69,27 @@ TEST_CASE("run_lock: the lock of a dead process is taken over with a warning", "
   });
   CHECK(exit_code(second) == 0);
   CHECK_THAT(read_bytes(log), Contains("ended without releasing it") && Contains("process "));
+}
+
+TEST_CASE("run_lock: the run and its ranks are held apart, and of ranks nothing is told",
+          "[run_lock]") {
+  const ScratchFolder folder;
+  const int status = run_in_child([&] {
+    const RunLock ranks(folder.path(), RunLock::Part::ranks);
+    ::kill(::getpid(), SIGKILL);
+    return 0;
+  });
+  CHECK(WIFSIGNALED(status));
+  CHECK_FALSE(read_bytes(folder / "ranks.lock").empty());
+  std::string log;
+  set_log_writer([&](std::string_view line) { log += line; });
+  {
+    const RunLock run(folder.path());
+    const RunLock ranks(folder.path(), RunLock::Part::ranks);
+    CHECK_THROWS_WITH(RunLock(folder.path(), RunLock::Part::ranks), Contains("is in use by"));
+  }
+  set_log_writer({});
+  CHECK(log.empty());
 }
 
 TEST_CASE("run_lock: a lock file is not followed out of the folder, nor trusted", "[run_lock]") {
