@@ -2,11 +2,13 @@
 // `options`, from where a command takes them when the line was read.
 #pragma once
 
+#include <cstdlib>
 #include <string>
 #include <vector>
 
 #include "apps/cli_parser.h"
 #include "apps/commands.h"
+#include "apps/rank_environment.h"
 
 namespace dstrain {
 
@@ -42,6 +44,16 @@ std::vector<std::string> option_words(const ScannedLine& line);
 template <class Options>
 Invocation invoke(const std::string& command, const Options& options, int (*run)(const Options&)) {
   return {command, options, [options, run] { return run(options); }};
+}
+
+// The same for a command that is the work of one process.
+template <class Options>
+Invocation invoke_once(const std::string& command, const Options& options,
+                       int (*run)(const Options&)) {
+  return {command, options, [command, options, run] {
+            require_one_process(command, std::getenv);
+            return run(options);
+          }};
 }
 
 }  // namespace dstrain

@@ -32,7 +32,7 @@ void declare_data(Command root, CommandOptions& options) {
   build.add_flag("--overwrite", options.data_build.overwrite, "replace an existing dataset");
   build.on_given([&options](const ScannedLine& line) {
     options.data_build.inputs = line.arguments;
-    return invoke("data build", options.data_build, cmd_data_build);
+    return invoke_once("data build", options.data_build, cmd_data_build);
   });
 
   Command inspect = data.add_command("inspect", "shows what is in a token dataset");
@@ -65,7 +65,7 @@ void declare_tokenizer(Command root, CommandOptions& options) {
                   "a special token; may be repeated");
   train.on_given([&options](const ScannedLine& line) {
     options.tokenizer_train.inputs = line.arguments;
-    return invoke("tokenizer train", options.tokenizer_train, cmd_tokenizer_train);
+    return invoke_once("tokenizer train", options.tokenizer_train, cmd_tokenizer_train);
   });
 
   const auto add_code = [&](const char* name, const char* meaning,

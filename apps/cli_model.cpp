@@ -40,7 +40,7 @@ void declare_use(Command root, CommandOptions& options) {
                            {"--checkpoint", !options.eval.checkpoint.empty()}});
     else if (!options.eval.config.path)
       throw UsageError("eval needs --config, --run or --checkpoint");
-    return invoke("eval", options.eval, cmd_eval);
+    return invoke_once("eval", options.eval, cmd_eval);
   });
 
   Command generate = root.add_command("generate", "continues a prompt");
@@ -65,7 +65,7 @@ void declare_use(Command root, CommandOptions& options) {
     require_one("generate", {{"--run", !source.run.empty()},
                              {"--checkpoint", !source.checkpoint.empty()},
                              {"--model", !source.model.empty()}});
-    return invoke("generate", options.generate, cmd_generate);
+    return invoke_once("generate", options.generate, cmd_generate);
   });
 }
 
@@ -77,7 +77,7 @@ void declare_hugging_face(Command root, CommandOptions& options) {
                   Presence::required);
   import.add_flag("--overwrite", options.import_hf.overwrite, "replace an existing run");
   import.on_given(
-      [&options](const ScannedLine&) { return invoke("import", options.import_hf, cmd_import);
+      [&options](const ScannedLine&) { return invoke_once("import", options.import_hf, cmd_import);
 });
 
 Command app = root.add_command("export", "writes a Hugging Face folder from a checkpoint");
@@ -89,7 +89,7 @@ app.add_choice<std::string>("--dtype", options.export_hf.dtype,
                             "of the weights (default auto: as imported, else fp32)");
 app.add_flag("--overwrite", options.export_hf.overwrite, "replace an existing folder");
 app.on_given([&options](const ScannedLine&) {
-  return invoke("export", options.export_hf, cmd_export);
+  return invoke_once("export", options.export_hf, cmd_export);
 });
 }  // namespace
 

@@ -114,6 +114,22 @@ std::optional<RankEnvironment> rank_environment(const Variables& variables) {
   return ranks;
 }
 
+void require_one_process(const std::string& command, const Variables& variables) {
+  const char* starter = nullptr;
+  const char* count = nullptr;
+  if (is_above_one(count = variables("OMPI_COMM_WORLD_SIZE")))
+    starter = "mpirun";
+  else if (variables("SLURM_STEP_ID") && is_above_one(count = variables("SLURM_STEP_NUM_TASKS")))
+    starter = "srun";
+  else if (is_above_one(count = variables("PMI_SIZE")))
+    starter = "mpiexec";
+  if (starter == nullptr) return;
+  throw UsageError(fmt::format(
+      "'{0}' is the work of one process, and {1} started {2} of them, which would all do it and "
+      "write to the same place; start it once, without {1}: deepseek-train {0} ...",
+      command, starter, count));
+}
+
 int64_t threads_per_rank(int64_t configured, const RankEnvironment& ranks, int64_t cores) {
   if (configured > 0) return configured;
   return std::max<int64_t>(1, ranks.is_bound ? cores : cores / ranks.local_size);

@@ -28,6 +28,10 @@ struct RankEnvironment {
 // MPI.
 std::optional<RankEnvironment> rank_environment(const Variables& variables);
 
+// UsageError if mpirun or srun started several processes of this command, which is the work of one:
+// each would do all of it and write to the same place. `command`: "data build".
+void require_one_process(const std::string& command, const Variables& variables);
+
 // run.threads if that is set. Otherwise an equal share of the cores that this process may use, or
 // all of them where the rank is bound to its own; at least one.
 int64_t threads_per_rank(int64_t configured, const RankEnvironment& ranks, int64_t cores);

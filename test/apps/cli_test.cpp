@@ -317,6 +317,24 @@ Ran run_program(const std::string& arguments) {
 
 }  // namespace
 
+TEST_CASE("cli: what is the work of one process is refused where mpirun starts several", "[cli]") {
+  const std::vector<Args> lines = {
+      {"data", "build", "absent.txt", "--tokenizer", "t", "--output", "o"},
+      {"tokenizer", "train", "absent.txt", "--vocab-size", "300", "--output", "o"},
+      {"eval", "--run", "absent"},
+      {"generate", "--run", "absent"},
+      {"import", "absent", "--output", "o"},
+      {"export", "absent", "--output", "o"},
+      {"verify", "--config", "absent.yaml"}};
+  REQUIRE(::setenv("OMPI_COMM_WORLD_SIZE", "2", 1) == 0);
+  for (const Args& line : lines) {
+    CAPTURE(line);
+    CHECK_THROWS_WITH(parse_command_line(line).run(),
+                      Catch::Contains("is the work of one process") && Catch::Contains(line[0]));
+  }
+  ::unsetenv("OMPI_COMM_WORLD_SIZE");
+}
+
 TEST_CASE("program: exit codes and what it prints", "[cli]") {
   const Ran none = run_program("");
   CHECK(none.code == 2);

@@ -52,6 +52,29 @@ Table without(Table table, const std::string& name) {
 
 }  // namespace
 
+TEST_CASE("rank_environment: what is the work of one process is refused to several", "[launch]") {
+  const auto text = [](const Table& table) -> std::string {
+    try {
+      require_one_process("data build", in(table));
+    } catch (const UsageError& e) {
+      return e.what();
+    }
+    return "accepted";
+  };
+  CHECK_THAT(text(kMpirun),
+             Contains("'data build' is the work of one process, and mpirun started 8 of them") &&
+                 Contains("without mpirun: deepseek-train data build"));
+  CHECK_THAT(text(kSrun), Contains("srun started 10 of them"));
+  CHECK_THAT(text(without(kSrun, "PMIX_RANK")), Contains("srun started 10 of them"));
+  CHECK_THAT(text({{"PMI_SIZE", "3"}}), Contains("mpiexec started 3 of them"));
+  CHECK(text({}) == "accepted");
+  CHECK(text(with(kMpirun, "OMPI_COMM_WORLD_SIZE", "1")) == "accepted");
+  CHECK(text(with(kSrun, "SLURM_STEP_NUM_TASKS", "1")) == "accepted");
+  // A batch script of eight tasks, which is one process.
+  CHECK(text({{"SLURM_PROCID", "0"}, {"SLURM_NTASKS", "8"}, {"SLURM_STEP_NUM_TASKS", "8"}}) ==
+        "accepted");
+}
+
 TEST_CASE("rank_environment: a process that nobody launched is no rank", "[launch]") {
   CHECK_FALSE(rank_environment(in({})));
   // A batch script of Slurm is no task of a step; nor is a shell in an allocation.
