@@ -42,7 +42,7 @@ void declare_checks(Command root, CommandOptions& options) {
   verify.add_flag("--json", options.verify.json, "one JSON object a line");
   verify.on_given([&options](const ScannedLine& line) {
     options.verify.config = config_source(line);
-    return invoke("verify", options.verify, cmd_verify);
+    return invoke_once("verify", options.verify, cmd_verify);
   });
 
   Command bench = root.add_command("bench", "speed on this machine: step, ops, comm");
@@ -53,7 +53,7 @@ void declare_checks(Command root, CommandOptions& options) {
   for (Command app : {step, ops}) {
     declare_config(app, /*with_aliases=*/false);
     app.add_text("--model-config", options.bench.model_config, "FILE",
-                 "JSON with the keys of 'model'");
+                 "config.json of Hugging Face, or JSON with the keys of 'model'");
     app.add_flag("--synthetic", options.bench.synthetic, "random tokens instead of data.train");
     app.add_integer("--batch", options.bench.batch, in_range(1, 1 << 30), "train.global_batch");
     app.add_integer("--micro-batch", options.bench.micro_batch, in_range(1, 1 << 24),

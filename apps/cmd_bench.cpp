@@ -21,6 +21,8 @@
 #include "core/backend/matmul_bench.h"
 #include "core/base/format_units.h"
 #include "core/base/log.h"
+#include "core/config/field_tree.h"
+#include "core/config/hf_config.h"
 #include "core/config/layout.h"
 #include "core/config/validate.h"
 #include "parallel/mpi_session.h"
@@ -29,15 +31,30 @@
 namespace dstrain {
 namespace {
 
-// Keys of `model` as JSON, for example a Hugging Face config.json without its housekeeping keys.
-void apply_model_json(const std::string& path, std::vector<Override>& overrides) {
-  const std::string text = read_small_file(path, int64_t{1} << 20);
-  nlohmann::json json = nlohmann::json::parse(text, nullptr, false);
+// Every key of `model` as a Hugging Face config.json has it, which is read as by model.from.
+std::vector<Override> hf_model_keys(nlohmann::json json, const std::string& path) {
+  json.erase("quantization_config");  // of weights, which are not read here
+  Config config;
+  config.model = parse_hf_config(json.dump(), path);
+  std::vector<Override> keys;
+  for_each_leaf(*find_field(describe(config), "model"), [&](const FieldNode& leaf) {
+    const bool is_source = leaf.name == "from" || leaf.name == "preset";
+    if (!is_source) keys.push_back({leaf.path, leaf.value, path + ": " + leaf.name});
+  });
+  return keys;
+}
+
+// The model in a JSON file: a Hugging Face config.json, or an object with keys of `model`.
+std::vector<Override> model_keys(const std::string& path) {
+  const std::string text = read_small_file(path, kMaxHfConfigBytes);
+  const nlohmann::json json = nlohmann::json::parse(text, nullptr, false);
   if (!json.is_object()) throw DataError(path + ": is not a JSON object of model keys");
+  if (json.contains("model_type")) return hf_model_keys(json, path);
+  std::vector<Override> keys;
   for (const auto& [key, value] : json.items())
-    overrides.push_back({"model." + key,
-                         value.is_string() ? value.get<std::string>() : value.dump(),
-                         path + ": " + key});
+    keys.push_back({"model." + key, value.is_string() ? value.get<std::string>() : value.dump(),
+                    path + ": " + key});
+  return keys;
 }
 
 using RunOnRank = std::function<void(const Config& config, const JobRanks& ranks)>;
@@ -85,7 +102,10 @@ Config bench_config(const BenchOptions& options) {
   auto set = [&](const char* key, const std::optional<int64_t>& value, const char* flag) {
     if (value) source.overrides.push_back({key, std::to_string(*value), flag});
   };
-  if (!options.model_config.empty()) apply_model_json(options.model_config, source.overrides);
+  if (!options.model_config.empty()) {  // below what --set says
+    const std::vector<Override> model = model_keys(options.model_config);
+    source.overrides.insert(source.overrides.begin(), model.begin(), model.end());
+  }
   if (options.batch && options.accumulation)
     throw UsageError("--batch and --accumulation say the same in two ways: give one of them");
   set("data.seq_len", options.seq, "--seq");

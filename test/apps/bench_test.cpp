@@ -7,6 +7,7 @@
 #include "apps/step_bench.h"
 #include "core/backend/cpu_backend.h"
 #include "core/base/error.h"
+#include "core/base/format_units.h"
 #include "test/support/catch.h"
 #include "test/support/run_program.h"
 
@@ -80,6 +81,44 @@ TEST_CASE("bench step: one JSON object whose figures agree with each other") {
   CHECK(r["step_ms_fastest"].get<double>() <= r["step_ms"].get<double>() + 0.01);
   CHECK(r["accumulation"] == 2);
   CHECK(r["profile"]["adamw"]["calls"].get<int>() > 0);
+}
+
+// The keys of DeepSeek-V2-Lite's file, with small sizes; the last is V3's.
+TEST_CASE("bench step: a config.json of Hugging Face is a model, under what --set says") {
+  const TempFolder folder;
+  write_file(folder / "config.json", R"({
+    "architectures": ["DeepseekV2ForCausalLM"], "attention_bias": false, "attention_dropout": 0.0,
+    "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV2Config"}, "aux_loss_alpha": 0.001,
+    "bos_token_id": 0, "eos_token_id": 1, "first_k_dense_replace": 1, "hidden_act": "silu",
+    "hidden_size": 32, "initializer_range": 0.02, "intermediate_size": 64, "kv_lora_rank": 16,
+    "max_position_embeddings": 640, "model_type": "deepseek_v2", "moe_intermediate_size": 16,
+    "moe_layer_freq": 1, "n_group": 1, "n_routed_experts": 4, "n_shared_experts": 2,
+    "norm_topk_prob": false, "num_attention_heads": 2, "num_experts_per_tok": 2,
+    "num_hidden_layers": 3, "num_key_value_heads": 2, "pretraining_tp": 1, "q_lora_rank": null,
+    "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "rms_norm_eps": 1e-06,
+    "rope_scaling": {"beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 0.707,
+      "mscale_all_dim": 0.707, "original_max_position_embeddings": 16, "type": "yarn"},
+    "rope_theta": 10000, "routed_scaling_factor": 1.0, "scoring_func": "softmax", "seq_aux": true,
+    "tie_word_embeddings": false, "topk_group": 1, "topk_method": "greedy",
+    "torch_dtype": "bfloat16", "transformers_version": "4.33.1", "use_cache": true,
+    "v_head_dim": 16, "vocab_size": 96, "quantization_config": {"quant_method": "fp8"}})");
+  const auto parameters = [&](const std::vector<std::string>& more) {
+    std::vector<std::string> args = {"bench", "step", "--model-config", folder / "config.json"};
+    for (const char* word : {"--batch", "2", "--seq", "16", "--steps", "1", "--threads", "1",
+                             "--set", "run.device=cpu"})
+      args.push_back(word);
+    args.insert(args.end(), more.begin(), more.end());
+    const Finished finished = run_program(args);
+    INFO(finished.err);
+    REQUIRE(finished.code == 0);
+    return finished.out.substr(0, finished.out.find(" parameters"));
+  };
+  const int64_t attention = 32 * 2 * 24 + 32 * 24 + 16 + 16 * 2 * 32 + 2 * 16 * 32, norms = 2 * 32;
+  const int64_t dense = 3 * 32 * 64, experts = 32 * 4 + (4 + 2) * 3 * 32 * 16;
+  const int64_t rest = 2 * 96 * 32 + 32;
+  CHECK(parameters({}) == format_count(rest + 3 * (attention + norms) + dense + 2 * experts));
+  CHECK(parameters({"--set", "model.num_hidden_layers=2"}) ==
+        format_count(rest + 2 * (attention + norms) + dense + experts));
 }
 
 TEST_CASE("bench: packed documents fill their sequences, each from position 0") {
