@@ -2,19 +2,23 @@
 
 #include <fcntl.h>
 #include <fmt/format.h>
+#include <poll.h>
 #include <spawn.h>
 #include <sys/prctl.h>
 #include <sys/uio.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <array>
 #include <cerrno>
 #include <charconv>
+#include <chrono>
 #include <csignal>
 #include <filesystem>
 #include <fstream>
 #include <iterator>
+#include <optional>
 #include <string_view>
 
 #include "apps/launch_variables.h"
@@ -83,8 +87,36 @@ std::string find_program(const std::string& name, const char* search) {
   return "";
 }
 
-// What `PATH --version` prints on standard output; empty if it cannot be run.
-std::string version_text(const std::string& path) {
+using Clock = std::chrono::steady_clock;
+
+// What comes through the pipe until its end; none if that has not come by `deadline`.
+std::optional<std::string> read_all(int fd, Clock::time_point deadline) {
+  std::string text;
+  std::array<char, 1024> buffer;
+  while (true) {
+    const auto left = std::chrono::ceil<std::chrono::milliseconds>(deadline - Clock::now());
+    pollfd waited{fd, POLLIN, 0};
+    const int ready = ::poll(&waited, 1, std::max(0, static_cast<int>(left.count())));
+    if (ready == 0) return std::nullopt;
+    const ssize_t got = ready < 0 ? ready : ::read(fd, buffer.data(), buffer.size());
+    if (got == 0 || (got < 0 && errno != EINTR)) return text;
+    if (got > 0) text.append(buffer.data(), static_cast<size_t>(got));
+  }
+}
+
+// Whether the child has ended by `deadline`.
+bool has_ended(pid_t child, Clock::time_point deadline) {
+  while (true) {
+    const pid_t ended = ::waitpid(child, nullptr, WNOHANG);
+    if (ended == child || (ended < 0 && errno != EINTR)) return true;
+    if (Clock::now() >= deadline) return false;
+    ::usleep(1000);
+  }
+}
+
+// What `PATH --version` prints on standard output; empty if it cannot be run, none if it does not
+// come to an end within `seconds`.
+std::optional<std::string> version_text(const std::string& path, double seconds) {
   int fds[2];
   if (::pipe2(fds, O_CLOEXEC) != 0) return "";
   posix_spawn_file_actions_t actions;
@@ -104,17 +136,13 @@ std::string version_text(const std::string& path) {
   ::posix_spawn_file_actions_destroy(&actions);
   ::posix_spawnattr_destroy(&attributes);
   ::close(fds[1]);
-  std::string text;
-  std::array<char, 1024> buffer;
-  for (ssize_t got; error == 0 && (got = ::read(fds[0], buffer.data(), buffer.size())) != 0;) {
-    if (got < 0 && errno != EINTR) break;
-    if (got > 0) text.append(buffer.data(), static_cast<size_t>(got));
-  }
+  const auto deadline = Clock::now() + std::chrono::duration_cast<Clock::duration>(
+                                           std::chrono::duration<double>(seconds));
+  std::optional<std::string> text = error == 0 ? read_all(fds[0], deadline) : "";
   ::close(fds[0]);
-  if (error == 0)
-    while (::waitpid(child, nullptr, 0) < 0 && errno == EINTR) {
-    }
-  return text;
+  if (error != 0 || has_ended(child, deadline)) return text;
+  ::kill(child, SIGKILL);  // and not waited for: it may hang in a call that ends for no signal
+  return std::nullopt;
 }
 
 }  // namespace
@@ -131,7 +159,7 @@ Machine look_at_machine(const Variables& variables) {
   return machine;
 }
 
-Mpirun find_mpirun(const Variables& variables, const std::string& reason) {
+Mpirun find_mpirun(const Variables& variables, const std::string& reason, double answer_s) {
   const char* chosen = variables(kMpirunVariable);
   Mpirun mpirun;
   if (chosen != nullptr && *chosen != '\0') mpirun.name = chosen;
@@ -142,7 +170,14 @@ Mpirun find_mpirun(const Variables& variables, const std::string& reason) {
         "openmpi-bin), or name its mpirun in the environment variable {}",
         reason, mpirun.name, mpirun.name.find('/') == std::string::npos ? " in PATH" : "",
         kMpirunVariable));
-  const std::string text = version_text(mpirun.path);
+  const std::optional<std::string> answer = version_text(mpirun.path, answer_s);
+  if (!answer)
+    throw RuntimeFailure(fmt::format(
+        "{} needs Open MPI's mpirun, and '{} --version' has not answered within {:g} s; try it by "
+        "hand: a file system or a wrapper in PATH may hang. The environment variable {} names "
+        "another one",
+        reason, mpirun.path, answer_s, kMpirunVariable));
+  const std::string& text = *answer;
   constexpr std::string_view kBefore = "(Open MPI) ";
   const size_t at = text.find(kBefore);
   if (at != text.npos) {

@@ -8,6 +8,7 @@
 #include <optional>
 #include <thread>
 
+#include "apps/launch_machine.h"
 #include "core/base/error.h"
 #include "core/base/file.h"
 #include "core/checkpoint/run_lock.h"
@@ -65,6 +66,22 @@ TEST_CASE("launch_training: where no rank has written anything, no folder stays"
   create_folders(folder / "old/job");
   CHECK_THAT(launch(folder / "old"), Contains("there is no program '/nothing/mpirun'"));
   CHECK(path_exists(folder / "old/job"));
+}
+
+TEST_CASE("find_mpirun: one that does not answer is not waited for", "[launch]") {
+  const TempFolder folder;
+  const std::string silent = folder / "mpirun";
+  // The child of the first keeps its pipe open; the second closes it and stays.
+  const std::string hangs = GENERATE("sleep 20 & exit", "exec >&-; sleep 20");
+  test::write_file(silent, "#!/bin/sh\necho 'mpirun (Open MPI) 4.1.4'\n" + hangs + "\n");
+  REQUIRE(::chmod(silent.c_str(), 0755) == 0);
+  const Variables variables = [&](const char* name) {
+    return std::strcmp(name, "DSTRAIN_MPIRUN") == 0 ? silent.c_str() : nullptr;
+  };
+  const double started = test::monotonic_seconds();
+  CHECK_THROWS_WITH(find_mpirun(variables, "launch.ranks: 2", /*answer_s=*/0.3),
+                    Contains("mpirun --version' has not answered within 0.3 s"));
+  CHECK(test::monotonic_seconds() - started < 10);
 }
 
 // Both would find the folder free as long as no rank has come to lock it.
