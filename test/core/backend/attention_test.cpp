@@ -109,8 +109,14 @@ Shape wide(int which) {
       return {111, 111, 4, 2, 16, 24, {0, 37, 0, 37, 37, 37, 37, 37, 74, 37, 74, 37}, true};
     case 3:  // a batch of the last tokens of longer sequences
       return {40, 160, 4, 2, 64, 64, {0, 20, 0, 80, 20, 20, 80, 80}, true};
-    default:  // context parallel
+    case 4:  // context parallel
       return {70, 130, 2, 1, 200, 136, {0, 30, 0, 90, 30, 40, 0, 130}};
+    default: {  // many short documents
+      Shape shape{450, 450, 2, 1, 8, 16, {}};
+      for (double row = 0; row < 450; row += 3)
+        shape.table.insert(shape.table.end(), {row, 1, row, 1, row + 1, 2, row + 1, 2});
+      return shape;
+    }
   }
 }
 
@@ -214,20 +220,25 @@ void check_attention(const Attention& a) {
 }
 
 TEST_CASE("attention and its gradients: the causal softmax of each segment", "[core][op]") {
-  const bool is_large = GENERATE(false, true);
   const int which = GENERATE(0, 1, 2, 3);
-  CAPTURE(is_large, which);
-  check_attention(Attention(51, is_large ? large(which) : small(which)));
+  CAPTURE(which);
+  check_attention(Attention(51, small(which)));
 }
 
-TEST_CASE("attention and its gradients: widths of heads that models have", "[core][op]") {
-  const int which = GENERATE(0, 1, 2, 3, 4);
+TEST_CASE("attention and its gradients: segments of several tiles", "[core][op][long]") {
+  const int which = GENERATE(0, 1, 2, 3);
+  CAPTURE(which);
+  check_attention(Attention(51, large(which)));
+}
+
+TEST_CASE("attention and its gradients: widths of heads that models have", "[core][op][cudnn]") {
+  const int which = GENERATE(0, 1, 2, 3, 4, 5);
   CAPTURE(which);
   const Shape shape = wide(which);
   check_attention(Attention(54, shape, shape.uniform ? 0 : 1));
 }
 
-TEST_CASE("attention and its gradients: keys of which queries see all", "[core][op]") {
+TEST_CASE("attention and its gradients: keys of which queries see all", "[core][op][cudnn]") {
   const int which = GENERATE(0, 1, 2, 3, 4, 5);
   CAPTURE(which);
   check_attention(Attention(55, of_others(which), which % 2));
@@ -286,7 +297,7 @@ struct Pieces {
   }
 };
 
-TEST_CASE("attention by pieces of the keys is attention", "[core][op]") {
+TEST_CASE("attention by pieces of the keys is attention", "[core][op][cudnn]") {
   const bool mla = GENERATE(false, true);
   CAPTURE(mla);
   const Pieces p = mla ? Pieces(61, 2, 2, 192, 128) : Pieces(62, 4, 2, 64, 64);
@@ -437,11 +448,17 @@ TEST_CASE("attention: rows in no segment are zero", "[core][op]") {
   for (const int64_t row : {2, 3, 4, 5}) CHECK_FALSE(zero(a.dv, row));
 }
 
-TEST_CASE("attention: no segments and no rows", "[core][op]") {
+TEST_CASE("attention: no segments and no rows", "[core][op][cudnn]") {
   const Attention none(57, {3, 4, 1, 1, 2, 2, {}});
   const Bound t = run_op(none.c, DType::f32, 2, none.both());
   for (const Slot slot : {none.o, none.dq, none.dk, none.dv})
     for (const double value : t.at(slot).values()) CHECK(value == 0);
+  for (const bool causal : {true, false}) {
+    const Attention wide(61, {20, 20, 4, 2, 16, 8, {}, false, causal});
+    const Tolerance zero{.expect_exact_zero = true};
+    check_op(wide.c, wide.both(),
+             {{wide.o, zero}, {wide.lse, zero}, {wide.dq, zero}, {wide.dk, zero}, {wide.dv, zero}});
+  }
   const Attention empty(58, {0, 0, 2, 1, 2, 2, {}});
   CHECK_NOTHROW(run_op(empty.c, DType::f32, 2, empty.both()));
 }

@@ -278,8 +278,8 @@ TEMPLATE_TEST_CASE("compression: a sum that begins with what is there already", 
   CHECK(same_bits(device.sum(format, pieces, n, payload, before), expected));
 }
 
-TEMPLATE_TEST_CASE("what is sent and what is kept add up to the gradients over many steps", "[op]",
-                   TopkFormat, Int8Format) {
+TEMPLATE_TEST_CASE("what is sent and what is kept add up to the gradients over many steps",
+                   "[op][long]", TopkFormat, Int8Format) {
   const int64_t n = 5000;
   TestType format;
   format.block = 1000;

@@ -2,6 +2,8 @@
 // and events: streams.cpp).
 #include "test/support/cuda_on_cpu/runtime.h"
 
+#include <malloc.h>
+
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -45,6 +47,9 @@ void* allocate_memory(size_t bytes) {
   void* memory = nullptr;
   if (bytes > kMemory || posix_memalign(&memory, kAlignment, bytes) != 0) return nullptr;
   return std::memset(memory, 0xff, std::min(bytes, kMostFilled));
+}
+size_t allocated_bytes(void* memory) {
+  return malloc_usable_size(memory);
 }
 void free_memory(void* memory) {
   std::free(memory);

@@ -14,6 +14,9 @@ cudaError_t device_state();
 // it; aligned to 256, and full of NaN, of which all bits are set (the first 8 MiB of it). Null
 // where there is not so much.
 void* allocate_memory(size_t bytes);
+// What the block that begins here has room for; without AddressSanitizer, a few bytes more than
+// were asked for.
+size_t allocated_bytes(void* memory);
 void free_memory(void* memory);
 
 }  // namespace cuda_on_cpu

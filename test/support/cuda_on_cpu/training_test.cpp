@@ -7,12 +7,14 @@
 #include <memory>
 #include <set>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "parallel/thread_communicator.h"
 #include "test/support/catch.h"
 #include "test/support/copied_communicator.h"
 #include "test/support/cuda_device.h"
+#include "test/support/cuda_on_cpu/cudnn_attention.h"
 #include "test/support/cuda_on_cpu/streams.h"
 #include "test/support/layout_jobs.h"
 #include "test/support/tiny_model.h"
@@ -22,6 +24,8 @@ namespace dstrain::test {
 namespace {
 
 using cuda_on_cpu::Order;
+using cuda_on_cpu::skipped_without_cudnn;
+using cuda_on_cpu::take_cudnn_attention_requests;
 
 // Three micro-batches a step of packed documents; clipping is active.
 Config job_of(ModelConfig model, Recompute recompute = Recompute::none) {
@@ -43,7 +47,10 @@ ModelConfig with_bias_updates(ModelConfig model) {
 }
 
 LayoutRunOptions on_gpu(LayoutRunOptions options) {
-  options.make_backend = make_gpu_backend;
+  options.make_backend = [](int) { return make_gpu_backend(0); };
+  options.make_device_ranks = [](Communicator& ranks, Backend& backend) {
+    return std::make_unique<CopiedCommunicator>(ranks, backend, MemoryKind::host);
+  };
   return options;
 }
 
@@ -71,10 +78,11 @@ double relative_difference(const std::map<std::string, std::vector<double>>& a,
   return std::sqrt(difference / size);
 }
 
-void check_bf16(Config config) {
+void check_bf16(Config config, const MeshShape& shape = {}) {
   const LayoutReference cpu(config, 1);
+  config = job_at(config, shape, /*zero=*/1).config;
   config.precision.compute = ComputeType::bf16;
-  const LayoutRun gpu = run_layout(config, {}, on_gpu(replay_options(cpu)));
+  const LayoutRun gpu = run_layout(config, shape, on_gpu(replay_options(cpu)));
   CHECK(relative_difference(gradients_of(config, gpu), gradients_of(config, cpu.run)) < 0.05);
   CHECK(gpu.steps[0].loss == Approx(cpu.run.steps[0].loss).epsilon(1e-2));
 }
@@ -161,6 +169,24 @@ TEST_CASE("cuda on cpu: trains as the CPU does: multi-token prediction",
 TEST_CASE("cuda on cpu: a step in bf16 is near one in f32", "[cuda_on_cpu][training]") {
   check_bf16(job_of(tiny_moe()));
   check_bf16(job_of(tiny_dense()));
+}
+
+// Documents of a rank's own rows, and those that it shares with the other one.
+TEST_CASE("cuda on cpu: a step in bf16 with cuDNN's attention is near one in f32",
+          "[cudnn][training]") {
+  if (skipped_without_cudnn()) return;
+  ModelConfig moe = tiny_moe(), dense = tiny_dense();
+  moe.qk_nope_head_dim = moe.qk_rope_head_dim = moe.v_head_dim = dense.head_dim = 8;
+  for (const ModelConfig& model : {moe, dense})
+    for (const int context : {1, 2}) {
+      CAPTURE(model.num_attention_heads, context);
+      take_cudnn_attention_requests();
+      check_bf16(job_of(model), {.context = context});
+      std::set<std::pair<bool, bool>> kinds;
+      for (const CudnnAttentionShape& run : take_cudnn_attention_requests().runs)
+        if (run.ragged) kinds.emplace(run.backward, run.causal);
+      CHECK(kinds.size() == (context == 1 ? 2 : 4));
+    }
 }
 
 TEST_CASE("cuda on cpu: training has the same bits in every order of streams",
