@@ -269,13 +269,7 @@ ExitCode Trainer::run() {
   while (step_ < config_.train.steps) {
     saves_->check_memory();
     queue_step();
-    if (skipped_in_a_row_ >= config_.train.max_skipped_steps) {
-      saves_->wait_and_report();
-      throw RuntimeFailure(fmt::format(
-          "{} steps in a row had a gradient that is not finite, the last one step {}; nothing is saved over the "
-          "checkpoints before. Lower optimizer.lr or turn on optimizer.grad_clip, and go on with --resume latest",
-          skipped_in_a_row_, step_));
-    }
+    require_finite_gradients(/*is_end=*/false);
     saves_->report();
     if (due(config_.train.eval_every)) evaluate();
     if (wants_to_leave_) {
@@ -287,6 +281,7 @@ ExitCode Trainer::run() {
       save();
   }
   complete_steps();
+  if (left_by.empty()) require_finite_gradients(/*is_end=*/true);
   if (!left_by.empty())
     log_info("{}: saving step {}, then leaving{}", left_by, step_,
              left_by == "SIGINT" ? "; a second Ctrl-C leaves at once" : "");
@@ -382,6 +377,18 @@ void Trainer::complete_step() {
   step_tokens_ += record.tokens;
   ++steps_done_;
   hub_.on_step(record);
+}
+
+// A few steps that are skipped may be those of bad data; a run of nothing else has diverged, even if
+// it is too short for the limit.
+void Trainer::require_finite_gradients(bool is_end) {
+  const bool is_half = is_end && skipped_in_a_row_ > 0 && 2 * skipped_in_a_row_ >= step_;
+  if (skipped_in_a_row_ < config_.train.max_skipped_steps && !is_half) return;
+  saves_->wait_and_report();
+  throw RuntimeFailure(fmt::format(
+      "{} in a row had a gradient that is not finite, the last one step {}; nothing is saved over the "
+      "checkpoints before. Lower optimizer.lr or turn on optimizer.grad_clip, and go on with --resume latest",
+      format_plural(skipped_in_a_row_, "step"), step_ - std::ssize(queued_)));
 }
 
 double Trainer::unweighted_balance_loss(double weighted) const {

@@ -60,6 +60,9 @@ class Trainer {
   void queue_step();
   void complete_step();
   void complete_steps();  // all that are queued
+  // RuntimeFailure after too many steps without a finite gradient: train.max_skipped_steps in a row,
+  // or where the run ends in a row that makes up half of it.
+  void require_finite_gradients(bool is_end);
   double unweighted_balance_loss(double weighted) const;
   void evaluate();
   void save();

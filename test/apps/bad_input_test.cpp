@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <cmath>
+#include <csignal>
 #include <cstring>
 #include <filesystem>
 
@@ -308,17 +309,28 @@ TEST_CASE("bad input: weights that are not finite cost the steps that meet them"
     poison("model.norm.weight", 3, bad);
     REQUIRE(train(0).code == 0);
     const auto before = checkpoint_state(job.checkpoint(0));
-    const Finished finished = train(6);
-    INFO(finished.err);
-    CHECK(finished.code == 0);
-    const auto after = checkpoint_state(job.checkpoint(6));
+    RunningProgram program(
+        job.launch({"--overwrite", "--set", "model.from=" + model, "--set", "train.steps=1000000",
+                    "--set", "train.max_skipped_steps=1000000"}));
+    REQUIRE(program.wait_until([&] { return last_step(job) >= 6; }));
+    program.send(SIGTERM);
+    const Finished left = program.wait();
+    INFO(left.err);
+    REQUIRE(left.code == static_cast<int>(ExitCode::preempted));
+    const int64_t step = last_step(job);
+    const auto after = checkpoint_state(job.checkpoint(step));
     for (const auto& [name, hash] : before)
       if (name.starts_with("param.") || name.starts_with("adamw.")) CHECK(after.at(name) == hash);
-    CHECK(after.at("counter skipped_steps") == "6");
+    CHECK(after.at("counter skipped_steps") == fmt::to_string(step));
     CHECK(after.at("counter updates") == "0");
-    CHECK_THAT(finished.err,
-               Contains("step 6: the gradient is not finite") && Contains("6 steps skipped"));
+    CHECK_THAT(left.err, Contains("step 6: the gradient is not finite") &&
+                             Contains(fmt::format("{} steps skipped", step)));
     CHECK(json_field(events(job, "step").back(), "skipped") == "true");
+  }
+  SECTION("nothing else in a run that is too short for the limit: it has failed") {
+    poison("model.norm.weight", 3, bad);
+    check_refused(train(6), static_cast<int>(ExitCode::failure), {"6 steps in a row", "step 6"});
+    CHECK(job.saved_steps().empty());
   }
   SECTION("too many in a row end the run, which saves nothing over what was there") {
     poison("model.norm.weight", 3, bad);
@@ -332,14 +344,16 @@ TEST_CASE("bad input: weights that are not finite cost the steps that meet them"
   SECTION("one that some batches meet: those steps only") {
     const std::string whole = read_file(weights);
     int64_t skipped = 0;
-    for (int64_t token = 319; token >= 257 && (skipped == 0 || skipped == 12); --token) {
+    int code = 1;  // of a token that is in nearly every batch
+    for (int64_t token = 319; token >= 257 && (skipped == 0 || code == 1); --token) {
       write_file(weights, whole);
       poison("model.embed_tokens.weight", 32 * token, bad);
-      REQUIRE(train(12).code == 0);
+      code = train(12).code;
       skipped = 0;
       for (const std::string& line : events(job, "step"))
         skipped += json_field(line, "skipped") == "true";
     }
+    REQUIRE(code == 0);
     CHECK(skipped > 0);
     CHECK(skipped < 12);
     const auto state = checkpoint_state(job.checkpoint(12));

@@ -201,6 +201,22 @@ TEST_CASE("far training: a step's time is the device's, after saves and evaluati
   }
 }
 
+TEST_CASE("far training: a run that diverges at once fails, however short it is", "[trainer]") {
+  // The first step leaves parameters that no gradient is finite at. On the far side the last result
+  // comes after the last step.
+  Job job(true);
+  job.config().optimizer.lr = 1e30;
+  const bool far = GENERATE(false, true);
+  CAPTURE(far);
+  const TempFolder folder;
+  CHECK_THROWS_WITH(job.train(folder.path(), 5, far),
+                    Catch::Contains("4 steps in a row") && Catch::Contains("the last one step 5"));
+  job.config().train.max_skipped_steps = 3;
+  const TempFolder other;
+  CHECK_THROWS_WITH(job.train(other.path(), 50, far),
+                    Catch::Contains("3 steps in a row") && Catch::Contains("the last one step 4"));
+}
+
 TEST_CASE("far training: a recorded routing is replayed, and a run compared, on either side",
           "[trainer]") {
   Config config;
