@@ -117,10 +117,14 @@ class CudaBackend : public Backend {
 
   void copy(Stream& stream, void* destination, const void* source, int64_t bytes) override {
     DSTRAIN_CHECK(bytes >= 0, "a copy of a negative size");
-    if (bytes == 0) return;
-    check_cuda(cudaMemcpyAsync(destination, source, static_cast<size_t>(bytes), cudaMemcpyDefault,
-                               cuda(stream)),
-               "copying memory");
+    auto* to = static_cast<char*>(destination);
+    const auto* from = static_cast<const char*>(source);
+    for (int64_t part; bytes > 0; to += part, from += part, bytes -= part) {
+      part = pinned_.copyable_bytes(from, pinned_.copyable_bytes(to, bytes));
+      check_cuda(
+          cudaMemcpyAsync(to, from, static_cast<size_t>(part), cudaMemcpyDefault, cuda(stream)),
+          "copying memory");
+    }
   }
 
   Ops& ops() override { return ops_; }

@@ -7,6 +7,8 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
+#include <map>
 #include <mutex>
 
 #include "test/support/cuda_on_cpu/streams.h"
@@ -25,9 +27,28 @@ cudaError_t allocate(void** memory, size_t bytes) {
   return bytes > 0 && !*memory ? cudaErrorMemoryAllocation : device_state();
 }
 
+// Host memory that is registered with the driver, from its begin on.
+std::map<const char*, size_t>& registered() {
+  static std::map<const char*, size_t> ranges;
+  return ranges;
+}
+int64_t registrations_left = std::numeric_limits<int64_t>::max();
+
+// Whether all of the bytes are in one registration, or none in any.
+bool is_copyable(const void* memory, size_t bytes) {
+  const std::lock_guard lock(device_mutex());
+  const auto* const begin = static_cast<const char*>(memory);
+  for (const auto& [range, length] : registered()) {
+    const bool is_inside = range <= begin && begin + bytes <= range + length;
+    if (!is_inside && begin < range + length && range < begin + bytes) return false;
+  }
+  return true;
+}
+
 cudaError_t queue_copy(void* to, size_t to_step, const void* from, size_t from_step, size_t width,
                        size_t rows, cudaStream_t stream) {
   if (width > to_step || width > from_step) return cudaErrorInvalidValue;
+  if (!is_copyable(to, width) || !is_copyable(from, width)) return cudaErrorInvalidValue;
   queue(stream, [=] {
     for (size_t row = 0; row < rows; ++row)
       std::memcpy(static_cast<char*>(to) + row * to_step,
@@ -53,6 +74,23 @@ size_t allocated_bytes(void* memory) {
 }
 void free_memory(void* memory) {
   std::free(memory);
+}
+
+std::vector<size_t> registered_pieces(const void* block) {
+  const std::lock_guard lock(device_mutex());
+  std::vector<size_t> pieces;
+  const auto* at = static_cast<const char*>(block);
+  for (auto piece = registered().find(at); piece != registered().end();
+       piece = registered().find(at += piece->second))
+    pieces.push_back(piece->second);
+  return pieces;
+}
+size_t registered_count() {
+  const std::lock_guard lock(device_mutex());
+  return registered().size();
+}
+void refuse_registrations_after(int64_t count) {
+  registrations_left = count;
 }
 
 }  // namespace cuda_on_cpu
@@ -129,10 +167,16 @@ cudaError_t cudaHostAlloc(void** memory, size_t bytes, unsigned) {
 cudaError_t cudaFreeHost(void* memory) {
   return cudaFree(memory);
 }
-cudaError_t cudaHostRegister(void*, size_t, unsigned) {
+cudaError_t cudaHostRegister(void* memory, size_t bytes, unsigned) {
+  const std::lock_guard lock(device_mutex());
+  if (registrations_left-- <= 0) return cudaErrorNotSupported;
+  registered().emplace(static_cast<const char*>(memory), bytes);
   return device_state();
 }
-cudaError_t cudaHostUnregister(void*) {
+cudaError_t cudaHostUnregister(void* memory) {
+  const std::lock_guard lock(device_mutex());
+  if (registered().erase(static_cast<const char*>(memory)) == 0)
+    return cudaErrorHostMemoryNotRegistered;
   return device_state();
 }
 cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {

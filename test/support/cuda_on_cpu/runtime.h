@@ -4,6 +4,8 @@
 #include <cuda_runtime.h>
 
 #include <cstddef>
+#include <cstdint>
+#include <vector>
 
 namespace cuda_on_cpu {
 
@@ -18,5 +20,12 @@ void* allocate_memory(size_t bytes);
 // were asked for.
 size_t allocated_bytes(void* memory);
 void free_memory(void* memory);
+
+// Bytes of the pieces that are registered from here on, one behind the other. A copy from one to
+// the next fails, as the driver's does.
+std::vector<size_t> registered_pieces(const void* block);
+size_t registered_count();  // of pieces, wherever
+// So many more are accepted.
+void refuse_registrations_after(int64_t count);
 
 }  // namespace cuda_on_cpu
