@@ -85,7 +85,7 @@ void ParamShards::make_ranges() {
     if (part.elements() == 0) continue;
     const bool sharded = zero_.shards_moments();
     ranges_.push_back(
-        {range.group.weight_decay,
+        {range.group.block, range.group.weight_decay,
          sharded ? values_.owned(range) : values_.whole(range).rows(0, range.elements()),
          sharded ? grads_->owned(range) : grads_->whole(range), owner_state(exp_avg_, range, part),
          owner_state(exp_avg_sq_, range, part), owner_state(low_, range, part)});

@@ -42,7 +42,7 @@ class ParamShards : public ParamStore {
   void reduce_gradients(DistStream dist) override { grads_->reduce(dist); }
   void add_norm(DistStream dist, const Tensor& sum_1) override;
   std::span<const OptimizerRange> ranges() const override { return ranges_; }
-  void publish(DistStream dist) override { values_.publish(dist); }
+  void publish(DistStream dist, int block) override { values_.publish(dist, block); }
   void end_step(DistStream dist, const StepScalars* scalars) override {
     grads_->end_step(dist, scalars);
   }

@@ -113,15 +113,14 @@ void ShardValues::release(int number) {
   if (--state.acquired == 0 && zero_.shards_values()) unbind(layout_.blocks()[index]);
 }
 
-void ShardValues::publish(DistStream dist) {
-  for (Slot& slot : slots_) slot.block = -1;
+void ShardValues::publish(DistStream dist, int number) {
+  const size_t index = layout_.block_index(number);
+  const ShardBlock& block = layout_.blocks()[index];
+  if (zero_.shards_values() && slots_[block.slot].block == number) slots_[block.slot].block = -1;
   if (zero_.stage != 1 && zero_.stage != 2) return;
   const DistStream comm = queue_.after(dist);
-  for (size_t i = 0; i < blocks_.size(); ++i) {
-    const ShardBlock& block = layout_.blocks()[i];
-    gather(comm, block, values_.rows(layout_.ranges()[block.first].whole_at, values_.numel()));
-    blocks_[i].ready.set(comm);
-  }
+  gather(comm, block, values_.rows(layout_.ranges()[block.first].whole_at, values_.numel()));
+  blocks_[index].ready.set(comm);
 }
 
 }  // namespace dstrain

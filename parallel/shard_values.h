@@ -29,8 +29,8 @@ class ShardValues {
   void acquire_start(DistStream dist, int block);
   void acquire_finish(DistStream dist, int block);
   void release(int block);
-  // The shards have new values.
-  void publish(DistStream dist);
+  // The block's shards have new values.
+  void publish(DistStream dist, int block);
 
   // The whole range, absent where it is sharded; and elements owned() of it.
   Tensor whole(const ShardRange& range) const;

@@ -78,7 +78,7 @@ void LocalParamStore::make_memory(const OwnerVisitor& visit) {
     auto part = [&](const Tensor& flat) {
       return flat.defined() ? flat.rows(group.begin, group.end) : Tensor();
     };
-    ranges_.push_back({group.weight_decay, part(values_), part(grads_), part(exp_avg_),
+    ranges_.push_back({group.block, group.weight_decay, part(values_), part(grads_), part(exp_avg_),
                        part(exp_avg_sq_), part(low_)});
   }
 }

@@ -98,7 +98,7 @@ class LocalParamStore : public ParamStore {
   void reduce_gradients(DistStream dist) override;
   void add_norm(DistStream dist, const Tensor& sum_1) override;
   std::span<const OptimizerRange> ranges() const override { return ranges_; }
-  void publish(DistStream) override {}
+  void publish(DistStream, int) override {}
   std::vector<StateSlice> saved() const override;
   std::vector<StateSlice> loaded() const override { return saved(); }
 

@@ -29,6 +29,7 @@ struct GradTarget {
 
 // A flat run of elements that this rank updates; the tensors are parallel.
 struct OptimizerRange {
+  int block = 0;
   bool weight_decay = false;
   Tensor value, grad, exp_avg, exp_avg_sq;
   Tensor value_low = {};  // u16, where values are bf16: the rest of the master value (Ops::adamw)
@@ -60,8 +61,8 @@ struct ParamStoreOptions {
 };
 
 // Calls of a step: begin_step, then for each micro-batch of this part begin_micro_batch and, from its
-// layers, acquire, release, grad and grads_ready; then reduce_gradients, add_norm, the update of
-// ranges(), publish, end_step.
+// layers, acquire, release, grad and grads_ready; then reduce_gradients, add_norm, block by block the
+// update of ranges() and publish, end_step.
 class ParamStore {
  public:
   virtual ~ParamStore() = default;
@@ -91,9 +92,11 @@ class ParamStore {
   virtual void reduce_gradients(DistStream) = 0;
   // sum_1 (f64) += squares of gradients; summed over all ranks of the job each element counts once.
   virtual void add_norm(DistStream, const Tensor& sum_1) = 0;
+  // In ascending order of blocks.
   virtual std::span<const OptimizerRange> ranges() const = 0;
-  // After the update: every rank gets the values that it needs.
-  virtual void publish(DistStream) = 0;
+  // For each block of the part, in ascending order, behind the update of its ranges: every rank gets the values
+  // that it needs, while later blocks are updated.
+  virtual void publish(DistStream, int block) = 0;
   // Last: scalars (device memory) say whether the step was skipped.
   virtual void end_step(DistStream, const StepScalars*) {}
 

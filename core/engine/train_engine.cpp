@@ -46,6 +46,9 @@ void TrainEngine::make_chunks(const ModelConfig& model) {
         DistContext{distribution_.tensor(), distribution_.dispatcher(), distribution_.kv(),
                     distribution_.sequences(), *chunk.store});
     for (int i = 0; i < part.in_flight; ++i) chunk.slots.emplace_back(chunk.model->make_state());
+    for (const ParameterGroup& group : chunk.model->parameters().groups())
+      if (chunk.blocks.empty() || chunk.blocks.back() != group.block)
+        chunk.blocks.push_back(group.block);
   }
 }
 
@@ -243,9 +246,8 @@ void TrainEngine::finish_step() {
   adamw_.clip(ops, *stream_, norm_1_, scalars_);
   if (state_is_copied_) std::exchange(state_is_copied_, nullptr)->wait_on(*stream_);
   for (Chunk& chunk : chunks_) {
-    adamw_.update(ops, *stream_, chunk.store->ranges(), scalars_);
+    update_parameters(chunk);
     chunk.model->update_router_bias(ops, *stream_, sums_.counts_LE, scalars_);
-    chunk.store->publish(dist_stream());
     chunk.store->end_step(dist_stream(), scalars_);
   }
   Pending pending = std::move(free_.back());
@@ -254,6 +256,18 @@ void TrainEngine::finish_step() {
   backend_.copy(*stream_, pending.host.raw(), read_back_.raw(), read_back_.bytes());
   pending.ready->record(*stream_);
   pending_.push_back(std::move(pending));
+}
+
+// In the order of a forward pass, so that the first blocks are where they are needed when it begins.
+void TrainEngine::update_parameters(Chunk& chunk) {
+  const std::span<const OptimizerRange> ranges = chunk.store->ranges();
+  auto range = ranges.begin();
+  for (const int block : chunk.blocks) {
+    for (; range != ranges.end() && range->block == block; ++range)
+      adamw_.update(backend_.ops(), *stream_, *range, scalars_);
+    chunk.store->publish(dist_stream(), block);
+  }
+  DSTRAIN_CHECK(range == ranges.end(), "the ranges of a store are not in the order of blocks");
 }
 
 StepResult TrainEngine::take_result() {

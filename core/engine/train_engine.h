@@ -160,6 +160,7 @@ class TrainEngine {
     std::unique_ptr<ParamStore> store;
     std::unique_ptr<DistContext> context;
     std::vector<Slot> slots;
+    std::vector<int> blocks;  // that have trainable parameters, ascending
     bool first = false, last = false;
   };
   struct Pending {
@@ -184,6 +185,7 @@ class TrainEngine {
   StepContext context(Chunk& chunk, Slot& slot, int64_t m, Pass pass);
   Slot& begin_backward(int chunk, int64_t m, const Tensor& dx_out_tD);
   void sum_results();
+  void update_parameters(Chunk& chunk);
 
   Backend& backend_;
   std::unique_ptr<Stream> stream_;

@@ -16,8 +16,7 @@ class AdamW {
   // corrections, in scalars (device memory).
   void clip(Ops& ops, Stream& stream, const Tensor& sum_1, StepScalars* scalars) const;
   // A step whose gradient norm is not finite changes nothing.
-  void update(Ops& ops, Stream& stream, std::span<const OptimizerRange> ranges,
-              const StepScalars* scalars) const;
+  void update(Ops& ops, Stream& stream, const OptimizerRange& range, const StepScalars* scalars) const;
 
  private:
   OptimizerConfig config_;

@@ -89,7 +89,7 @@ CopiedResidual copy_beside_step(const ZeroOptions& zero, const Use& use) {
       store.grads_ready(dist, block);
     }
     store.reduce_gradients(dist);
-    store.publish(dist);
+    for (const int block : {0, 1}) store.publish(dist, block);
     store.end_step(dist, nullptr);
   };
   step(0);

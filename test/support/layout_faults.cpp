@@ -155,6 +155,7 @@ class TiedTwice : public WrappedParamStore {
         const float* grad = all_[i].grad.data<float>();
         if (part.grad >= grad && part.grad < grad + all_[i].grad.numel()) all_.push_back(all_[i]);
       }
+    std::ranges::stable_sort(all_, {}, &OptimizerRange::block);
     return all_;
   }
 
@@ -175,11 +176,11 @@ class StaleValues : public WrappedParamStore {
       std::fill(old.begin() + part.begin, old.begin() + part.end, kUpdatedHere);
     }
   }
-  void publish(DistStream dist) override {
-    inner_->publish(dist);
+  void publish(DistStream dist, int block) override {
+    inner_->publish(dist, block);
     if (place_.in_world().rank != 1) return;
     for (const Parameter& p : parameters_.all())
-      for (int64_t i = 0; i < p.numel() && p.spec.trainable; ++i)
+      for (int64_t i = 0; i < p.numel() && p.spec.trainable && p.spec.block == block; ++i)
         if (const float old = old_[&p][static_cast<size_t>(i)]; old != kUpdatedHere)
           p.value.data<float>()[i] = old;
   }

@@ -2,6 +2,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <set>
 #include <utility>
 
 #include "core/backend/cpu_backend.h"
@@ -309,10 +310,13 @@ class RankSteps {
     rank_check(lossy_ || std::abs(sum - wanted_sum_squares) <= 1e-12 * wanted_sum_squares,
                "the norm of step " + std::to_string(step_));
     adamw_.clip(dist_.ops, dist_.stream, sum_1, &scalars_);
-    adamw_.update(dist_.ops, dist_.stream, store_.ranges(), &scalars_);
+    for (const OptimizerRange& range : store_.ranges())
+      adamw_.update(dist_.ops, dist_.stream, range, &scalars_);
     if (job_.fault == ShardFault::tied_updated_twice && rank_.world.rank() == 0)
-      adamw_.update(dist_.ops, dist_.stream, store_.ranges().first(1), &scalars_);
-    store_.publish(dist_);
+      adamw_.update(dist_.ops, dist_.stream, store_.ranges().front(), &scalars_);
+    std::set<int> blocks;
+    for (const ParameterGroup& group : parameters_.groups()) blocks.insert(group.block);
+    for (const int block : blocks) store_.publish(dist_, block);
     store_.end_step(dist_, &scalars_);
   }
 
@@ -445,7 +449,8 @@ ReferenceRun run_reference(const ShardJob& job, int steps, const GlobalState& st
     const Tensor sum_1(&sum, DType::f64, {1});
     store.add_norm(dist, sum_1);
     adamw.clip(dist.ops, dist.stream, sum_1, &scalars);
-    adamw.update(dist.ops, dist.stream, store.ranges(), &scalars);
+    for (const OptimizerRange& range : store.ranges())
+      adamw.update(dist.ops, dist.stream, range, &scalars);
     run.states.push_back({whole.state(), sum});
   }
   return run;

@@ -38,7 +38,7 @@ class StrictParamStore : public ParamStore {
   void reduce_gradients(DistStream dist) override { inner_->reduce_gradients(dist); }
   void add_norm(DistStream dist, const Tensor& sum_1) override { inner_->add_norm(dist, sum_1); }
   std::span<const OptimizerRange> ranges() const override { return inner_->ranges(); }
-  void publish(DistStream dist) override { inner_->publish(dist); }
+  void publish(DistStream dist, int block) override { inner_->publish(dist, block); }
   void end_step(DistStream dist, const StepScalars* scalars) override {
     inner_->end_step(dist, scalars);
   }

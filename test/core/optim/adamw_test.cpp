@@ -44,8 +44,8 @@ class Optimized {
     adamw_ = std::make_unique<AdamW>(config);
     for (const ParameterGroup& group : set_.groups()) {
       auto part = [&](const Tensor& flat) { return flat.rows(group.begin, group.end); };
-      ranges_.push_back(
-          {group.weight_decay, part(values), part(grads), part(exp_avg), part(exp_avg_sq)});
+      ranges_.push_back({group.block, group.weight_decay, part(values), part(grads), part(exp_avg),
+                         part(exp_avg_sq)});
     }
   }
 
@@ -69,7 +69,7 @@ class Optimized {
     const Tensor sum_1(&sum, DType::f64, {1});
     for (const OptimizerRange& range : ranges_) ops.add_sum_squares(*stream_, range.grad, sum_1);
     adamw_->clip(ops, *stream_, sum_1, &scalars);
-    adamw_->update(ops, *stream_, ranges_, &scalars);
+    for (const OptimizerRange& range : ranges_) adamw_->update(ops, *stream_, range, &scalars);
   }
   std::string state() const { return bits_of(values) + bits_of(exp_avg) + bits_of(exp_avg_sq); }
   const ParameterSet& set() const { return set_; }
