@@ -218,17 +218,53 @@ void run_cudnn(Stream& stream, CudnnAttention& cudnn, const CudnnCall& call, con
     clear_between_documents(stream, c.segments, s, {c.o_THW, c.lse_TH}, {});
 }
 
+// The most that documents of such a call, of c.segments.max_queries at most, keep as gradients of
+// scores: of more than half of B documents and L tokens, there are so many tokens.
+int64_t most_kept_scores(const Call& c, CudnnAttentionShape s) {
+  const auto least = [](int64_t rounded, int64_t smallest) {
+    return rounded > smallest ? rounded / 2 + 1 : 1;
+  };
+  int64_t most = 0;
+  for (s.B = kLeastDocuments; s.B <= kMostDocuments; s.B *= 2)
+    for (int64_t L = kLeastLength; L < 2 * c.segments.max_queries; L *= 2) {
+      if (least(s.B, kLeastDocuments) - 1 + least(L, kLeastLength) > c.T()) break;
+      s.queries = s.keys = L;
+      const int64_t bytes = s.B * score_bytes(s);
+      if (bytes <= kMostWorkspace) most = std::max(most, bytes);
+    }
+  return most;
+}
+
+// The scratch of documents of c.segments.max_queries tokens at most, however many there are. Where
+// cuDNN refuses to keep the scores of the longest, shorter ones are planned.
+int64_t scratch_of_documents(CudnnAttention* cudnn, const CudaDevice& device, Call c) {
+  const bool keeps_scores = c.backward && device.deterministic && c.segments.causal;
+  const Call longest = c;
+  std::optional<CudnnCall> call = cudnn_call(cudnn, device, c);
+  while (!call && keeps_scores && c.segments.max_queries > kLeastLength) {
+    c.segments.max_queries = c.segments.max_keys = c.segments.max_queries / 2;
+    call = cudnn_call(cudnn, device, c);
+  }
+  if (!call) return 0;
+  if (keeps_scores)
+    call->workspace_bytes +=
+        most_kept_scores(longest, call->shape) - call->shape.B * score_bytes(call->shape);
+  if (c.segments.causal)
+    call->shape.B = std::clamp(power_of_two(c.T()), call->shape.B, kMostDocuments);
+  return call->scratch_bytes();
+}
+
 // The largest scratch of a call on these tensors, whatever its segments, but of so many queries and
 // keys if not causal; builds the plans that most steps use.
 int64_t largest_scratch(CudnnAttention* cudnn, const CudaDevice& device, Call c) {
   int64_t bytes = tiled_attention_bytes(c.T(), c.U(), c.H());
   c.segments.max_count = ceil_div(c.T(), kPlannedLength);
-  for (const bool uniform : {false, true}) {
-    if (uniform && !c.segments.causal) break;
-    c.segments.uniform = uniform;
-    if (const auto call = cudnn_call(cudnn, device, c))
-      bytes = std::max(bytes, call->scratch_bytes());
-  }
+  c.segments.uniform = false;
+  bytes = std::max(bytes, scratch_of_documents(cudnn, device, c));
+  if (!c.segments.causal) return bytes;
+  c.segments.uniform = true;
+  if (const auto call = cudnn_call(cudnn, device, c))
+    bytes = std::max(bytes, call->scratch_bytes());
   return bytes;
 }
 

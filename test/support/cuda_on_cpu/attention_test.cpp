@@ -100,7 +100,7 @@ Texts runs_of(const Job& job) {
 }
 
 // Shapes that a dry run looks at, for tensors that are nowhere.
-Texts plans_of(const Job& job) {
+Texts plans_of(const Job& job, Backend& backend = gpu_backend()) {
   const auto of_f = [&](int64_t rows, int64_t heads, int64_t width) {
     return Tensor(nullptr, job.dtype, {rows, heads, width});
   };
@@ -110,7 +110,7 @@ Texts plans_of(const Job& job) {
   const AttentionSegments segments{Tensor(nullptr, DType::i32, {job.T, 4}),
                                    Tensor(nullptr, DType::i32, {1}), job.max_queries, job.max_keys};
   take_cudnn_attention_requests();
-  Ops& ops = gpu_backend().planning_ops();
+  Ops& ops = backend.planning_ops();
   ops.attention(gpu_stream(), q, k, v, segments, 1, o, lse);
   ops.attention_backward(gpu_stream(), o, q, k, v, o, lse, segments, 1, q, k, v);
   return texts(take_cudnn_attention_requests().plans);
@@ -150,11 +150,24 @@ TEST_CASE("cudnn on cpu: a dry run builds the plans of a step", "[cudnn]") {
   CHECK(plans_of({.T = 3000, .U = 3000, .max_queries = 1000, .max_keys = 1000}) ==
         Texts{"forward: " + documents, "forward: " + sequences, "backward: " + documents,
               "backward: " + sequences});
-  // Gradients of all scores would take 2 GiB, of all documents 16 GiB.
+  // Gradients of all scores would take 2 GiB, of all documents 16 GiB; those of shorter ones fit.
   const int64_t T = 1 << 14;
   CHECK(plans_of({.T = T, .U = T, .max_queries = T, .max_keys = T}) ==
         Texts{"forward: up to 32 of 16384 and 16384, in all 16384 and 16384",
-              "forward: batch of 1 of 16384 and 16384, in all 16384 and 16384"});
+              "forward: batch of 1 of 16384 and 16384, in all 16384 and 16384",
+              "backward: up to 32 of 2048 and 2048, in all 16384 and 16384",
+              "backward: up to 32 of 1024 and 1024, in all 16384 and 16384"});
+}
+
+// 128 documents of 512 tokens keep more than the 8 of 4096 that a dry run looks at.
+TEST_CASE("cudnn on cpu: a dry run plans for documents that keep most scores", "[cudnn]") {
+  if (skipped_without_cudnn()) return;
+  const std::unique_ptr<Backend> backend = make_gpu_backend(0);
+  plans_of({.T = 4096, .U = 4096, .H = 16, .G = 16, .max_queries = 4096, .max_keys = 4096},
+           *backend);
+  const int64_t kept = int64_t{128} * 16 * 512 * 512 * 2;
+  CHECK(backend->workspace_bytes() >= kept);
+  CHECK(backend->workspace_bytes() < kept + (int64_t{300} << 20));
 }
 
 // Gradients of the scores of all sequences would take 1032 MiB.
