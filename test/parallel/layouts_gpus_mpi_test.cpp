@@ -15,7 +15,7 @@ constexpr int64_t kSteps = 5;
 
 // The rank that a process is, whatever the number that a run of its own gives it.
 std::function<std::unique_ptr<Backend>(int)> own_gpu(const Communicator& world) {
-  return [rank = world.rank()](int) { return make_gpu_backend(rank); };
+  return [rank = world.rank()](int) { return make_rank_backend(rank); };
 }
 
 LayoutRunOptions on_gpus(const Communicator& world, LayoutRunOptions options) {
@@ -29,8 +29,7 @@ LayoutRunOptions on_gpus(const Communicator& world, LayoutRunOptions options) {
 void run_on_gpus(const RankBody& body) {
   run_mpi_rank(
       [&](RankContext& rank) {
-        std::string missing = why_gpu_missing();
-        if (missing.empty() && gpu_count() < rank.world.size()) missing = "too few of them";
+        std::string missing = why_gpus_missing(rank.world.size());
         if (missing.empty()) missing = why_no_nccl();
         if (missing.empty()) return body(rank);
         if (rank.world.rank() == 0) print_skipped("no GPU for each rank: " + missing);

@@ -20,9 +20,15 @@ inline bool skipped_without_gpu() {
   return !missing.empty();
 }
 
-int gpu_count();
+// With DSTRAIN_TEST_SHARE_GPU in the environment, processes share what GPUs there are: NCCL takes
+// each process for a host of its own, and data travel over sockets.
+bool share_gpus();
+// Why so many processes cannot have a GPU each, or "".
+std::string why_gpus_missing(int processes);
+// For one of them. Runs give the same bits.
+std::unique_ptr<Backend> make_rank_backend(int process);
+
 int64_t gpu_memory_free();  // in bytes, of the calling thread's GPU
-// For a rank that has a GPU of its own. Runs give the same bits.
 std::unique_ptr<Backend> make_gpu_backend(int device);
 // On the first GPU.
 Backend& gpu_backend();

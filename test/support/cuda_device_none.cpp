@@ -9,8 +9,16 @@ std::string why_gpu_missing() {
   return "this program was built without the CUDA back end";
 }
 
-int gpu_count() {
-  return 0;
+bool share_gpus() {
+  return false;
+}
+
+std::string why_gpus_missing(int) {
+  return why_gpu_missing();
+}
+
+std::unique_ptr<Backend> make_rank_backend(int) {
+  throw RuntimeFailure(why_gpu_missing());
 }
 
 int64_t gpu_memory_free() {

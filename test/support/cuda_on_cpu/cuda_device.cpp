@@ -12,8 +12,16 @@ std::string why_gpu_missing() {
   return "";
 }
 
-int gpu_count() {
-  return 1;
+bool share_gpus() {
+  return false;
+}
+
+std::string why_gpus_missing(int) {
+  return "";
+}
+
+std::unique_ptr<Backend> make_rank_backend(int) {
+  return make_gpu_backend(0);
 }
 
 int64_t gpu_memory_free() {
