@@ -152,8 +152,10 @@ std::optional<CudnnCall> cudnn_call(CudnnAttention* cudnn, const CudaDevice& dev
                                       : call_of_documents(c, shape);
   if (!call || (keeps_scores && call->shape.B * score_bytes(call->shape) > kMostWorkspace))
     return std::nullopt;
+  const int64_t in_proportion = kMostOfQueries * c.q_THQ.bytes();
+  const bool may_be_larger = !keeps_scores || !call->shape.ragged;
   const std::optional<int64_t> bytes = cudnn->workspace_bytes(call->shape);
-  if (!bytes || *bytes > std::max(kMostWorkspace, kMostOfQueries * c.q_THQ.bytes()))
+  if (!bytes || *bytes > (may_be_larger ? std::max(kMostWorkspace, in_proportion) : kMostWorkspace))
     return std::nullopt;
   call->workspace_bytes = *bytes;
   return call;
@@ -218,37 +220,17 @@ void run_cudnn(Stream& stream, CudnnAttention& cudnn, const CudnnCall& call, con
     clear_between_documents(stream, c.segments, s, {c.o_THW, c.lse_TH}, {});
 }
 
-// The most that documents of such a call, of c.segments.max_queries at most, keep as gradients of
-// scores: of more than half of B documents and L tokens, there are so many tokens.
-int64_t most_kept_scores(const Call& c, CudnnAttentionShape s) {
-  const auto least = [](int64_t rounded, int64_t smallest) {
-    return rounded > smallest ? rounded / 2 + 1 : 1;
-  };
-  int64_t most = 0;
-  for (s.B = kLeastDocuments; s.B <= kMostDocuments; s.B *= 2)
-    for (int64_t L = kLeastLength; L < 2 * c.segments.max_queries; L *= 2) {
-      if (least(s.B, kLeastDocuments) - 1 + least(L, kLeastLength) > c.T()) break;
-      s.queries = s.keys = L;
-      const int64_t bytes = s.B * score_bytes(s);
-      if (bytes <= kMostWorkspace) most = std::max(most, bytes);
-    }
-  return most;
-}
-
 // The scratch of documents of c.segments.max_queries tokens at most, however many there are. Where
 // cuDNN refuses to keep the scores of the longest, shorter ones are planned.
 int64_t scratch_of_documents(CudnnAttention* cudnn, const CudaDevice& device, Call c) {
   const bool keeps_scores = c.backward && device.deterministic && c.segments.causal;
-  const Call longest = c;
   std::optional<CudnnCall> call = cudnn_call(cudnn, device, c);
   while (!call && keeps_scores && c.segments.max_queries > kLeastLength) {
     c.segments.max_queries = c.segments.max_keys = c.segments.max_queries / 2;
     call = cudnn_call(cudnn, device, c);
   }
   if (!call) return 0;
-  if (keeps_scores)
-    call->workspace_bytes +=
-        most_kept_scores(longest, call->shape) - call->shape.B * score_bytes(call->shape);
+  if (keeps_scores) call->workspace_bytes = kMostWorkspace;  // documents of some lengths fill it
   if (c.segments.causal)
     call->shape.B = std::clamp(power_of_two(c.T()), call->shape.B, kMostDocuments);
   return call->scratch_bytes();

@@ -8,9 +8,11 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <chrono>
 #include <climits>
 #include <cstring>
 #include <ctime>
+#include <thread>
 
 #include "core/base/error.h"
 #include "core/base/log.h"
@@ -56,6 +58,15 @@ std::string read_holder(const File& file) {
   std::replace_if(
       text.begin(), text.end(), [](char c) { return c < 0x20 || c > 0x7E; }, '?');
   return text;
+}
+
+// Between taking the lock and writing who did it there is a moment.
+std::string await_holder(const File& file) {
+  for (int attempt = 0; attempt < 100; ++attempt) {
+    if (std::string holder = read_holder(file); !holder.empty()) return holder;
+    std::this_thread::sleep_for(std::chrono::milliseconds(10));
+  }
+  return "another process";
 }
 
 void refuse_permission(const std::string& path, const std::string& why) {
@@ -113,7 +124,7 @@ RunLock::RunLock(const std::string& run_folder, Part part)
     if (error_number == EWOULDBLOCK)
       throw RuntimeFailure(fmt::format(
           "run folder '{}' is in use by {}. Wait for that run, stop it, or set another run.name",
-          run_folder, read_holder(file_)));
+          run_folder, await_holder(file_)));
     if (error_number != ENOSYS && error_number != EOPNOTSUPP && error_number != ENOLCK)
       throw_errno("cannot lock", file_.path(), error_number);
     if (part == Part::run)

@@ -208,7 +208,11 @@ TEST_CASE("ExposedTime: the time of a step is computed or exposed, in every layo
   }));
   const bool is_cpu = GENERATE(false, true);
   CAPTURE(to_text(shape), zero, is_cpu);
-  CHECK(kinds_of(job_at(moe_job(), shape, zero), is_cpu) == expected);
+  // On a device, values travel while later blocks are updated. Where layers wait for tensor
+  // parallelism, too, all are there in time.
+  Kinds kinds = expected;
+  if (!is_cpu && shape.tensor > 1) kinds.erase("parameters");
+  CHECK(kinds_of(job_at(moe_job(), shape, zero), is_cpu) == kinds);
 }
 
 TEST_CASE("ExposedTime: compressed gradients count with their compression", "[exposed]") {
