@@ -6,8 +6,10 @@
 #include <algorithm>
 #include <cerrno>
 #include <chrono>
+#include <exception>
 #include <filesystem>
 #include <thread>
+#include <utility>
 
 #include "core/base/error.h"
 #include "core/base/file.h"
@@ -43,14 +45,14 @@ void warn_of_newer_checkpoints(const CheckpointStore& store, int64_t chosen_step
       chosen_step, store.folder(), format_plural(count, "checkpoint"), newest, newest);
 }
 
-// A rank that found the folder in use would be started again until it is free, and with --overwrite
-// delete what the other run saved. Those of a launcher that was killed take a moment to leave.
-void wait_for_ranks(const std::string& run_folder) {
+// The ranks of a launcher or of an attempt that was killed take a moment to leave. A rank that
+// found the folder in use would be started again until it is free, and with --overwrite delete what
+// the other run saved.
+RunLock await_ranks_lock(const std::string& run_folder) {
   constexpr std::chrono::milliseconds kLeavingTime{5000}, kLook{100};
   for (auto left = kLeavingTime;; left -= kLook) {
     try {
-      const RunLock gone(run_folder, RunLock::Part::ranks);
-      return;
+      return RunLock(run_folder, RunLock::Part::ranks);
     } catch (const RuntimeFailure&) {
       if (left.count() <= 0) throw;
     }
@@ -77,10 +79,8 @@ RunFolder::RunFolder(const std::string& path, RunRole role)
     : path_(path), made_{missing_folders(path)} {
   prepare_run_folder(path);
   if (role != RunRole::ranks) run_.emplace(path);
-  if (role == RunRole::launcher)
-    wait_for_ranks(path);
-  else
-    ranks_.emplace(path, RunLock::Part::ranks);
+  RunLock ranks = await_ranks_lock(path);
+  if (role != RunRole::launcher) ranks_.emplace(std::move(ranks));
   check_checkpoints_folder(path);
 }
 
@@ -92,7 +92,7 @@ RunFolder::~RunFolder() {
     if (!holds_locks_alone(path_)) return;
     ranks_->remove_file();
     if (run_) run_->remove_file();
-  } catch (const Error& error) {
+  } catch (const std::exception& error) {
     log_warning("what this run made of '{}' stays there: {}", path_, error.what());
   }
 }

@@ -18,8 +18,8 @@ enum class RunRole { alone, launcher, ranks };
 // a run that is refused leaves nothing behind; a folder in which other files appeared stays.
 class RunFolder {
  public:
-  // Errors are those of prepare_run_folder(), RunLock and check_checkpoints_folder(). A launcher
-  // waits a few seconds for the ranks of one that was killed.
+  // Errors are those of prepare_run_folder(), RunLock and check_checkpoints_folder(). Waits a few
+  // seconds for ranks whose launcher was killed.
   RunFolder(const std::string& path, RunRole role);
   ~RunFolder();
   RunFolder(const RunFolder&) = delete;

@@ -9,6 +9,7 @@
 #include <thread>
 
 #include "apps/launch_machine.h"
+#include "apps/run_folder.h"
 #include "core/base/error.h"
 #include "core/base/file.h"
 #include "core/checkpoint/run_lock.h"
@@ -57,6 +58,21 @@ TEST_CASE("launch_training: waits for the ranks of a launcher that was killed", 
   const std::string text = launch(folder.path());
   leaving.join();
   CHECK_THAT(text, Contains("there is no program '/nothing/mpirun'"));
+}
+
+TEST_CASE("run_folder: a run without a launcher waits for a killed one's ranks, too", "[lock]") {
+  const RunRole role = GENERATE(RunRole::alone, RunRole::ranks);
+  const TempFolder folder;
+  std::optional<RunLock> other(std::in_place, folder.path(), RunLock::Part::ranks);
+  std::thread leaving([&] {
+    std::this_thread::sleep_for(std::chrono::milliseconds(300));
+    other.reset();
+  });
+  CHECK_NOTHROW(RunFolder(folder.path(), role));
+  leaving.join();
+  // It holds what it waited for.
+  const RunFolder run(folder.path(), role);
+  CHECK_THROWS_WITH(RunLock(folder.path(), RunLock::Part::ranks), Contains("is in use by process"));
 }
 
 TEST_CASE("launch_training: where no rank has written anything, no folder stays", "[launch]") {
