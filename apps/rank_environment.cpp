@@ -87,12 +87,23 @@ bool is_above_one(const char* text) {
   return text != nullptr && number_in(text).value_or(1) > 1;
 }
 
+// Whether this is the task of srun --pty that has the terminal: as a rule a shell, as salloc opens
+// one on a node, and what a person starts in it is one process. Shells of the other tasks end at
+// once. An srun in that shell passes the port on, hence the second variable.
+bool is_in_terminal_of_srun(const Variables& variables) {
+  const char* task = variables("SLURM_PROCID");
+  return variables("SLURM_PTY_PORT") != nullptr && task != nullptr && number_in(task) == 0;
+}
+
 }  // namespace
 
 std::optional<RankEnvironment> rank_environment(const Variables& variables) {
   RankEnvironment ranks;
   if (variables("OMPI_COMM_WORLD_RANK") != nullptr) {
     ranks = under_mpirun(variables);
+  } else if (is_in_terminal_of_srun(variables) &&
+             !is_above_one(variables("SLURM_STEP_NUM_TASKS"))) {
+    return std::nullopt;  // so that it may start ranks of its own
   } else if (variables("SLURM_STEP_ID") != nullptr && variables("PMIX_RANK") != nullptr) {
     ranks = under_srun(variables);
   } else if (is_above_one(variables("SLURM_STEP_NUM_TASKS")) &&
@@ -119,7 +130,8 @@ void require_one_process(const std::string& command, const Variables& variables)
   const char* count = nullptr;
   if (is_above_one(count = variables("OMPI_COMM_WORLD_SIZE")))
     starter = "mpirun";
-  else if (variables("SLURM_STEP_ID") && is_above_one(count = variables("SLURM_STEP_NUM_TASKS")))
+  else if (variables("SLURM_STEP_ID") && !is_in_terminal_of_srun(variables) &&
+           is_above_one(count = variables("SLURM_STEP_NUM_TASKS")))
     starter = "srun";
   else if (is_above_one(count = variables("PMI_SIZE")))
     starter = "mpiexec";

@@ -23,9 +23,9 @@ struct RankEnvironment {
   bool operator==(const RankEnvironment&) const = default;
 };
 
-// None where neither mpirun nor srun started this process. UsageError if several processes were
-// started in a way that lets no rank find the others: srun without PMIx, the mpiexec of another
-// MPI.
+// None where neither mpirun nor srun started this process, or it runs in a shell that srun --pty
+// started as its only task. UsageError if several processes were started in a way that lets no rank
+// find the others: srun without PMIx, the mpiexec of another MPI.
 std::optional<RankEnvironment> rank_environment(const Variables& variables);
 
 // UsageError if mpirun or srun started several processes of this command, which is the work of one:

@@ -70,6 +70,10 @@ TEST_CASE("rank_environment: what is the work of one process is refused to sever
   CHECK(text({}) == "accepted");
   CHECK(text(with(kMpirun, "OMPI_COMM_WORLD_SIZE", "1")) == "accepted");
   CHECK(text(with(kSrun, "SLURM_STEP_NUM_TASKS", "1")) == "accepted");
+  // A shell of srun --pty, which has a terminal in its first task alone.
+  const Table terminal = with(kSrun, "SLURM_PTY_PORT", "33333");
+  CHECK(text(with(terminal, "SLURM_PROCID", "0")) == "accepted");
+  CHECK_THAT(text(terminal), Contains("srun started 10 of them"));
   // A batch script of eight tasks, which is one process.
   CHECK(text({{"SLURM_PROCID", "0"}, {"SLURM_NTASKS", "8"}, {"SLURM_STEP_NUM_TASKS", "8"}}) ==
         "accepted");
@@ -81,6 +85,18 @@ TEST_CASE("rank_environment: a process that nobody launched is no rank", "[launc
   CHECK_FALSE(
       rank_environment(in({{"SLURM_PROCID", "0"}, {"SLURM_NTASKS", "8"}, {"SLURM_NODEID", "0"}})));
   CHECK_FALSE(rank_environment(in({{"SLURM_STEP_ID", "0"}, {"SLURM_STEP_NUM_TASKS", "1"}})));
+  // Nor is one in which srun --pty prepared PMIx; several tasks in a terminal are ranks.
+  const Table terminal = {{"SLURM_STEP_ID", "4294967290"},
+                          {"SLURM_PROCID", "0"},
+                          {"SLURM_STEP_NUM_TASKS", "1"},
+                          {"SLURM_LOCALID", "0"},
+                          {"SLURM_NODEID", "0"},
+                          {"PMIX_RANK", "0"},
+                          {"SLURM_STEP_TASKS_PER_NODE", "1"},
+                          {"SLURM_PTY_PORT", "33333"}};
+  CHECK_FALSE(rank_environment(in(terminal)));
+  CHECK(rank_environment(in(without(terminal, "SLURM_PTY_PORT")))->size == 1);
+  CHECK(rank_environment(in(with(kSrun, "SLURM_PTY_PORT", "33333")))->rank == 9);
 }
 
 TEST_CASE("rank_environment: under mpirun", "[launch]") {
