@@ -368,11 +368,13 @@ void Trainer::complete_step() {
   if (engine_->model().num_moe_layers() > 0)
     record.experts = expert_load(result.expert_counts_LE, engine_->model().num_moe_layers(),
                                  unweighted_balance_loss(result.balance_loss));
-  if (record.skipped)
+  const bool tells = world_.rank() == 0;  // what all ranks find
+  if (record.skipped && tells)
     log_warning("step {}: the gradient is not finite (loss {}); nothing was updated, {} skipped so far",
                 record.step, format_fixed(result.loss, 4), format_plural(skipped_steps_, "step"));
   skipped_in_a_row_ = record.skipped ? skipped_in_a_row_ + 1 : 0;
-  if (step.valid_tokens == 0) log_warning("step {}: no token of the batch has a target", record.step);
+  if (step.valid_tokens == 0 && tells)
+    log_warning("step {}: no token of the batch has a target", record.step);
   step_seconds_ += time.seconds;
   step_tokens_ += record.tokens;
   ++steps_done_;
