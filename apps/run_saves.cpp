@@ -73,7 +73,9 @@ void RunSaves::request(const CheckpointMeta& meta) {
   const double before = saver_.stall_seconds();
   saves_.request(meta, state_tensors(engine_));
   if (!config_.async) saves_.wait();
-  stall_ms_ = 1e3 * (saver_.stall_seconds() - before);
+  // Ranks that get no results report none: two saves at most are between request and report.
+  while (stalls_ms_.size() > 1) stalls_ms_.erase(stalls_ms_.begin());
+  stalls_ms_[meta.step] = 1e3 * (saver_.stall_seconds() - before);
   saved_step_ = meta.step;
 }
 
@@ -83,8 +85,9 @@ void RunSaves::report() {
                         .seconds = result->seconds,
                         .bytes = result->bytes,
                         .ok = result->ok,
-                        .stall_ms = stall_ms_,
+                        .stall_ms = stalls_ms_[result->step],
                         .error = result->error});
+    stalls_ms_.erase(result->step);
     if (result->ok) {
       failed_in_a_row_ = 0;
       newest_ = result->path;

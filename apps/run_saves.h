@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <future>
+#include <map>
 #include <span>
 #include <string>
 
@@ -59,7 +60,8 @@ class RunSaves {
 
   int64_t saved_step_ = -1, failed_in_a_row_ = 0;
   std::string newest_;
-  double taken_stall_seconds_ = 0, stall_ms_ = 0;  // the second: of the newest save
+  double taken_stall_seconds_ = 0;
+  std::map<int64_t, double> stalls_ms_;  // by step, of saves that were not reported; few
 };
 
 }  // namespace dstrain

@@ -227,6 +227,21 @@ TEST_CASE("flow: with --log-json warnings and resumes are JSON too", "[flow]") {
 
 #ifdef DSTRAIN_FAILPOINTS
 
+TEST_CASE("flow: each save says how long training waited for it", "[flow]") {
+  const TinyJob job({"train.steps=8", "train.eval_every=0", "checkpoint.every=4"});
+  Launch launch = job.launch();
+  launch.failpoint = "save.before_manifest@1=sleep:800";  // of step 4; step 8 waits for it
+  RunningProgram program(launch);
+  const Finished end = program.wait();
+  INFO(end.err);
+  REQUIRE(end.code == 0);
+  const std::vector<std::string> saves = events(job, "checkpoint");
+  REQUIRE(saves.size() == 2);
+  CAPTURE(saves[0], saves[1]);
+  CHECK(json::parse(saves[0])["stall_ms"].get<double>() < 300);
+  CHECK(json::parse(saves[1])["stall_ms"].get<double>() > 300);
+}
+
 TEST_CASE("memory: a run takes what its plan says, to a tenth", "[flow][memory]") {
   const json version = json::parse(expect_ok({"version", "--json"}, "").out);
   if (!version["sanitizers"].is_null()) return print_skipped("sanitizers take memory of their own");
