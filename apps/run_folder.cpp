@@ -50,11 +50,12 @@ void warn_of_newer_checkpoints(const CheckpointStore& store, int64_t chosen_step
 // the other run saved.
 RunLock await_ranks_lock(const std::string& run_folder) {
   constexpr std::chrono::milliseconds kLeavingTime{5000}, kLook{100};
-  for (auto left = kLeavingTime;; left -= kLook) {
+  const auto deadline = std::chrono::steady_clock::now() + kLeavingTime;
+  while (true) {
     try {
       return RunLock(run_folder, RunLock::Part::ranks);
     } catch (const RuntimeFailure&) {
-      if (left.count() <= 0) throw;
+      if (std::chrono::steady_clock::now() >= deadline) throw;
     }
     std::this_thread::sleep_for(kLook);
   }

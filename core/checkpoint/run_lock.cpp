@@ -144,6 +144,7 @@ RunLock::RunLock(const std::string& run_folder, Part part)
   const std::string holder = holder_text();
   if (::ftruncate(file_.fd(), 0) != 0) throw_errno("cannot write", file_.path(), errno);
   file_.write_all(holder.data(), static_cast<int64_t>(holder.size()));
+  ::fdatasync(file_.fd());  // for other hosts of a network file system, as well as it can
 }
 
 void RunLock::remove_file() noexcept {

@@ -1,5 +1,6 @@
 #include "apps/launch_training.h"
 
+#include <sys/file.h>
 #include <sys/stat.h>
 
 #include <chrono>
@@ -73,6 +74,17 @@ TEST_CASE("run_folder: a run without a launcher waits for a killed one's ranks, 
   // It holds what it waited for.
   const RunFolder run(folder.path(), role);
   CHECK_THROWS_WITH(RunLock(folder.path(), RunLock::Part::ranks), Contains("is in use by process"));
+}
+
+TEST_CASE("run_folder: ranks that do not leave are waited for some seconds", "[lock]") {
+  const TempFolder folder;
+  // Of a holder that has not said who it is each look takes a second.
+  const File held = File::open_or_create(folder / "ranks.lock");
+  REQUIRE(::flock(held.fd(), LOCK_EX) == 0);
+  const double started = test::monotonic_seconds();
+  CHECK_THROWS_WITH(RunFolder(folder.path(), RunRole::alone),
+                    Contains("in use by another process"));
+  CHECK(test::monotonic_seconds() - started < 12);
 }
 
 TEST_CASE("launch_training: where no rank has written anything, no folder stays", "[launch]") {

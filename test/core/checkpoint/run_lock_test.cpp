@@ -10,6 +10,7 @@
 #include "core/base/error.h"
 #include "core/base/log.h"
 #include "test/core/checkpoint/checkpoint_fixture.h"
+#include "test/support/io_faults.h"
 
 namespace dstrain {
 namespace {
@@ -90,6 +91,15 @@ TEST_CASE("run_lock: the run and its ranks are held apart, and of ranks nothing 
   }
   set_log_writer({});
   CHECK(log.empty());
+}
+
+// Without a flush other hosts of a network file system find the file empty for half a minute.
+TEST_CASE("run_lock: who holds it is flushed, and held even where that fails", "[run_lock]") {
+  const ScratchFolder folder;
+  const IoFaults flush_fails({folder.path(), "fsync", 1, EIO, true});
+  const RunLock lock(folder.path());
+  CHECK(flush_fails.failed() == 1);
+  CHECK(refused_with(folder.path(), {"process " + std::to_string(::getpid())}) == 0);
 }
 
 TEST_CASE("run_lock: a lock file is not followed out of the folder, nor trusted", "[run_lock]") {
