@@ -15,6 +15,7 @@
 #include "apps/signals.h"
 #include "apps/trainer.h"
 #include "core/backend/cpu_backend.h"
+#include "core/base/format_units.h"
 #include "core/base/log.h"
 #include "core/config/validate.h"
 #include "core/metrics/console_sink.h"
@@ -87,8 +88,8 @@ int cmd_train(const TrainOptions& options) {
   const DeviceChoice device = choose_device(loaded.config, size, visible_gpus_here());
   if (launched && !ranks.is_supervised && ranks.is_first() && !loaded.config.launch.ranks.is_auto() &&
       loaded.config.launch.ranks.value != ranks.size)
-    log_warning("launch.ranks: {} is not followed: this job was started from outside with {} ranks",
-                loaded.config.launch.ranks.value, ranks.size);
+    log_warning("launch.ranks: {} is not followed: this job was started from outside with {}",
+                loaded.config.launch.ranks.value, format_plural(ranks.size, "rank"));
   if (!device.note.empty() && ranks.is_first() && !ranks.is_supervised) log_info("{}", device.note);
   if (launch_mode(launched, hosts) == LaunchMode::launcher) {
     require_file(options.config.path);

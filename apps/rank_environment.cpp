@@ -95,14 +95,18 @@ bool is_in_terminal_of_srun(const Variables& variables) {
   return variables("SLURM_PTY_PORT") != nullptr && task != nullptr && number_in(task) == 0;
 }
 
+bool is_only_task_of_srun(const Variables& variables) {
+  const char* tasks = variables("SLURM_STEP_NUM_TASKS");
+  return tasks != nullptr ? number_in(tasks) == 1 : is_in_terminal_of_srun(variables);
+}
+
 }  // namespace
 
 std::optional<RankEnvironment> rank_environment(const Variables& variables) {
   RankEnvironment ranks;
   if (variables("OMPI_COMM_WORLD_RANK") != nullptr) {
     ranks = under_mpirun(variables);
-  } else if (is_in_terminal_of_srun(variables) &&
-             !is_above_one(variables("SLURM_STEP_NUM_TASKS"))) {
+  } else if (is_only_task_of_srun(variables)) {
     return std::nullopt;  // so that it may start ranks of its own
   } else if (variables("SLURM_STEP_ID") != nullptr && variables("PMIX_RANK") != nullptr) {
     ranks = under_srun(variables);
