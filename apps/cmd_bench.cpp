@@ -103,6 +103,10 @@ Config bench_config(const BenchOptions& options) {
     if (value) source.overrides.push_back({key, std::to_string(*value), flag});
   };
   if (!options.model_config.empty()) {  // below what --set says
+    for (const char* key : {"model.preset", "model.from"})
+      if (std::ranges::find(source.overrides, key, &Override::key) != source.overrides.end())
+        throw UsageError(fmt::format(
+            "--model-config and --set {} both name a whole model: give one of them", key));
     const std::vector<Override> model = model_keys(options.model_config);
     source.overrides.insert(source.overrides.begin(), model.begin(), model.end());
   }

@@ -119,6 +119,11 @@ TEST_CASE("bench step: a config.json of Hugging Face is a model, under what --se
   CHECK(parameters({}) == format_count(rest + 3 * (attention + norms) + dense + 2 * experts));
   CHECK(parameters({"--set", "model.num_hidden_layers=2"}) ==
         format_count(rest + 2 * (attention + norms) + dense + experts));
+  const Finished twice = run_program({"bench", "step", "--model-config", folder / "config.json",
+                                      "--set", "model.preset=v2-lite"});
+  CHECK(twice.code == 2);
+  CHECK_THAT(twice.err,
+             Catch::Contains("--model-config and --set model.preset both name a whole model"));
 }
 
 TEST_CASE("bench: packed documents fill their sequences, each from position 0") {
