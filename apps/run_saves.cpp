@@ -70,12 +70,13 @@ AsyncSaver::Arrival RunSaves::copy_state(std::span<const StateTensor> tensors,
 }
 
 void RunSaves::request(const CheckpointMeta& meta) {
-  const double before = saver_.stall_seconds();
+  const auto begin = std::chrono::steady_clock::now();
+  wait_and_report();  // the save before, with what training waited for that one
   saves_.request(meta, state_tensors(engine_));
   if (!config_.async) saves_.wait();
-  // Ranks that get no results report none: two saves at most are between request and report.
-  while (stalls_ms_.size() > 1) stalls_ms_.erase(stalls_ms_.begin());
-  stalls_ms_[meta.step] = 1e3 * (saver_.stall_seconds() - before);
+  const std::chrono::duration<double> stall = std::chrono::steady_clock::now() - begin;
+  newest_stall_seconds_ = stall.count();
+  stall_seconds_ += newest_stall_seconds_;
   saved_step_ = meta.step;
 }
 
@@ -85,9 +86,8 @@ void RunSaves::report() {
                         .seconds = result->seconds,
                         .bytes = result->bytes,
                         .ok = result->ok,
-                        .stall_ms = stalls_ms_[result->step],
+                        .stall_ms = 1e3 * newest_stall_seconds_,
                         .error = result->error});
-    stalls_ms_.erase(result->step);
     if (result->ok) {
       failed_in_a_row_ = 0;
       newest_ = result->path;
@@ -107,9 +107,6 @@ void RunSaves::wait_and_report() {
   report();
 }
 
-double RunSaves::take_stall_seconds() {
-  const double all = saver_.stall_seconds();
-  return all - std::exchange(taken_stall_seconds_, all);
-}
+double RunSaves::take_stall_seconds() { return std::exchange(stall_seconds_, 0.0); }
 
 }  // namespace dstrain

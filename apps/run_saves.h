@@ -4,7 +4,6 @@
 
 #include <cstdint>
 #include <future>
-#include <map>
 #include <span>
 #include <string>
 
@@ -60,8 +59,7 @@ class RunSaves {
 
   int64_t saved_step_ = -1, failed_in_a_row_ = 0;
   std::string newest_;
-  double taken_stall_seconds_ = 0;
-  std::map<int64_t, double> stalls_ms_;  // by step, of saves that were not reported; few
+  double stall_seconds_ = 0, newest_stall_seconds_ = 0;  // not taken yet; of the save under way
 };
 
 }  // namespace dstrain

@@ -76,7 +76,6 @@ void AsyncSaver::request_shard(const SaveAttempt& attempt, int64_t rank,
 }
 
 void AsyncSaver::start(int64_t step, std::span<const StateTensor> tensors, Job job) {
-  const Clock::time_point begin = Clock::now();
   wait();
   const auto run = [step, job = std::move(job)](std::span<const StateTensor> state,
                                                 const Arrival& arrival) {
@@ -108,7 +107,6 @@ void AsyncSaver::start(int64_t step, std::span<const StateTensor> tensors, Job j
     pending_ = [run, copied = std::move(copied)] { return run(copied.state, copied.arrival); };
     changed_.notify_all();
   }
-  stall_seconds_ += seconds_since(begin);
 }
 
 AsyncSaver::Copied AsyncSaver::take_snapshot(std::span<const StateTensor> tensors) {

@@ -30,7 +30,7 @@ struct SaveResult {
 };
 
 // All calls come from one thread, the owner's. At most one save is under way: request() waits for
-// the one before, and that time is counted as stall. A save that fails is a result, no exception.
+// the one before. A save that fails is a result, no exception.
 class AsyncSaver {
  public:
   // Copies tensors to host memory, tensor i to places[i], and joins halves. Returns what waits
@@ -40,7 +40,7 @@ class AsyncSaver {
   using Copy =
       std::function<Arrival(std::span<const StateTensor> tensors, std::span<void* const> places)>;
 
-  // Where the snapshot is; called by every request(), and what it waits for is stall.
+  // Where the snapshot is; called by every request(), which waits for it.
   using Snapshot = std::function<std::span<std::byte>()>;
 
   // The store and the snapshot must outlive the saver; while busy() the store belongs to its
@@ -62,9 +62,6 @@ class AsyncSaver {
   bool busy() const;
   void wait();                       // until no save is under way
   std::optional<SaveResult> poll();  // the oldest result not yet taken; does not wait
-  // Spent in request(). What a device waits for copies that go on afterwards is not in it: the
-  // host does not see it, other than in a longer step.
-  double stall_seconds() const { return stall_seconds_; }
 
  private:
   using Job = std::function<void(std::span<const StateTensor>, SaveResult&)>;
@@ -80,7 +77,6 @@ class AsyncSaver {
   CheckpointStore& store_;
   Snapshot snapshot_;
   Copy copy_;
-  double stall_seconds_ = 0;
 
   mutable std::mutex mutex_;
   std::condition_variable changed_;

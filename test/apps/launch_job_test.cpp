@@ -183,6 +183,26 @@ TEST_CASE("launch: ranks report how long communication held up each step", "[lau
   for (const std::string& line : events(one, "step")) CHECK(json_field(line, "exposed_ms") == "");
 }
 
+#ifdef DSTRAIN_FAILPOINTS
+
+TEST_CASE("launch: each save says how long the ranks waited for it", "[launch][job]") {
+  const TinyJob job(
+      {"launch.ranks=2", "train.steps=8", "train.eval_every=0", "checkpoint.every=4"});
+  Launch launch = job.launch();
+  launch.failpoint = "save.after_shard_close@1=sleep:800";  // of step 4; step 8 waits for it
+  RunningProgram program(launch);
+  const Finished end = program.wait();
+  INFO(end.err);
+  REQUIRE(end.code == 0);
+  const std::vector<std::string> saves = events(job, "checkpoint");
+  REQUIRE(saves.size() == 2);
+  CAPTURE(saves[0], saves[1]);
+  CHECK(std::stod(json_field(saves[0], "stall_ms")) < 300);
+  CHECK(std::stod(json_field(saves[1], "stall_ms")) > 300);
+}
+
+#endif
+
 TEST_CASE("launch: on a terminal rank 0 has its live line", "[launch][job]") {
   Pty pty(90);
   const TinyJob job(kTwoRanks);
