@@ -152,11 +152,11 @@ std::optional<CudnnCall> cudnn_call(CudnnAttention* cudnn, const CudaDevice& dev
                                       : call_of_documents(c, shape);
   if (!call || (keeps_scores && call->shape.B * score_bytes(call->shape) > kMostWorkspace))
     return std::nullopt;
-  const int64_t in_proportion = kMostOfQueries * c.q_THQ.bytes();
-  const bool may_be_larger = !keeps_scores || !call->shape.ragged;
+  // Of documents that keep scores a dry run cannot know how many come: see scratch_of_documents().
+  const bool is_capped = keeps_scores && call->shape.ragged;
+  const int64_t in_proportion = is_capped ? 0 : kMostOfQueries * c.q_THQ.bytes();
   const std::optional<int64_t> bytes = cudnn->workspace_bytes(call->shape);
-  if (!bytes || *bytes > (may_be_larger ? std::max(kMostWorkspace, in_proportion) : kMostWorkspace))
-    return std::nullopt;
+  if (!bytes || *bytes > std::max(kMostWorkspace, in_proportion)) return std::nullopt;
   call->workspace_bytes = *bytes;
   return call;
 }
