@@ -1,5 +1,8 @@
 #include "core/checkpoint/hf_format.h"
 
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+
 #include <algorithm>
 #include <charconv>
 #include <cmath>
@@ -204,12 +207,6 @@ void warn_of_own_head(const std::string& folder, const HfWeights& weights,
         folder, head, table);
 }
 
-std::string text_of(const std::vector<int64_t>& shape) {
-  std::string text;
-  for (const int64_t size : shape) text += (text.empty() ? "" : ", ") + std::to_string(size);
-  return "[" + text + "]";
-}
-
 // `raw` holds F64.
 void warn_if_rounded(const std::string& name, const std::vector<char>& raw,
                      const std::vector<float>& values) {
@@ -229,9 +226,9 @@ std::vector<float> read_tensor_as_f32(const HfWeights::Place& place, const HfTen
   const SafetensorsEntry& entry = *place.entry;
   const int64_t count = product(map.shape);
   if (entry.shape != map.shape)
-    throw DataError(place.file->path() + ": tensor '" + map.name +
-                    "' has another shape than config.json " + "says (" + text_of(entry.shape) +
-                    " instead of " + text_of(map.shape) + ")");
+    throw DataError(fmt::format(
+        "{}: tensor '{}' has another shape than config.json says ({} instead of {})",
+        place.file->path(), map.name, entry.shape, map.shape));
   if (!is_weight_type(entry.type))
     throw DataError(place.file->path() + ": tensor '" + map.name + "' is " +
                     safetensors_type_name(entry.type) + "; weights are read from F16, BF16, F32 and F64");
