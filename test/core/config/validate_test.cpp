@@ -1,6 +1,9 @@
 // Rules across keys, warnings, and what a build lacks.
 #include "core/config/validate.h"
 
+#include <fmt/format.h>
+
+#include "core/backend/compressed_format.h"
 #include "core/config/availability.h"
 #include "core/config/presets.h"
 #include "test/support/catch.h"
@@ -34,6 +37,16 @@ bool contains(const std::string& text, const std::string& part) {
 }
 
 }  // namespace
+
+TEST_CASE("validate: a density is held against the block that compression has", "[config]") {
+  const auto refused = [](double elements) {
+    const double density = elements / static_cast<double>(TopkFormat().block);
+    return problems_of({{"compression.method", "topk"},
+                        {"compression.density", fmt::format("{:.9f}", density)}}) != "(valid)";
+  };
+  CHECK(refused(0.98));
+  CHECK_FALSE(refused(1.02));
+}
 
 TEST_CASE("validate: presets and the quick start break no rule", "[config]") {
   CHECK(problems_of({}) == "(valid)");
