@@ -76,22 +76,23 @@ void declare_hugging_face(Command root, CommandOptions& options) {
   import.add_text("--output", options.import_hf.output, "RUN_DIR", "run folder to write",
                   Presence::required);
   import.add_flag("--overwrite", options.import_hf.overwrite, "replace an existing run");
-  import.on_given(
-      [&options](const ScannedLine&) { return invoke_once("import", options.import_hf, cmd_import);
-});
+  import.on_given([&options](const ScannedLine&) {
+    return invoke_once("import", options.import_hf, cmd_import);
+  });
 
-Command app = root.add_command("export", "writes a Hugging Face folder from a checkpoint");
-app.add_text("source", options.export_hf.source, "PATH", "run folder or checkpoint",
-             Presence::required);
-app.add_text("--output", options.export_hf.output, "HF_DIR", "folder to write", Presence::required);
-app.add_choice<std::string>("--dtype", options.export_hf.dtype,
-                            {{"auto", "auto"}, {"bf16", "bf16"}, {"fp32", "fp32"}},
-                            "of the weights (default auto: as imported, else fp32)");
-app.add_flag("--overwrite", options.export_hf.overwrite, "replace an existing folder");
-app.on_given([&options](const ScannedLine&) {
-  return invoke_once("export", options.export_hf, cmd_export);
-});
-}  // namespace
+  Command app = root.add_command("export", "writes a Hugging Face folder from a checkpoint");
+  app.add_text("source", options.export_hf.source, "PATH", "run folder or checkpoint",
+               Presence::required);
+  app.add_text("--output", options.export_hf.output, "HF_DIR", "folder to write",
+               Presence::required);
+  app.add_choice<std::string>("--dtype", options.export_hf.dtype,
+                              {{"auto", "auto"}, {"bf16", "bf16"}, {"fp32", "fp32"}},
+                              "of the weights (default auto: as imported, else fp32)");
+  app.add_flag("--overwrite", options.export_hf.overwrite, "replace an existing folder");
+  app.on_given([&options](const ScannedLine&) {
+    return invoke_once("export", options.export_hf, cmd_export);
+  });
+}
 
 void declare_ckpt(Command root, CommandOptions& options) {
   Command ckpt = root.add_command("ckpt", "checkpoints: ls, verify");
@@ -108,7 +109,7 @@ void declare_ckpt(Command root, CommandOptions& options) {
   add("verify", "PATH", "checks every byte of a run's checkpoints, or of one", cmd_ckpt_verify);
 }
 
-}  // namespace dstrain
+}  // namespace
 
 void declare_model_commands(Command root, CommandOptions& options) {
   declare_use(root, options);

@@ -23,8 +23,8 @@ struct RankEnvironment {
   bool operator==(const RankEnvironment&) const = default;
 };
 
-// None where neither mpirun nor srun started this process, or it runs in a shell that srun --pty
-// started as its only task. UsageError if several processes were started in a way that lets no rank
+// None where neither mpirun nor srun started this process, or it is srun's only task, or runs in a
+// shell that is: such a process may start ranks of its own. UsageError if several processes were started in a way that lets no rank
 // find the others: srun without PMIx, the mpiexec of another MPI.
 std::optional<RankEnvironment> rank_environment(const Variables& variables);
 
